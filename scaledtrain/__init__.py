@@ -1,0 +1,48 @@
+"""scaledtrain: distributed training from synchronous to asynchronous, behind one Trainer."""
+
+from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.errors import (
+    ClusterError,
+    ConfigError,
+    NonFiniteLossError,
+    PeerLostError,
+    RendezvousError,
+    ScaledTrainError,
+    WaitTimeoutError,
+)
+from scaledtrain.mesh import Mesh
+from scaledtrain.precision import Precision
+from scaledtrain.rendezvous import connect
+from scaledtrain.replica import Replica
+from scaledtrain.schedule import Slowdown
+from scaledtrain.seeding import seed_everything
+from scaledtrain.server import Asynchronous, Server
+from scaledtrain.strategies import ParameterServer, Strategy, Sync
+from scaledtrain.trainer import FitResult, Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Asynchronous",
+    "Callback",
+    "ClusterError",
+    "ConfigError",
+    "FitResult",
+    "Mesh",
+    "NonFiniteLossError",
+    "ParameterServer",
+    "PeerLostError",
+    "Precision",
+    "RendezvousError",
+    "Replica",
+    "ScaledTrainError",
+    "Server",
+    "Slowdown",
+    "StopAtTarget",
+    "Strategy",
+    "Sync",
+    "Trainer",
+    "WaitTimeoutError",
+    "connect",
+    "seed_everything",
+]

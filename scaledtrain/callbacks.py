@@ -1,0 +1,64 @@
+"""User code at fixed moments of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from scaledtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from scaledtrain.trainer import Trainer
+
+__all__ = ["Callback", "StopAtTarget"]
+
+
+class Callback:
+    """Override what you need; every rank calls its own. ``trainer.stop()`` ends the run."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Called before the first step."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Called after each step; ``trainer.step_count`` says which."""
+
+    def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Called after each evaluation, on the ranks that evaluated."""
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Called after the last step, when all replicas are equal."""
+
+
+class StopAtTarget(Callback):
+    """End the run as soon as an evaluated metric is good enough.
+
+    Args:
+        metric: its name in the evaluation, e.g. ``"accuracy"`` or ``"loss"``.
+        at_least: stop when it is this or more.
+        at_most: stop when it is this or less.
+
+    Raises:
+        ConfigError: not exactly one bound; or (at the first evaluation) no such metric.
+    """
+
+    def __init__(
+        self, metric: str, *, at_least: float | None = None, at_most: float | None = None
+    ) -> None:
+        if (at_least is None) == (at_most is None):
+            raise ConfigError("give StopAtTarget one of at_least and at_most")
+        self._metric = metric
+        self._at_least = at_least
+        self._at_most = at_most
+
+    def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Compare, and stop."""
+        if self._metric not in values:
+            raise ConfigError(
+                f"StopAtTarget watches {self._metric!r}, but the evaluation has: "
+                f"{', '.join(values)}"
+            )
+        value = values[self._metric]
+        if (self._at_least is not None and value >= self._at_least) or (
+            self._at_most is not None and value <= self._at_most
+        ):
+            trainer.stop()

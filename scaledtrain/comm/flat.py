@@ -1,0 +1,51 @@
+"""Many tensors laid out one behind the other in one piece of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["FlatBuffer", "flat_bytes"]
+
+_ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def flat_bytes(like: Sequence[Tensor]) -> int:
+    """Bytes that a ``FlatBuffer`` for tensors like these needs."""
+    return sum(_aligned(t.numel() * t.element_size()) for t in like)
+
+
+class FlatBuffer:
+    """Room for tensors like the given ones, as one block that is sent or shared in one piece.
+
+    Args:
+        like: tensors whose shapes and dtypes are taken, in order.
+        memory: uint8 tensor of at least ``flat_bytes(like)`` bytes to lie in; made if not given.
+    """
+
+    def __init__(self, like: Sequence[Tensor], memory: Tensor | None = None) -> None:
+        needed = flat_bytes(like)
+        self.bytes = torch.empty(needed, dtype=torch.uint8) if memory is None else memory[:needed]
+        self.views: list[Tensor] = []
+        offset = 0
+        for t in like:
+            nbytes = t.numel() * t.element_size()
+            piece = self.bytes[offset : offset + nbytes]
+            self.views.append(piece.view(t.dtype).view(t.shape))
+            offset += _aligned(nbytes)
+
+    @torch.no_grad()
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        """Copy tensors in."""
+        torch._foreach_copy_(self.views, list(tensors))
+
+    @torch.no_grad()
+    def read(self, into: Sequence[Tensor]) -> None:
+        """Copy tensors out."""
+        torch._foreach_copy_(list(into), self.views)

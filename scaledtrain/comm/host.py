@@ -1,0 +1,166 @@
+"""A server among threads: one lock, and a condition on which workers wait that may not go on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from scaledtrain.comm.protocols import Pulled
+from scaledtrain.errors import ClusterError, WaitTimeoutError
+from scaledtrain.server import Pushed, Server
+from scaledtrain.timeline import Timeline
+
+__all__ = ["DirectStore", "ServerHost"]
+
+
+class ServerHost:
+    """Lets the threads that speak for the workers call one `Server`, each for its worker.
+
+    Args:
+        server: the pure state machine; nothing else may touch it.
+        timeout_seconds: the longest that a worker may be kept waiting.
+    """
+
+    def __init__(self, server: Server, timeout_seconds: float) -> None:
+        self._server = server
+        self._timeout_seconds = timeout_seconds
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._last_push = [Pushed(False, -1)] * server.n_workers
+        self._settling: set[int] = set()
+        self._settled = 0
+
+    def push(self, worker: int, gradient: Sequence[Tensor], version: int) -> None:
+        """Hand a gradient to the server; wakes the workers that it sets free."""
+        with self._changed:
+            self._raise_failure()
+            try:
+                self._last_push[worker] = self._server.push(worker, gradient, version)
+            except Exception as error:
+                self.fail(error)
+                raise
+            self._changed.notify_all()
+
+    def pull(self, worker: int, into: Sequence[Tensor]) -> Pulled:
+        """Copy the parameters out as soon as the worker may go on."""
+        with self._changed:
+            self._wait(worker, "pull", lambda: self._stopped or self._server.may_go_on(worker))
+            return self._copy_out(worker, into)
+
+    def limit(self, last_version: int | None) -> None:
+        """Make no update beyond this version."""
+        with self._changed:
+            self._server.last_version = last_version
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Tell every worker at its next pull that the run is over."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def settle(self, worker: int, into: Sequence[Tensor]) -> Pulled:
+        """Wait until all workers are here; the parameters are final then."""
+        with self._changed:
+            self._settling.add(worker)
+            mine = self._settled
+            if len(self._settling) == self._server.n_workers:
+                self._settling.clear()
+                self._settled += 1
+                self._stopped = False
+                self._changed.notify_all()
+            self._wait(worker, "the end of fit", lambda: self._settled > mine)
+            return self._copy_out(worker, into)
+
+    def fail(self, error: BaseException) -> None:
+        """Every call from now on, and every waiting one, raises: the run cannot go on."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def _copy_out(self, worker: int, into: Sequence[Tensor]) -> Pulled:
+        with torch.no_grad():
+            torch._foreach_copy_(list(into), list(self._server.pull(worker)))
+        last = self._last_push[worker]
+        return Pulled(
+            version=self._server.version,
+            staleness=last.staleness,
+            accepted=last.accepted,
+            learning_rate=self._server.learning_rate,
+            stopped=self._stopped or self._server.finished,
+        )
+
+    def _wait(self, worker: int, what: str, ready: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._failure or ready(), self._timeout_seconds)
+        self._raise_failure()
+        if not ready():
+            steps = ", ".join(f"worker {i}: {c}" for i, c in enumerate(self._server.clocks))
+            here = f"; arrived: workers {sorted(self._settling)}" if self._settling else ""
+            raise WaitTimeoutError(
+                f"worker {worker} waited {self._timeout_seconds:g} s in {what} for the other "
+                f"workers (gradients so far: {steps}{here}); one of them is stuck or too slow: "
+                "look at the one that is behind, or raise timeout_seconds"
+            )
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise ClusterError(f"the parameter server stopped: {self._failure}") from self._failure
+
+
+class DirectStore:
+    """The store of the worker that lives in the server's own process: plain calls.
+
+    Args:
+        host: the server.
+        worker: this worker's number.
+        timeline: where waiting and communication are recorded.
+        on_close: ends whatever serves the other workers.
+    """
+
+    def __init__(
+        self,
+        host: ServerHost,
+        worker: int,
+        timeline: Timeline,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._host = host
+        self._worker = worker
+        self._timeline = timeline
+        self._on_close = on_close
+
+    def push(self, update: Sequence[Tensor], version: int) -> None:
+        """Let the server take the gradient now."""
+        start = self._timeline.now()
+        self._host.push(self._worker, update, version)
+        self._timeline.add("communication", start)
+
+    def pull(self, into: Sequence[Tensor]) -> Pulled:
+        """Copy the parameters, when the admission policy says so."""
+        start = self._timeline.now()
+        pulled = self._host.pull(self._worker, into)
+        self._timeline.add("waiting", start)
+        return pulled
+
+    def limit(self, last_version: int | None) -> None:
+        """Make no update beyond this version."""
+        self._host.limit(last_version)
+
+    def stop(self) -> None:
+        """Ask that every worker ends."""
+        self._host.stop()
+
+    def settle(self, into: Sequence[Tensor]) -> Pulled:
+        """Wait for all workers, then pull."""
+        start = self._timeline.now()
+        pulled = self._host.settle(self._worker, into)
+        self._timeline.add("waiting", start)
+        return pulled
+
+    def close(self) -> None:
+        """End what serves the other workers."""
+        self._on_close()

@@ -1,0 +1,164 @@
+"""A `Group` over torch.distributed: gloo between CPUs, NCCL between GPUs, any number of hosts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaledtrain.comm.protocols import Handle, ReduceOp
+from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
+from scaledtrain.timeline import Timeline
+
+__all__ = ["TorchGroup", "clear_errors"]
+
+_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_GRACE_SECONDS = 1.0  # for other ranks to say that they wait, too
+
+
+class TorchGroup:
+    """Collectives of torch.distributed, all of a call's tensors in one message per dtype.
+
+    The time of a collective is recorded as communication: from outside, waiting for a late rank
+    cannot be told from moving bytes.
+
+    Args:
+        process_group: all ranks of it call everything in the same order.
+        store: where ranks find out who is missing when a collective fails.
+        timeline: where time is recorded.
+        timeout_seconds: only for messages; the process group has its own, equal one.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        store: dist.Store,
+        timeline: Timeline,
+        timeout_seconds: float,
+    ) -> None:
+        self._process_group = process_group
+        self._store = store
+        self._timeline = timeline
+        self._timeout_seconds = timeout_seconds
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+
+    def all_reduce(
+        self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
+    ) -> Handle:
+        """Begin to reduce; the sums' order is the backend's, so results may differ by rounding."""
+        start = self._timeline.now()
+        with clear_errors("all_reduce", self.rank, self.size, self._store, self._timeout_seconds):
+            pending = _Pending(self, tensors, op, weight)
+        self._timeline.add("communication", start)
+        return pending
+
+    def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
+        """Copy rank ``src``'s values to all."""
+        start = self._timeline.now()
+        with clear_errors("broadcast", self.rank, self.size, self._store, self._timeout_seconds):
+            for tensor in tensors:
+                value = tensor.detach().contiguous()
+                dist.broadcast(value, src, group=self._process_group)
+                if value.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(value)
+        self._timeline.add("communication", start)
+
+
+class _Pending:
+    """An all-reduce under way: one flat buffer per dtype."""
+
+    def __init__(
+        self, group: TorchGroup, tensors: Sequence[Tensor], op: ReduceOp, weight: float
+    ) -> None:
+        self._group = group
+        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            self._by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+        self._total: Tensor | None = None
+        flats = {
+            dtype: torch.cat([t.reshape(-1) for t in same])
+            for dtype, same in self._by_dtype.items()
+        }
+        if op == "mean":
+            for flat in flats.values():
+                if weight == 0.0:
+                    flat.zero_()  # not a product: whatever a rank without samples holds is ignored
+                elif weight != 1.0:
+                    flat.mul_(weight)
+            self._total = torch.tensor([weight], device=tensors[0].device)
+            if torch.float32 in flats:  # the weight travels with the values
+                flats[torch.float32] = torch.cat([flats[torch.float32], self._total])
+            else:
+                self._by_dtype[torch.float32] = []
+                flats[torch.float32] = self._total
+        self._flats = flats
+        process_group = group._process_group
+        self._works = [
+            dist.all_reduce(flat, _OPS[op], group=process_group, async_op=True)
+            for flat in flats.values()
+        ]
+
+    def wait(self) -> None:
+        """Wait, and put the result into the tensors."""
+        group, timeline = self._group, self._group._timeline
+        start = timeline.now()
+        with clear_errors(
+            "all_reduce", group.rank, group.size, group._store, group._timeout_seconds
+        ):
+            for work in self._works:
+                work.wait()
+        if self._total is not None:
+            self._total = self._flats[torch.float32][-1].clone()
+        for dtype, tensors in self._by_dtype.items():
+            flat = self._flats[dtype]
+            offset = 0
+            if self._total is not None:
+                flat.div_(self._total.to(dtype) if flat.is_cuda else self._total.item())
+            for tensor in tensors:
+                tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
+                offset += tensor.numel()
+        timeline.add("communication", start)
+
+
+@contextmanager
+def clear_errors(
+    what: str, rank: int, size: int, store: dist.Store, timeout_seconds: float
+) -> Iterator[None]:
+    """Say who is missing when torch.distributed only says that a connection broke.
+
+    Every rank that fails leaves a note in the store; those that left none are where the trouble is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ClusterError):
+            raise
+        text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        absent = _absent(store, rank, size)
+        names = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}"
+        if "imed out" in text or "timeout" in text.lower():
+            who = f"{names}, which did not come" if absent else "another rank"
+            raise WaitTimeoutError(
+                f"rank {rank} waited {timeout_seconds:g} s in {what} for {who}; it is stuck or too "
+                f"slow, or runs another number of steps: look at it, or raise timeout_seconds "
+                f"({text})"
+            ) from error
+        who = f"{names} died" if absent else "a rank died"
+        raise PeerLostError(
+            f"{who} while rank {rank} was in {what}; all ranks end. Its own message says why, or "
+            f"the system's log if it was killed (out of memory?) ({text})"
+        ) from error
+
+
+def _absent(store: dist.Store, rank: int, size: int) -> list[int]:
+    try:
+        store.set(f"failed/{rank}", "1")
+        time.sleep(_GRACE_SECONDS)
+        return [r for r in range(size) if not store.check([f"failed/{r}"])]
+    except (RuntimeError, dist.DistError):  # the store was on the rank that died
+        return [0] if rank != 0 else []

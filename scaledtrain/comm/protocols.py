@@ -1,0 +1,131 @@
+"""What a strategy may ask of the outside world: a `Group` of peers, a `Store` of parameters.
+
+Both are small on purpose: everything that costs communication goes through these few calls, so that
+another world (shared memory, gloo, NCCL, a simulator) is one more implementation and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scaledtrain.server import Server
+    from scaledtrain.timeline import Timeline
+
+__all__ = ["Group", "Handle", "Link", "Pulled", "ReduceOp", "Store"]
+
+ReduceOp = Literal["sum", "mean", "max"]
+
+
+class Handle(Protocol):
+    """A collective that has begun."""
+
+    def wait(self) -> None:
+        """Return when the result is in the tensors."""
+
+
+class Group(Protocol):
+    """Ranks that call the same collectives in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This rank's place, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks take part."""
+
+    def all_reduce(
+        self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
+    ) -> Handle:
+        """Begin to replace every tensor, in place, by its reduction over the ranks.
+
+        Args:
+            tensors: contiguous tensors, the same shapes and dtypes in the same order on every rank.
+            op: ``"sum"``, ``"max"`` or ``"mean"``. The mean is weighted: sum_i w_i x_i / sum_i w_i.
+            weight: w of this rank in a mean, >= 0; at least one rank's is positive. A rank of weight 0
+                does not change the result, whatever its tensors hold.
+
+        Raises:
+            WaitTimeoutError: (here or in ``Handle.wait``) a rank did not come in time.
+            PeerLostError: (here or in ``Handle.wait``) a rank died.
+        """
+
+    def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
+        """Replace every tensor, in place, by rank ``src``'s; returns when it is there."""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a worker learns when it pulls."""
+
+    version: int
+    """Updates that the parameters have received."""
+    staleness: int
+    """Staleness of this worker's previous push; -1 before its first."""
+    accepted: bool
+    """Whether that push was accepted."""
+    learning_rate: float
+    """Of the server's next update."""
+    stopped: bool
+    """The run is over: some worker asked for the end, or the last update has been made."""
+
+
+class Store(Protocol):
+    """One worker's access to the server's parameters."""
+
+    def push(self, update: Sequence[Tensor], version: int) -> None:
+        """Hand over a gradient that was taken at ``version``. The tensors may be reused on return."""
+
+    def pull(self, into: Sequence[Tensor]) -> Pulled:
+        """Copy the server's parameters into these; waits where the admission policy says so.
+
+        Raises:
+            WaitTimeoutError: the policy, or the server, made this worker wait too long.
+            PeerLostError: the rank that holds the server died.
+        """
+
+    def limit(self, last_version: int | None) -> None:
+        """Let the server make no update beyond this version (None: no limit)."""
+
+    def stop(self) -> None:
+        """Ask that every worker ends: from now on every pull says ``stopped``."""
+
+    def settle(self, into: Sequence[Tensor]) -> Pulled:
+        """Wait until every worker has come here, then pull; a stop that was asked for is over."""
+
+    def close(self) -> None:
+        """Give back threads and memory; the worker that holds the server waits for the others."""
+
+
+class Link(Protocol):
+    """The world a strategy is attached to: its peers, and a place where a server can live."""
+
+    @property
+    def group(self) -> Group:
+        """All replicas."""
+
+    @property
+    def transport(self) -> str:
+        """How bytes move, for people to read."""
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where group and stores record the time they spend."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+
+    def serve(self, like: Sequence[Tensor], make_server: Callable[[], Server]) -> Store:
+        """Start one server, made where it will live, and connect this worker to it. Collective.
+
+        Args:
+            like: tensors with the shapes and dtypes of the server's parameters.
+            make_server: called on one rank only.
+        """

@@ -1,0 +1,628 @@
+"""A `Group` between the processes of one Linux host: collectives through shared memory.
+
+Every rank has a slot in shared memory, twice, and a rank that meets the others at a barrier for the
+s-th time uses the slots of parity s. What is written before a barrier is read after it, before the
+next one, and overwritten after the next one: so one barrier per step is enough.
+
+* A small payload takes one step: copy into the own slot; barrier; add up all slots.
+* A large one passes in chunks that stay in the cache. In step k a rank copies chunk k into its
+  slot, adds up its share of chunk k - 1 out of all slots, and copies the sums of chunk k - 2 out.
+
+The sum is taken in the order of ranks, ((x0 + x1) + x2) + ..., wherever it is computed: the result
+is the same on every rank, bit by bit, and from run to run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import struct
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from scaledtrain.comm.protocols import ReduceOp
+from scaledtrain.comm.shared_memory import SharedSegment, aligned
+from scaledtrain.errors import ClusterError, ConfigError
+
+__all__ = ["SharedMemoryGroup"]
+
+_CHUNK_BYTES = 512 * 1024  # of a slot: what two ranks read and write at once fits into a core's L2
+_SMALL_BYTES = 32 * 1024  # up to here one barrier less is worth more than sharing the additions
+_BLOCK_ELEMENTS = 32 * 1024  # up to here torch uses one thread: ranks already share the cores
+_HEADER_BYTES = 64
+_HEADER = struct.Struct("<8sdIIQQ")  # digest, weight, call, source, tensors, bytes
+_MAX_PLANS = 64
+_MAX_BLOCKS = 4096
+_SHORT_SECONDS = 20e-6  # waiting as short as this is what meeting costs, not somebody's delay
+
+Observe = Callable[[str, float, float], None]
+
+_CALLS = ("sum", "mean", "max", "broadcast")
+_HALF = (torch.float16, torch.bfloat16)
+_FLOATING = {torch.float32, torch.float64, *_HALF}
+_NUMBERS = {*_FLOATING, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
+_DTYPES = {"mean": _FLOATING, "sum": _NUMBERS, "max": {*_NUMBERS, torch.bool}}
+
+# (to, from, bytes). The second lets other threads of Python run meanwhile; that costs more than a
+# short copy, above all where one of them then keeps the lock.
+_MEMMOVE = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+_ADDRESS = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+_copy = ctypes.PYFUNCTYPE(*_MEMMOVE)(_ADDRESS)
+_copy_long = ctypes.CFUNCTYPE(*_MEMMOVE)(_ADDRESS)
+
+
+class SharedMemoryGroup:
+    """Ranks of one host that reduce and broadcast tensors on the CPU through shared memory.
+
+    Made by `connect`. An all-reduce is lazy: its handle's ``wait`` does the work, after that of all
+    that were begun before. The memory that a group takes is fixed: 1 MiB per rank, and one more.
+
+    After a `ClusterError` or an interrupt the group cannot be used any more, since the ranks may
+    have lost step; every later call says so.
+
+    Args:
+        segment: the memory, of ``memory_bytes`` bytes and ``size * size`` semaphores.
+        timeout_seconds: the longest to wait for another rank.
+        observe: called with a phase, its start and its end in seconds of ``time.perf_counter``:
+            ``"waiting"`` while other ranks have not come, ``"communication"`` while copying, adding
+            and meeting. So it shows what a slow rank costs the others.
+
+    Attributes:
+        rank: this rank's place, from 0.
+        size: how many ranks there are.
+        observe: as given; may be replaced.
+    """
+
+    def __init__(
+        self, segment: SharedSegment, timeout_seconds: float, observe: Observe | None = None
+    ) -> None:
+        rank, size = segment.rank, segment.size
+        self.rank = rank
+        self.size = size
+        self.observe = observe
+        self._segment = segment
+        self._timeout_seconds = timeout_seconds
+        others = [r for r in range(size) if r != rank]
+        # Semaphore i * size + j: rank i waits for rank j. So nobody takes a post meant for another.
+        self._posts = [segment.semaphore(r * size + rank) for r in others]
+        self._arrivals = [(r, segment.semaphore(rank * size + r)) for r in others]
+        self._headers = segment.memory.numpy().data
+        base = segment.memory.data_ptr()
+        self._slots = [
+            [base + _slot_offset(size, parity, r) for r in range(size)] for parity in (0, 1)
+        ]
+        self._results = [base + _result_offset(size, parity) for parity in (0, 1)]
+        with torch.inference_mode(False):  # else it could not be written outside of it
+            self._private = torch.empty(_SMALL_BYTES, dtype=torch.uint8)
+            self._scratch = torch.empty(2, _BLOCK_ELEMENTS * 8, dtype=torch.uint8)
+        self._plans: OrderedDict[object, _Plan] = OrderedDict()
+        self._blocks: dict[tuple[int, bool, _Block], tuple[list[Tensor], Tensor]] = {}
+        self._pending: deque[_Pending] = deque()
+        self._lock = threading.Lock()
+        self._ones = [1.0] * size
+        self._step = 0  # barriers passed; its parity says which slots are written
+        self._since = 0.0  # when what `observe` has not been told yet began
+        self._broken: str | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        rank: int,
+        size: int,
+        store: dist.Store,
+        timeout_seconds: float,
+        observe: Observe | None = None,
+    ) -> SharedMemoryGroup | None:
+        """Make the group, or find that these ranks cannot share memory. Collective.
+
+        Args:
+            rank: this rank's place, from 0.
+            size: how many ranks there are.
+            store: where they meet.
+            timeout_seconds: the longest to wait for another rank, here and in every collective.
+            observe: told what time was spent on; see the class.
+
+        Returns:
+            The group; None on every rank if one of them is on another host or in another container,
+            or this is no Linux. The log (level INFO) says why.
+
+        Raises:
+            RendezvousError: a rank did not come in time.
+        """
+        segment = SharedSegment.connect(
+            store,
+            "shared_memory_group",
+            rank,
+            size,
+            n_bytes=_memory_bytes(size),
+            n_semaphores=size * size,
+            timeout_seconds=timeout_seconds,
+        )
+        return None if segment is None else cls(segment, timeout_seconds, observe)
+
+    def all_reduce(
+        self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
+    ) -> _Pending:
+        """Begin to replace every tensor, in place, by its reduction over the ranks.
+
+        float16 and bfloat16 are added up in float32 and rounded once. With equal weights of 1 the
+        mean is (x0 + x1 + ...) / n, without a product. NaN spreads through "max", too.
+
+        Args:
+            tensors: on the CPU; the same shapes and dtypes in the same order on every rank.
+                float16, bfloat16, float32, float64; for "sum" and "max" int8 to int64 and uint8,
+                too; for "max" also bool. One that is not contiguous costs a copy more.
+            op: ``"sum"``, ``"max"`` or ``"mean"``: sum_i w_i x_i / sum_i w_i.
+            weight: w of this rank in a mean. A rank of weight 0 does not change the result,
+                whatever its tensors hold.
+
+        Returns:
+            A handle; its ``wait`` does the work, and raises what is listed here as well.
+
+        Raises:
+            ConfigError: a tensor that cannot be reduced so; in ``wait``, on every rank: weights
+                that are negative, not finite or all zero. The group can still be used.
+            ClusterError: the ranks call different things.
+            PeerLostError: a rank died.
+            WaitTimeoutError: a rank did not come in time.
+        """
+        self._raise_broken()
+        pending = _Pending(self, tensors, self._plan(tensors, op, 0), weight)
+        self._pending.append(pending)
+        return pending
+
+    def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
+        """Replace every tensor, in place, by rank ``src``'s; returns when it is there.
+
+        Args:
+            tensors: on the CPU, of any dtype; the same shapes and dtypes on every rank.
+            src: the rank whose values are copied.
+
+        Raises:
+            ConfigError: there is no such rank, or a tensor that cannot be copied.
+            ClusterError: the ranks call different things.
+            PeerLostError: a rank died.
+            WaitTimeoutError: a rank did not come in time.
+        """
+        self._raise_broken()
+        if not 0 <= src < self.size:
+            raise ConfigError(f"src={src} is no rank of a group of {self.size}")
+        pending = _Pending(self, tensors, self._plan(tensors, "broadcast", src), 1.0)
+        self._pending.append(pending)
+        pending.wait()
+
+    def close(self) -> None:
+        """Give the memory back; ranks that still wait for this one learn that it left."""
+        self._broken = self._broken or "it was closed"
+        self._pending.clear()
+        self._plans.clear()
+        self._blocks.clear()
+        self._posts, self._arrivals = [], []
+        self._headers = memoryview(b"")
+        self._segment.close()
+
+    def _plan(self, tensors: Sequence[Tensor], call: str, src: int) -> _Plan:
+        key = (call, src, *[(t.shape, t.dtype, t.is_cpu) for t in tensors])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = _Plan(tensors, call, src, self.rank, self.size)
+            self._plans[key] = plan
+            if len(self._plans) > _MAX_PLANS:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(key)
+        return plan
+
+    def _finish(self, pending: _Pending) -> None:
+        """Do what was begun, in that order, up to this."""
+        with self._lock:
+            while not pending.done:
+                self._raise_broken()
+                first = self._pending.popleft()
+                first.done = True
+                try:
+                    self._run(first)
+                except ConfigError as error:
+                    first.error = error  # on every rank at the same place: they are still in step
+                except BaseException as error:
+                    first.error = error
+                    self._broken = f"{type(error).__name__}: {error}"
+                    self._pending.clear()
+                    self._segment.leave(failed=True)
+                    raise
+
+    def _run(self, pending: _Pending) -> None:
+        plan = pending.plan
+        observe = self.observe
+        if observe is not None:
+            self._since = time.perf_counter()
+        originals = pending.tensors
+        tensors = [t if t.is_contiguous() else t.detach().contiguous() for t in originals]
+        pointers = [t.data_ptr() for t in tensors]
+        _check_memory(plan, pointers)
+        if plan.call == "broadcast":
+            self._broadcast(plan, pointers)
+        elif plan.n_bytes <= _SMALL_BYTES:
+            self._reduce_small(plan, pointers, pending.weight)
+        else:
+            self._reduce_large(plan, pointers, pending.weight)
+        for original, value in zip(originals, tensors, strict=True):
+            if original is not value:
+                original.detach().copy_(value)
+        increment_version(originals)  # autograd did not see the writing
+        if observe is not None:
+            observe("communication", self._since, time.perf_counter())
+
+    def _broadcast(self, plan: _Plan, pointers: list[int]) -> None:
+        sends = self.rank == plan.src
+        for k in range(plan.n_chunks):
+            parity = self._step & 1
+            if sends:
+                _copy_in(plan.pieces[k], pointers, self._slots[parity][plan.src])
+            if k == 0:
+                self._write_header(plan, 1.0)
+            elif not sends:
+                _copy_out(plan.pieces[k - 1], pointers, self._slots[1 - parity][plan.src])
+            self._barrier("broadcast")
+            if k == 0:
+                self._compare_headers(plan)
+        if not sends:
+            _copy_out(plan.pieces[-1], pointers, self._slots[1 - (self._step & 1)][plan.src])
+
+    def _reduce_small(self, plan: _Plan, pointers: list[int], weight: float) -> None:
+        parity = self._step & 1
+        slot = self._slots[parity][self.rank]
+        for index, _, offset, n_bytes in plan.pieces[0]:
+            _copy(slot + offset, pointers[index], n_bytes)
+        self._write_header(plan, weight)
+        self._barrier("all_reduce")
+        reduction = self._reduction(plan, self._compare_headers(plan))
+        for block in plan.blocks(0):
+            self._reduce(reduction, parity, True, block)
+        result = self._private.data_ptr()
+        for index, _, offset, n_bytes in plan.pieces[0]:
+            _copy(pointers[index], result + offset, n_bytes)
+
+    def _reduce_large(self, plan: _Plan, pointers: list[int], weight: float) -> None:
+        n_chunks = plan.n_chunks
+        reduction = plan.unweighted
+        for k in range(n_chunks + 1):
+            parity = self._step & 1
+            if k < n_chunks:
+                _copy_in(plan.pieces[k], pointers, self._slots[parity][self.rank])
+            if k == 0:
+                self._write_header(plan, weight)
+            else:
+                for block in plan.blocks(k - 1):
+                    self._reduce(reduction, 1 - parity, False, block)
+            if k > 1:
+                _copy_out(plan.pieces[k - 2], pointers, self._results[1 - parity])
+            self._barrier("all_reduce")
+            if k == 0:
+                reduction = self._reduction(plan, self._compare_headers(plan))
+        _copy_out(plan.pieces[-1], pointers, self._results[1 - (self._step & 1)])
+
+    def _reduce(self, reduction: _Reduction, parity: int, private: bool, block: _Block) -> None:
+        key = (parity, private, block)
+        views = self._blocks.get(key)
+        if views is None:
+            if len(self._blocks) >= _MAX_BLOCKS:
+                self._blocks.clear()
+            views = self._blocks[key] = self._view(parity, private, block)
+        slots, out = views
+        _reduce(reduction, slots, out, self._scratch)
+
+    def _view(self, parity: int, private: bool, block: _Block) -> tuple[list[Tensor], Tensor]:
+        """The slots of one parity at a block, and where its result goes."""
+        dtype, offset, n = block
+        tensor, size = self._segment.tensor, self.size
+        slots = [tensor(_slot_offset(size, parity, r) + offset, [n], dtype) for r in range(size)]
+        if private:
+            return slots, self._private[offset : offset + n * dtype.itemsize].view(dtype)
+        return slots, tensor(_result_offset(size, 1 - parity) + offset, [n], dtype)
+
+    def _write_header(self, plan: _Plan, weight: float) -> None:
+        _HEADER.pack_into(
+            self._headers,
+            _header_offset(self.size, self._step & 1, self.rank),
+            plan.digest,
+            weight,
+            _CALLS.index(plan.call),
+            plan.src,
+            plan.n_tensors,
+            plan.n_bytes,
+        )
+
+    def _compare_headers(self, plan: _Plan) -> list[float]:
+        """See that all ranks called the same; returns their weights."""
+        parity = 1 - (self._step & 1)
+        start = _header_offset(self.size, parity, 0)
+        headers = [
+            _HEADER.unpack_from(self._headers, start + rank * _HEADER_BYTES)
+            for rank in range(self.size)
+        ]
+        if any(digest != plan.digest for digest, *_ in headers):
+            calls = [f"rank {r}: {_describe(*header[2:])}" for r, header in enumerate(headers)]
+            raise ClusterError(
+                f"the ranks called different collectives at once: {'; '.join(calls)}. Every rank "
+                "must make the same calls in the same order, with tensors of the same shapes and "
+                "dtypes; where this looks alike, a shape or dtype differs"
+            )
+        return [header[1] for header in headers]
+
+    def _reduction(self, plan: _Plan, weights: list[float]) -> _Reduction:
+        if plan.call != "mean" or weights == self._ones:
+            return plan.unweighted
+        total = 0.0
+        for rank, weight in enumerate(weights):
+            if not (weight >= 0.0 and math.isfinite(weight)):
+                raise ConfigError(
+                    f"rank {rank} gave a mean the weight {weight}; a weight is a finite number >= 0"
+                )
+            total += weight
+        if total == 0.0:
+            raise ConfigError(
+                f"all {self.size} ranks gave the weight 0 to a mean, so that it has no value; at "
+                "least one rank must have a sample"
+            )
+        terms = tuple((r, w) for r, w in enumerate(weights) if w != 0.0)
+        return _Reduction("mean", terms, _divisors(total))
+
+    def _barrier(self, doing: str) -> None:
+        for semaphore in self._posts:
+            semaphore.post()
+        observe = self.observe
+        start = 0.0 if observe is None else time.perf_counter()
+        for rank, semaphore in self._arrivals:
+            if not semaphore.try_wait():
+                self._segment.wait(semaphore, rank, doing, self._timeout_seconds)
+        self._step += 1
+        if observe is not None:
+            end = time.perf_counter()
+            if end - start > _SHORT_SECONDS:
+                observe("communication", self._since, start)
+                observe("waiting", start, end)
+                self._since = end
+
+    def _raise_broken(self) -> None:
+        if self._broken is not None:
+            raise ClusterError(
+                f"rank {self.rank} cannot use this group any more: {self._broken}. Make a new one, "
+                "or restart the job"
+            )
+
+
+class _Pending:
+    """A collective that was begun; ``wait`` does it."""
+
+    __slots__ = ("_group", "done", "error", "plan", "tensors", "weight")
+
+    def __init__(
+        self, group: SharedMemoryGroup, tensors: Sequence[Tensor], plan: _Plan, weight: float
+    ) -> None:
+        self._group = group
+        self.tensors = tensors
+        self.plan = plan
+        self.weight = weight
+        self.done = False
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Do this, and first what was begun before; returns when the result is in the tensors."""
+        if not self.done:
+            self._group._finish(self)
+        if self.error is not None:
+            raise self.error
+
+
+class _Piece(NamedTuple):
+    """A part of one tensor that lies in one chunk."""
+
+    tensor: int
+    tensor_offset: int
+    chunk_offset: int
+    n_bytes: int
+
+
+class _Block(NamedTuple):
+    """Elements of one dtype that lie side by side in a chunk."""
+
+    dtype: torch.dtype
+    chunk_offset: int
+    n_elements: int
+
+
+class _Reduction(NamedTuple):
+    """What is computed: the ranks that count with their weights, and by what the sum is divided."""
+
+    call: str
+    terms: tuple[tuple[int, float], ...]
+    divisors: dict[torch.dtype, Tensor] | None
+
+
+def _divisors(total: float) -> dict[torch.dtype, Tensor]:
+    """The sum of the weights as torch divides by it fastest: a tensor of the dividend's dtype."""
+    with torch.inference_mode(False):
+        return {t: torch.tensor(total, dtype=t) for t in (torch.float32, torch.float64)}
+
+
+class _Plan:
+    """Where tensors of given shapes and dtypes lie in the payload, and how it is cut.
+
+    The payload holds all tensors of one dtype, then all of the next, each dtype from a multiple of
+    64 bytes on; it is cut into chunks of a slot's size.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], call: str, src: int, rank: int, size: int
+    ) -> None:
+        _check(tensors, call)
+        self.call = call
+        self.src = src
+        self.n_tensors = len(tensors)
+        terms = tuple((r, 1.0) for r in range(size))
+        self.unweighted = _Reduction(call, terms, _divisors(size) if call == "mean" else None)
+        self._rank = rank
+        self._size = size
+        self._regions: list[tuple[torch.dtype, int, int]] = []
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for index, t in enumerate(tensors):
+            by_dtype.setdefault(t.dtype, []).append(index)
+        pieces: dict[int, list[_Piece]] = {}
+        end = 0
+        for dtype, indices in by_dtype.items():
+            start = end = aligned(end)
+            for index in indices:
+                n_bytes = tensors[index].numel() * dtype.itemsize
+                _cut(index, end, n_bytes, pieces)
+                end += n_bytes
+            self._regions.append((dtype, start, end))
+        self.filled = [index for index, t in enumerate(tensors) if t.numel()]
+        self.n_bytes = end
+        self.n_chunks = max(1, -(-end // _CHUNK_BYTES))
+        self.pieces = [pieces.get(k, []) for k in range(self.n_chunks)]
+        self._blocks: dict[int, list[_Block]] = {}
+        text = f"{call} {src} {[(tuple(t.shape), str(t.dtype)) for t in tensors]}"
+        self.digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+    def blocks(self, chunk: int) -> list[_Block]:
+        """What this rank reduces of a chunk: its share, or all if the payload is small."""
+        blocks = self._blocks.get(chunk)
+        if blocks is None:
+            blocks = self._blocks[chunk] = self._make_blocks(chunk)
+        return blocks
+
+    def _make_blocks(self, chunk: int) -> list[_Block]:
+        base = chunk * _CHUNK_BYTES
+        start, stop = base, min(base + _CHUNK_BYTES, self.n_bytes)
+        if self.n_bytes > _SMALL_BYTES:
+            share = aligned(-(-(stop - start) // self._size))
+            start, stop = start + self._rank * share, min(stop, start + (self._rank + 1) * share)
+        blocks = []
+        for dtype, first, last in self._regions:
+            low, high = max(start, first), min(stop, last)
+            step = _BLOCK_ELEMENTS * dtype.itemsize
+            for offset in range(low, high, step):
+                n_elements = (min(step, high - offset)) // dtype.itemsize
+                blocks.append(_Block(dtype, offset - base, n_elements))
+        return blocks
+
+
+def _check(tensors: Sequence[Tensor], call: str) -> None:
+    if call not in _CALLS:
+        raise ConfigError(f"op={call!r} is none of 'sum', 'mean', 'max'")
+    for index, t in enumerate(tensors):
+        if not t.is_cpu or t.layout is not torch.strided:
+            raise ConfigError(
+                f"tensor {index} is on {t.device} ({t.layout}); ranks share memory only for dense "
+                "tensors on the CPU: move it there, or use transport='torch'"
+            )
+        if t.dtype not in _DTYPES.get(call, {t.dtype}):
+            raise ConfigError(
+                f"tensor {index} is {t.dtype}, of which no {call} is taken; convert it (a mean "
+                "needs floats; bool has only 'max', which says whether any rank's is True)"
+            )
+
+
+def _check_memory(plan: _Plan, pointers: list[int]) -> None:
+    all_filled = len(plan.filled) == len(pointers)
+    used = pointers if all_filled else [pointers[index] for index in plan.filled]
+    if 0 in used:
+        raise ConfigError(
+            f"tensor {plan.filled[used.index(0)]} has no memory (a tensor subclass, or one whose "
+            "storage was given back); pass plain tensors"
+        )
+    if len(set(used)) < len(used):
+        # A large payload is copied out in part while other parts are still copied in.
+        raise ConfigError("two tensors of one call lie in the same memory; pass each only once")
+
+
+def _cut(index: int, start: int, n_bytes: int, pieces: dict[int, list[_Piece]]) -> None:
+    """Cut one tensor, which lies from byte ``start`` of the payload on, at the ends of chunks."""
+    done = 0
+    while done < n_bytes:
+        chunk, offset = divmod(start + done, _CHUNK_BYTES)
+        length = min(n_bytes - done, _CHUNK_BYTES - offset)
+        pieces.setdefault(chunk, []).append(_Piece(index, done, offset, length))
+        done += length
+
+
+def _copy_in(pieces: list[_Piece], pointers: list[int], slot: int) -> None:
+    for index, tensor_offset, chunk_offset, n_bytes in pieces:
+        _copy_long(slot + chunk_offset, pointers[index] + tensor_offset, n_bytes)
+
+
+def _copy_out(pieces: list[_Piece], pointers: list[int], slot: int) -> None:
+    for index, tensor_offset, chunk_offset, n_bytes in pieces:
+        _copy_long(pointers[index] + tensor_offset, slot + chunk_offset, n_bytes)
+
+
+def _reduce(reduction: _Reduction, slots: list[Tensor], out: Tensor, scratch: Tensor) -> None:
+    """Reduce one block of all slots, in the order of ranks.
+
+    Args:
+        reduction: what to compute.
+        slots: by rank, each of shape [n] with n <= 32768.
+        out: shape [n], the same dtype.
+        scratch: uint8 of shape [2, 32768 * 8].
+    """
+    call, terms, divisors = reduction
+    if call == "max":
+        out.copy_(slots[0])
+        for slot in slots[1:]:
+            torch.maximum(out, slot, out=out)
+        return
+    n = out.numel()
+    half = out.dtype in _HALF
+    total = scratch[0].view(torch.float32)[:n] if half else out
+    (first, weight), others = terms[0], terms[1:]
+    if others and weight == others[0][1] == 1.0 and not half:
+        torch.add(slots[first], slots[others[0][0]], out=total)
+        others = others[1:]
+    else:
+        total.copy_(slots[first])
+        if weight != 1.0:
+            total.mul_(weight)
+    for rank, weight in others:
+        term = slots[rank]
+        if weight != 1.0:
+            # Not add's alpha: that rounds once where a product and a sum round twice, or not,
+            # depending on the processor.
+            product = scratch[1].view(total.dtype)[:n]
+            term = product.copy_(term).mul_(weight)
+        total.add_(term)
+    if divisors is not None:
+        total.div_(divisors[total.dtype])
+    if half:
+        out.copy_(total)
+
+
+def _header_offset(size: int, parity: int, rank: int) -> int:
+    return (parity * size + rank) * _HEADER_BYTES
+
+
+def _slot_offset(size: int, parity: int, rank: int) -> int:
+    return aligned(2 * size * _HEADER_BYTES, 4096) + (parity * (size + 1) + rank) * _CHUNK_BYTES
+
+
+def _result_offset(size: int, parity: int) -> int:
+    return _slot_offset(size, parity, size)
+
+
+def _memory_bytes(size: int) -> int:
+    return _slot_offset(size, 1, size) + _CHUNK_BYTES
+
+
+def _describe(call: int, src: int, n_tensors: int, n_bytes: int) -> str:
+    op = _CALLS[call]
+    name = f"broadcast(src={src})" if op == "broadcast" else f"all_reduce(op={op!r})"
+    return f"{name} of {n_tensors} tensors, {n_bytes} bytes"

@@ -1,0 +1,236 @@
+"""Which part of a loader's batches each replica trains on, and with which weight.
+
+The batches of an epoch are numbered; batch i goes to replica i modulo the number of replicas, and a
+step takes ``gradient_accumulation_steps`` batches on every replica. So the samples of a step are the
+same whatever the number of replicas, every sample is used exactly once, and all replicas make the
+same number of steps: where the epoch ends unevenly, some replicas get fewer samples, or none, and a
+smaller weight in the mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from scaledtrain.errors import ConfigError
+
+__all__ = ["ReplicaLoader", "StepBatch", "count_samples"]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one replica trains on in one step."""
+
+    microbatches: list[Any]
+    """As the loader gives them, on the replica's device; empty if the epoch left this one nothing."""
+    sizes: list[int]
+    """Samples in each microbatch."""
+    weight: float = 1.0
+    """Samples here relative to a full step's: this replica's weight in a mean over replicas."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in all microbatches."""
+        return sum(self.sizes)
+
+
+def count_samples(batch: Any) -> int:
+    """Length of the first dimension of the first tensor (or list) in a batch."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        return count_samples(next(iter(batch.values())))
+    if isinstance(batch, (tuple, list)) and batch:
+        first = batch[0]
+        return (
+            count_samples(first)
+            if isinstance(first, (Tensor, Mapping, tuple, list))
+            else len(batch)
+        )
+    return 1
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
+
+
+class _EveryNth:
+    """The batches of one replica from a sampler that yields batches of indices."""
+
+    def __init__(self, sampler: Iterable[Any], rank: int, replicas: int) -> None:
+        self._sampler = sampler
+        self._rank = rank
+        self._replicas = replicas
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._sampler), self._rank, None, self._replicas)
+
+    def __len__(self) -> int:
+        total: int = len(self._sampler)  # type: ignore[arg-type]
+        return len(range(self._rank, total, self._replicas))
+
+
+def _seedable(sampler: Any) -> Any:
+    """The random sampler inside ``sampler``, if there is one of torch's."""
+    while isinstance(sampler, BatchSampler):
+        sampler = sampler.sampler
+    random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    return sampler if isinstance(sampler, random) else None
+
+
+class ReplicaLoader:
+    """One replica's share of any loader, step by step.
+
+    Args:
+        loader: a ``DataLoader`` over a map-style data set (only this replica's samples are read; a
+            random sampler of torch's is seeded by (seed, epoch), equally everywhere), a
+            ``DataLoader`` over an ``IterableDataset``, or any iterable of batches that is the same
+            on every replica (each then reads all batches and keeps its own).
+        rank: this replica.
+        replicas: how many there are.
+        accumulation: batches of a step on each replica.
+        seed: of the order of the samples and of the loader's workers.
+        device: where the batches go.
+
+    Raises:
+        ConfigError: the loader already shards (``DistributedSampler``), or has no batch.
+
+    Example:
+        >>> batches = [torch.full((2, 1), float(i)) for i in range(5)]  # 5 batches of 2 samples
+        >>> [[len(s.microbatches) for s in ReplicaLoader(batches, rank=r, replicas=2).epoch(0)]
+        ...  for r in (0, 1)]
+        [[1, 1, 1], [1, 1, 0]]
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        rank: int = 0,
+        replicas: int = 1,
+        accumulation: int = 1,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self._rank = rank
+        self._replicas = replicas
+        self._accumulation = accumulation
+        self._seed = seed
+        self._device = device if device is not None and device.type != "cpu" else None
+        self._random: Any = None
+        self._nominal_size: int | None = None
+        self._total: int | None = None
+        self._own: Iterable[Any] = loader
+        self._reads_all = True
+        if isinstance(loader, DataLoader):
+            self._nominal_size = loader.batch_size
+            if not isinstance(loader.dataset, IterableDataset):
+                self._shard(loader)
+
+    def _shard(self, loader: DataLoader[Any]) -> None:
+        """Rebuild a map-style loader so that it reads only this replica's batches."""
+        one_by_one = loader.batch_sampler is None  # batch_size=None: the sampler yields the batches
+        sampler: Any = copy.copy(loader.sampler if one_by_one else loader.batch_sampler)
+        if isinstance(sampler, BatchSampler):
+            sampler.sampler = copy.copy(sampler.sampler)
+            self._nominal_size = sampler.batch_size
+        if isinstance(loader.sampler, DistributedSampler) or isinstance(
+            getattr(sampler, "sampler", None), DistributedSampler
+        ):
+            raise ConfigError(
+                "the loader has a DistributedSampler, but the Trainer shards loaders itself, so "
+                "most samples would never be seen; pass the loader as for one process (shuffle=True)"
+            )
+        try:
+            self._total = len(sampler)
+        except TypeError:  # a sampler without a length: read everything, keep what is ours
+            return
+        self._random = _seedable(sampler)
+        own = _EveryNth(sampler, self._rank, self._replicas)
+        options: dict[str, Any] = {"sampler": own, "batch_size": None}
+        self._own = DataLoader(
+            loader.dataset,
+            **(options if one_by_one else {"batch_sampler": own}),
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator().manual_seed(self._seed + self._rank),
+            prefetch_factor=loader.prefetch_factor,
+            persistent_workers=loader.persistent_workers,
+        )
+        self._reads_all = False
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch, the same on every replica; None if only the end will tell."""
+        if self._total is None:
+            return None
+        return math.ceil(self._total / (self._replicas * self._accumulation))
+
+    def epoch(self, epoch: int) -> Iterator[StepBatch]:
+        """The steps of one epoch; the same order of samples for the same (seed, epoch)."""
+        if self._random is not None:
+            self._random.generator = torch.Generator().manual_seed(self._seed + epoch)
+        steps = self._from_all() if self._reads_all else self._from_own()
+        empty = True
+        for step in steps:
+            empty = False
+            yield step
+        if empty:
+            raise ConfigError(
+                "the loader has no batch; check the data set's length and drop_last (a batch_size "
+                "larger than the data set with drop_last=True leaves nothing)"
+            )
+
+    def _from_own(self) -> Iterator[StepBatch]:
+        """Steps of a loader that yields only this replica's batches."""
+        assert self._total is not None
+        window = self._replicas * self._accumulation
+        batches = iter(self._own)
+        for start in range(0, self._total, window):
+            stop = min(start + window, self._total)
+            count = len(range(start + self._rank, stop, self._replicas))
+            yield self._step(list(islice(batches, count)))
+
+    def _from_all(self) -> Iterator[StepBatch]:
+        """Steps of an iterable that yields all replicas' batches."""
+        batches = iter(self._own)
+        while window := list(islice(batches, self._replicas * self._accumulation)):
+            if self._nominal_size is None:
+                self._nominal_size = count_samples(window[0])
+            yield self._step(window[self._rank :: self._replicas])
+
+    def _step(self, microbatches: list[Any]) -> StepBatch:
+        sizes = [count_samples(batch) for batch in microbatches]
+        if self._device is not None:
+            microbatches = [_to(batch, self._device) for batch in microbatches]
+        # Without a nominal size the weights are plain counts: only their ratios matter.
+        weight = sum(sizes) / ((self._nominal_size or 1) * self._accumulation)
+        return StepBatch(microbatches, sizes, weight)

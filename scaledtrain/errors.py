@@ -1,0 +1,52 @@
+"""Every exception that scaledtrain raises on purpose.
+
+    ScaledTrainError
+    ├── ConfigError            what was asked for cannot be: a wrong key, size, model or loader
+    ├── NonFiniteLossError     the loss became NaN or infinite
+    └── ClusterError           the ranks of one job cannot work together
+        ├── RendezvousError    they never met: a missing rank, a port in use
+        ├── WaitTimeoutError   one waited too long for another
+        └── PeerLostError      one died
+
+A message says what was given, why it cannot be, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ClusterError",
+    "ConfigError",
+    "NonFiniteLossError",
+    "PeerLostError",
+    "RendezvousError",
+    "ScaledTrainError",
+    "WaitTimeoutError",
+]
+
+
+class ScaledTrainError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class ConfigError(ScaledTrainError, ValueError):
+    """What was asked for cannot be done as asked."""
+
+
+class NonFiniteLossError(ScaledTrainError, ArithmeticError):
+    """The loss became NaN or infinite."""
+
+
+class ClusterError(ScaledTrainError, RuntimeError):
+    """The ranks of one job cannot work together."""
+
+
+class RendezvousError(ClusterError):
+    """The ranks never met: one is missing, or the port is taken."""
+
+
+class WaitTimeoutError(ClusterError, TimeoutError):
+    """One rank waited too long for another; the message names both."""
+
+
+class PeerLostError(ClusterError):
+    """A rank that another one needs has died."""

@@ -1,0 +1,261 @@
+"""What a run records: JSON lines on every rank, TensorBoard and a console on rank 0.
+
+Between two records nothing touches the device's results: losses stay tensors, times are sums of
+host clocks. A record is made every ``log_every`` steps, and only then the host waits for values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch import Tensor
+
+from scaledtrain.console import Console
+from scaledtrain.errors import ConfigError, NonFiniteLossError
+from scaledtrain.timeline import Timeline
+
+__all__ = ["Metrics"]
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Metrics:
+    """Collects the steps of one rank and writes them down at intervals.
+
+    A record (one JSON object a line in ``metrics-rank<r>.jsonl``; the same names in TensorBoard)
+    holds, over the steps since the last one:
+
+    * ``step``: updates made to the parameters; ``seconds``: since fit began;
+    * ``loss``: mean over this replica's samples; ``learning_rate``: of the next update;
+    * ``grad_norm``: 2-norm of this replica's gradient at the record's step, before clipping;
+    * ``samples_per_second``: of all replicas together; ``step_seconds``: mean of this replica;
+    * ``data_seconds``, ``compute_seconds``, ``communication_seconds``, ``waiting_seconds``,
+      ``evaluation_seconds``: the parts of ``step_seconds``;
+    * ``staleness_mean``, ``staleness_max``, ``staleness_counts`` (value -> pushes), where there is
+      one;
+    * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
+
+    An evaluation is a line with ``kind`` ``"evaluation"``. With a traced timeline
+    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began.
+
+    A crash loses the records since the last interval; every line written is whole.
+
+    Args:
+        run_dir: folder for files; None writes none.
+        rank: this rank.
+        timeline: where the time parts come from.
+        device: whose memory is reported.
+        log_every: steps between records, at least 1.
+        console: whether rank 0 shows progress on stderr.
+        tensorboard: whether rank 0 writes TensorBoard events to ``run_dir/tensorboard``.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        *,
+        rank: int,
+        timeline: Timeline,
+        device: torch.device,
+        log_every: int = 50,
+        console: bool = True,
+        tensorboard: bool = True,
+    ) -> None:
+        if log_every < 1:
+            raise ConfigError(f"log_every is {log_every}; it is the steps between records, >= 1")
+        self.log_every = log_every
+        self._rank = rank
+        self._timeline = timeline
+        self._device = device
+        self._show = console and rank == 0
+        self._console = Console(None, False)
+        self._lines: TextIO | None = None
+        self._trace: TextIO | None = None
+        self._events: EventFileWriter | None = None
+        if run_dir is not None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._lines = (run_dir / f"metrics-rank{rank}.jsonl").open("a", encoding="utf-8")
+            self._trace_path = run_dir / f"trace-rank{rank}.jsonl"
+            if tensorboard and rank == 0:
+                self._events = EventFileWriter(str(run_dir / "tensorboard"))
+        self._begin = timeline.now()
+        self._forget(0)
+
+    def _forget(self, step: int) -> None:
+        self._first_step = step
+        self._since = self._timeline.now()
+        self._steps = 0
+        self._samples = 0
+        self._losses: list[Tensor] = []
+        self._staleness: dict[int, int] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Since fit began."""
+        return self._timeline.now() - self._begin
+
+    def start(self, step: int, total: int | None) -> None:
+        """A fit begins at this step."""
+        self._console = Console(total, self._show)
+        self._begin = self._timeline.now()
+        self._timeline.drain()
+        self._forget(step)
+
+    def due(self) -> bool:
+        """Whether the step under way will make a record."""
+        return self._steps + 1 >= self.log_every
+
+    def saw_staleness(self, staleness: int | None) -> None:
+        """Count one pushed gradient's staleness."""
+        if staleness is not None:
+            self._staleness[staleness] = self._staleness.get(staleness, 0) + 1
+
+    def record(
+        self,
+        step: int,
+        loss: Tensor,
+        samples: int,
+        *,
+        grad_norm: Tensor | None,
+        learning_rate: float,
+        gradients_per_step: int,
+    ) -> None:
+        """Take note of a step; makes a record when one is due.
+
+        Raises:
+            NonFiniteLossError: at a record, if a loss since the last one was NaN or infinite.
+        """
+        self._steps += 1
+        self._samples += samples
+        if samples:
+            self._losses.append(loss)
+        self._console.advance(step)
+        if self._steps >= self.log_every:
+            self.flush(step, grad_norm, learning_rate, gradients_per_step)
+
+    def flush(
+        self,
+        step: int,
+        grad_norm: Tensor | None,
+        learning_rate: float,
+        gradients_per_step: int,
+    ) -> None:
+        """Make a record of the steps since the last one."""
+        if self._steps == 0:
+            return
+        loss = self._finite_mean_loss(step)
+        elapsed = max(self._timeline.now() - self._since, 1e-9)
+        phases, spans = self._timeline.drain()
+        gradients = (step - self._first_step) * gradients_per_step
+        values: dict[str, float] = {
+            "learning_rate": learning_rate,
+            "samples_per_second": gradients * (self._samples / self._steps) / elapsed,
+            "step_seconds": elapsed / self._steps,
+            "memory_bytes": _peak_memory_bytes(self._device),
+        }
+        if loss is not None:
+            values["loss"] = loss
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
+        for phase in ("data", "compute", "communication", "waiting", "evaluation"):
+            values[f"{phase}_seconds"] = phases.get(phase, 0.0) / self._steps
+        if self._staleness:
+            count = sum(self._staleness.values())
+            values["staleness_mean"] = sum(s * n for s, n in self._staleness.items()) / count
+            values["staleness_max"] = max(self._staleness)
+        self._write("step", step, values, steps=self._steps, staleness_counts=self._staleness)
+        if spans:
+            self._write_trace(
+                [[s.phase, s.start - self._begin, s.end - self._begin] for s in spans]
+            )
+        text = (
+            f"loss {values.get('loss', math.nan):.4f}  {values['samples_per_second']:.0f} samples/s"
+        )
+        if self._staleness:
+            text += f"  staleness {values['staleness_mean']:.1f}"
+        self._console.show(step, text)
+        self._forget(step)
+
+    def _finite_mean_loss(self, step: int) -> float | None:
+        if not self._losses:
+            return None
+        losses = torch.stack(self._losses).float()
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            first = int((~finite).nonzero()[0])
+            ago = len(losses) - first - 1
+            when = f"step {step}" if ago == 0 else f"{ago} of its steps before step {step}"
+            raise NonFiniteLossError(
+                f"the loss of rank {self._rank} was {losses[first].item()} {when}; lower the "
+                "learning rate, clip gradients (max_grad_norm=1.0), or look for NaN in the inputs"
+            )
+        return float(losses.mean())
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Write down an evaluation."""
+        self._write("evaluation", step, values)
+        self._console.say(
+            f"step {step}  {self.seconds:.1f} s  evaluation: "
+            + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        )
+
+    def say(self, text: str) -> None:
+        """Show a line on rank 0."""
+        Console(None, self._show).say(text)
+
+    def _write(self, kind: str, step: int, values: dict[str, float], **more: Any) -> None:
+        if self._lines is not None:
+            record = {"kind": kind, "step": step, "seconds": self.seconds, **values, **more}
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        if self._events is not None:
+            prefix = "evaluation" if kind == "evaluation" else "train"
+            summary = Summary(
+                value=[
+                    Summary.Value(tag=f"{prefix}/{k}", simple_value=v) for k, v in values.items()
+                ]
+            )
+            self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write_trace(self, rows: list[list[Any]]) -> None:
+        if self._lines is None:
+            return
+        if self._trace is None:
+            self._trace = self._trace_path.open("a", encoding="utf-8")
+        self._trace.writelines(json.dumps(row) + "\n" for row in rows)
+        self._trace.flush()
+
+    def finish(self) -> None:
+        """The fit is over: what is written is on its way to the disk, the bar is gone."""
+        self._console.close()
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Close all files."""
+        self.finish()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        for file in (self._lines, self._trace):
+            if file is not None:
+                file.close()
+        self._lines = self._trace = None

@@ -1,0 +1,339 @@
+"""How the ranks of a job find each other: plain python, torchrun or Slurm, CPU or GPU.
+
+    link = connect()        # a Link: the group of all replicas, and a place for servers
+    ...
+    link.close()
+
+Works the same for one process as for many. Nothing here waits longer than its timeout, and a wait
+that fails names the ranks that are missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaledtrain.comm.host import DirectStore, ServerHost
+from scaledtrain.comm.local import LocalGroup
+from scaledtrain.comm.point_to_point import TorchServerWire, TorchWorkerWire
+from scaledtrain.comm.process_group import TorchGroup
+from scaledtrain.comm.protocols import Group, Store
+from scaledtrain.comm.remote_store import RemoteStore, ServerWire, WorkerWire, serve_in_thread
+from scaledtrain.comm.shared_group import SharedMemoryGroup
+from scaledtrain.comm.shared_memory import SharedSegment
+from scaledtrain.comm.shared_wire import (
+    SharedServerWire,
+    SharedWorkerWire,
+    connect_mailboxes,
+)
+from scaledtrain.errors import ConfigError, RendezvousError
+from scaledtrain.timeline import Timeline
+
+if TYPE_CHECKING:
+    from scaledtrain.server import Server
+
+__all__ = ["Connection", "RankInfo", "Transport", "connect"]
+
+Transport = Literal["auto", "shared_memory", "torch"]
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Which process of the job this one is, and where all meet."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    master_address: str = "127.0.0.1"
+    master_port: int = 29500
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> RankInfo:
+        """Read torchrun's variables, else those of a Slurm step (srun), else: one process.
+
+        Raises:
+            ConfigError: the variables contradict each other.
+        """
+        if "RANK" in env and "WORLD_SIZE" in env:
+            info = cls(
+                int(env["RANK"]),
+                int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", "0")),
+                env.get("MASTER_ADDR", "127.0.0.1"),
+                int(env.get("MASTER_PORT", "29500")),
+            )
+        elif "SLURM_STEP_NUM_TASKS" in env:
+            info = cls(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env["SLURM_LOCALID"]),
+                env.get("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"])),
+                # Jobs that share a node differ in their id, so they get different ports.
+                int(env.get("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 10000))),
+            )
+        else:
+            info = cls()
+        if not 0 <= info.rank < info.size:
+            raise ConfigError(
+                f"rank {info.rank} of {info.size} cannot be: ranks go from 0 to {info.size - 1}; "
+                "check RANK and WORLD_SIZE"
+            )
+        return info
+
+
+def _first_host(nodes: str) -> str:
+    """First name of a Slurm node list: ``gpu[03-07,12],login1`` -> ``gpu03``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise ConfigError(f"cannot read the Slurm node list {nodes!r}; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+def _choose_device(info: RankInfo, device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", info.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _meet(info: RankInfo, timeout_seconds: float) -> dist.Store:
+    """The key-value store of the job, once every rank has come to it."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    where = f"{info.master_address}:{info.master_port}"
+    timeout = timedelta(seconds=timeout_seconds)
+    is_master = info.rank == 0 and not agent
+    if is_master:
+        _check_port(info)
+    try:
+        store: dist.Store = dist.TCPStore(
+            info.master_address,
+            info.master_port,
+            info.size,
+            is_master=is_master,
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        raise RendezvousError(
+            f"rank {info.rank} of {info.size} found no rank 0 at {where} within "
+            f"{timeout_seconds:g} s; start it, or check MASTER_ADDR, MASTER_PORT and firewalls "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"scaledtrain/{attempt}", store)
+    store.set(f"here/{info.rank}", "1")
+    keys = [f"here/{rank}" for rank in range(info.size)]
+    try:
+        store.wait(keys, timeout)
+    except (RuntimeError, dist.DistError) as error:
+        missing = [str(rank) for rank, key in enumerate(keys) if not _has(store, key)]
+        raise RendezvousError(
+            f"rank {info.rank} waited {timeout_seconds:g} s at {where} for rank"
+            f"{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {info.size}, which did not "
+            "come; see whether it started (its own output, or the scheduler's), that WORLD_SIZE is "
+            "the number of processes, and that no firewall is between"
+        ) from error
+    return store
+
+
+def _has(store: dist.Store, key: str) -> bool:
+    try:
+        return store.check([key])
+    except (RuntimeError, dist.DistError):
+        return False
+
+
+def _check_port(info: RankInfo) -> None:
+    """Find out whether rank 0 can listen, since the store's own error does not say what to do."""
+    family = socket.AF_INET6 if ":" in info.master_address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", info.master_port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return
+            raise RendezvousError(
+                f"port {info.master_port} on {info.master_address} is in use by another program, "
+                "so rank 0 cannot be met there; set MASTER_PORT (torchrun: --master-port) to a "
+                "free port, or use torchrun --standalone, which finds one"
+            ) from error
+
+
+class Connection:
+    """The real world as a strategy meets it; see `connect`.
+
+    Attributes:
+        info: this rank's place in the job.
+        device: where this rank computes.
+        group: all replicas.
+        timeline: what this rank spent its time on.
+        store: the job's key-value store; None for a job of one process.
+        transport: ``"local"``, ``"shared_memory"`` or ``"torch"``: how ``group`` moves its bytes.
+    """
+
+    def __init__(
+        self, info: RankInfo, device: torch.device, timeout_seconds: float, transport: Transport
+    ) -> None:
+        self.info = info
+        self.device = device
+        self.timeline = Timeline(device)
+        self.timeout_seconds = timeout_seconds
+        self.store: dist.Store | None = None
+        self.transport = "local"
+        self.group: Group = LocalGroup()
+        self._owns_process_group = False
+        self._shared: SharedMemoryGroup | None = None
+        self._stores: list[Store] = []
+        if info.size > 1 or dist.is_initialized():
+            self._connect(transport)
+
+    def _connect(self, transport: Transport) -> None:
+        info, timeout = self.info, timedelta(seconds=self.timeout_seconds)
+        if dist.is_initialized():
+            self.store = dist.PrefixStore("scaledtrain", dist.distributed_c10d._get_default_store())
+        else:
+            self.store = _meet(info, self.timeout_seconds)
+            cuda = self.device.type == "cuda"
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=dist.PrefixStore("process_group", self.store),
+                rank=info.rank,
+                world_size=info.size,
+                timeout=timeout,
+                device_id=self.device if cuda else None,
+            )
+            self._owns_process_group = True
+        world = dist.group.WORLD
+        assert world is not None
+        if transport != "torch" and self.device.type == "cpu":
+            self._shared = SharedMemoryGroup.connect(
+                info.rank,
+                info.size,
+                dist.PrefixStore("shared_memory", self.store),
+                self.timeout_seconds,
+            )
+        if self._shared is not None:
+            self._shared.observe = self.timeline.add
+            self.group, self.transport = self._shared, "shared_memory"
+        elif transport == "shared_memory":
+            raise ConfigError(
+                "transport is 'shared_memory', but the ranks are not all on one Linux host (or in "
+                "one container) with CPU tensors; use 'auto' or 'torch'"
+            )
+        else:
+            self.group = TorchGroup(world, self.store, self.timeline, self.timeout_seconds)
+            self.transport = "torch"
+
+    def serve(self, like: Sequence[Tensor], make_server: Callable[[], Server]) -> Store:
+        """Start a server on rank 0 and connect every rank to it; all ranks call this together."""
+        host = ServerHost(make_server(), self.timeout_seconds) if self.info.rank == 0 else None
+        if self.store is None:
+            assert host is not None
+            return self._keep(DirectStore(host, 0, self.timeline))
+        others = range(1, self.info.size)
+        like = [torch.empty_like(t, device="cpu") for t in like]
+        segment: SharedSegment | None = None
+        if self._shared is not None:
+            segment = connect_mailboxes(
+                self.store, self.info.rank, self.info.size, like, 0, self.timeout_seconds
+            )
+        wires: list[ServerWire]
+        if segment is not None:
+            if host is None:
+                wire: WorkerWire = SharedWorkerWire(segment, like, 0, self.timeout_seconds)
+                return self._keep(RemoteStore(wire, self.timeline))
+            wires = [SharedServerWire(segment, worker, like) for worker in others]
+        else:
+            # The server's threads wait for requests however long a worker computes; a dead one is
+            # noticed by its broken connection, not by time.
+            group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+            assert group is not None
+            if host is None:
+                wire = TorchWorkerWire(like, 0, group, self.store, self.timeout_seconds)
+                return self._keep(RemoteStore(wire, self.timeline))
+            wires = [TorchServerWire(like, worker, group) for worker in others]
+        joins = [serve_in_thread(host, w, wire) for w, wire in zip(others, wires, strict=True)]
+
+        def end() -> None:
+            for join in joins:
+                join(self.timeout_seconds)
+            if segment is not None:
+                segment.close()
+
+        return self._keep(DirectStore(host, 0, self.timeline, on_close=end))
+
+    def _keep(self, store: Store) -> Store:
+        self._stores.append(store)
+        return store
+
+    def close(self) -> None:
+        """Leave the job: end servers, give back memory and connections. All ranks call it."""
+        for store in self._stores:
+            store.close()
+        self._stores.clear()
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+        if self._owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self.group, self.store = LocalGroup(), None
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+
+
+def connect(
+    *,
+    device: str | torch.device | None = None,
+    transport: Transport = "auto",
+    timeout_seconds: float = 300.0,
+) -> Connection:
+    """Join this process to its job and return the link to the other ranks.
+
+    Who takes part is read from the environment (torchrun's or Slurm's); without either the job is
+    this process alone. An already initialised torch.distributed is used as it is.
+
+    Args:
+        device: where this rank computes; default: its own GPU if there is one, else the CPU.
+        transport: ``"shared_memory"``: through memory that ranks on one Linux host share (CPU
+            tensors), ``"torch"``: torch.distributed (gloo, NCCL); ``"auto"``: the first if possible.
+        timeout_seconds: the longest that any rank waits for another, now and later.
+
+    Raises:
+        RendezvousError: ranks are missing, or the port is in use.
+        ConfigError: the environment's variables contradict each other, or the transport is
+            impossible here.
+
+    Example:
+        >>> with connect() as link:
+        ...     link.group.size
+        1
+    """
+    if transport not in ("auto", "shared_memory", "torch"):
+        raise ConfigError(
+            f"transport is {transport!r}; it can be: 'auto', 'shared_memory', 'torch'"
+        )
+    info = RankInfo.from_environment()
+    return Connection(info, _choose_device(info, device), timeout_seconds, transport)

@@ -1,0 +1,149 @@
+"""One replica as a strategy sees it: local tensors, their gradients, and how they are updated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from scaledtrain.errors import ConfigError
+
+__all__ = ["MakeOptimizer", "MakeScheduler", "Replica", "Updater"]
+
+MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+
+class Updater:
+    """An optimizer and its learning-rate schedule, which advance together, once per update.
+
+    A schedule so tied to the updates cannot be stepped once per rank or once per microbatch by
+    mistake, wherever the updates are made: on every replica, or on a server.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        make_optimizer: MakeOptimizer,
+        make_scheduler: MakeScheduler | None = None,
+    ) -> None:
+        self.optimizer = make_optimizer(named_parameters)
+        if not isinstance(self.optimizer, Optimizer):
+            raise ConfigError(
+                f"the optimizer factory returned {type(self.optimizer).__name__}, not a "
+                "torch.optim.Optimizer; pass e.g. functools.partial(torch.optim.SGD, lr=0.1)"
+            )
+        self._scheduler = make_scheduler(self.optimizer) if make_scheduler else None
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update (of the first parameter group)."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """Make one update from the parameters' ``.grad``."""
+        self.optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the state of the optimizer and of the schedule."""
+        scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
+        # Copied here and below, since torch's own dictionaries share the tensors in use.
+        return copy.deepcopy({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if self._scheduler is not None and state["scheduler"] is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+
+
+class Replica:
+    """The trainable tensors of one copy of a model, and the recipe of their optimizer.
+
+    Args:
+        model: any module with at least one parameter that requires a gradient.
+        make_optimizer: makes the optimizer from (name, parameter) pairs; it is called where the
+            updates are made, so pass a factory: ``functools.partial(torch.optim.SGD, lr=0.1)``.
+        make_scheduler: makes the learning-rate schedule from the optimizer; one step per update.
+
+    Raises:
+        ConfigError: the model has nothing to train, or ``make_optimizer`` is an optimizer.
+
+    Example:
+        >>> from functools import partial
+        >>> replica = Replica(nn.Linear(2, 1), partial(torch.optim.SGD, lr=0.1))
+        >>> [tuple(p.shape) for p in replica.parameters]
+        [(1, 2), (1,)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        make_scheduler: MakeScheduler | None = None,
+    ) -> None:
+        if isinstance(make_optimizer, Optimizer):
+            name = type(make_optimizer).__name__
+            raise ConfigError(
+                f"optimizer is a {name} already made, but a strategy may keep the parameters that "
+                "are updated elsewhere (on a server); pass a factory instead: "
+                f"functools.partial(torch.optim.{name}, lr=...)"
+            )
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ConfigError(
+                f"{type(model).__name__} has no parameter with requires_grad=True, so there is "
+                "nothing to train; unfreeze a part of it"
+            )
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        self.buffers = list(model.buffers())
+        # Frozen parameters are not trained but must be equal everywhere like all other state.
+        self.frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._make_optimizer = make_optimizer
+        self._make_scheduler = make_scheduler
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.parameters[0].device
+
+    def updater(self, parameters: Sequence[nn.Parameter] | None = None) -> Updater:
+        """Make the optimizer over ``parameters``: this replica's own, or a server's copy of them."""
+        own = self.parameters if parameters is None else parameters
+        named = zip(self.names, own, strict=True)
+        return Updater(list(named), self._make_optimizer, self._make_scheduler)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients (they become None, so that backward need not add to zeros)."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Gradient of every parameter, in order; a missing one is made: it counts as zero."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of all gradients together, a scalar on the replica's device."""
+        present = [p.grad for p in self.parameters if p.grad is not None]
+        return nn.utils.get_total_norm(present)
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their norm is at most ``max_norm``; returns the norm before."""
+        norm: Tensor = nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        return norm
+
+    @torch.no_grad()
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Copy values into the parameters, in order."""
+        torch._foreach_copy_([p.data for p in self.parameters], list(tensors))

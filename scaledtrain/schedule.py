@@ -1,0 +1,167 @@
+"""In which order a replica runs the forward and backward passes of one step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.errors import ConfigError
+from scaledtrain.precision import Precision
+
+__all__ = ["LossFn", "MicrobatchLoop", "Schedule", "Slowdown", "SlowedSchedule", "call_model"]
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+class Schedule(Protocol):
+    """Runs one step's microbatches; their gradients add up in the parameters' ``.grad``."""
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """Run forward and backward.
+
+        Returns:
+            The mean loss over the batch's samples, a detached scalar on the device. The gradients
+            are those of this mean.
+        """
+
+
+def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> tuple[Any, Tensor]:
+    """Outputs and loss of one microbatch: ``model(**batch).loss``, or ``loss_fn(model(x), y)``."""
+    if loss_fn is None:
+        outputs = model(**batch) if isinstance(batch, Mapping) else model(*_as_tuple(batch))
+        loss = _own_loss(outputs)
+        if loss is None:
+            raise ConfigError(
+                "no loss_fn was given, and the model returned "
+                f"{type(outputs).__name__} without a .loss; pass loss_fn(outputs, targets), or "
+                "put the labels into the batch so that the model computes its loss"
+            )
+    else:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ConfigError(
+                f"with a loss_fn each batch must be (inputs, targets); the loader gave "
+                f"{_describe(batch)}. For a dict batch leave out loss_fn and let the model return "
+                "its loss"
+            )
+        inputs, targets = batch
+        outputs = model(inputs)
+        loss = loss_fn(outputs, targets)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(
+            f"the loss must be one number (a zero-dimensional tensor), not {shape}; "
+            "average it over the batch, e.g. loss.mean()"
+        )
+    return outputs, loss
+
+
+def _own_loss(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    return getattr(outputs, "loss", None)
+
+
+def _as_tuple(batch: Any) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)}"
+    return f"a {type(batch).__name__}"
+
+
+class MicrobatchLoop:
+    """Microbatches one after another on one device: plain training and gradient accumulation.
+
+    The gradient is that of the mean loss over all samples of the step, also when the last
+    microbatch is smaller: loss i counts n_i / sum_j n_j.
+
+    Args:
+        model: called as ``model(inputs)``, or as ``model(**batch)`` when there is no ``loss_fn``.
+        loss_fn: ``loss_fn(outputs, targets)``, the mean over the microbatch's samples, a scalar.
+        precision: its ``autocast`` and ``scale`` are used.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], loss_fn: LossFn | None, precision: Precision
+    ) -> None:
+        self.model = model
+        self._loss_fn = loss_fn
+        self._precision = precision
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """Run forward and backward for each microbatch."""
+        total: Tensor | None = None
+        for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
+            with self._precision.autocast():
+                _, loss = call_model(self.model, microbatch, self._loss_fn)
+            if size != batch.samples:
+                loss = loss * (size / batch.samples)
+            self._precision.scale(loss).backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach()
+            total = loss if total is None else total + loss
+        if total is None:  # this replica has no samples left in a step that others still make
+            return torch.zeros(())
+        return total
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """A handicap for experiments with stragglers.
+
+    Args:
+        factors: rank -> how many times longer its compute takes (4.0: four times), at least 1.
+        min_compute_seconds: pretend that the device needs at least this long for a step. With it a
+            few cores can stand for many devices, since a sleeping rank uses no core.
+
+    Raises:
+        ConfigError: a factor below 1 or a negative time.
+    """
+
+    factors: Mapping[int, float]
+    min_compute_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for rank, factor in self.factors.items():
+            if factor < 1.0:
+                raise ConfigError(
+                    f"slowdown of rank {rank} is {factor}; a factor is >= 1 (4.0 makes the rank "
+                    "four times slower): slow down the other ranks instead"
+                )
+        if self.min_compute_seconds < 0:
+            raise ConfigError(f"min_compute_seconds is {self.min_compute_seconds}; it is >= 0")
+
+    def wrap(self, schedule: Schedule, rank: int) -> Schedule:
+        """The schedule as this rank is to run it."""
+        factor = self.factors.get(rank, 1.0)
+        if factor == 1.0 and self.min_compute_seconds == 0.0:
+            return schedule
+        return SlowedSchedule(schedule, factor, self.min_compute_seconds)
+
+
+class SlowedSchedule:
+    """Sleeps after each step, so that computing takes ``factor`` times as long as it really did."""
+
+    def __init__(self, schedule: Schedule, factor: float, min_compute_seconds: float) -> None:
+        self._schedule = schedule
+        self._factor = factor
+        self._min_compute_seconds = min_compute_seconds
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """Run, then sleep for the rest of the pretended time."""
+        start = time.perf_counter()
+        loss = self._schedule.run(batch)
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)
+        elapsed = time.perf_counter() - start
+        time.sleep(self._factor * max(elapsed, self._min_compute_seconds) - elapsed)
+        return loss

@@ -1,0 +1,59 @@
+"""Where the time of a step goes: spans on one clock, added up by phase, kept on request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+
+__all__ = ["Phase", "Span", "Timeline"]
+
+Phase = Literal["data", "compute", "communication", "waiting", "evaluation"]
+
+
+class Span(NamedTuple):
+    """From ``start`` to ``end`` (seconds on the monotonic clock of the host) in one phase."""
+
+    phase: Phase
+    start: float
+    end: float
+
+
+class Timeline:
+    """Collects what this rank did and when.
+
+    Recording a span costs well under a microsecond: nothing is written, synchronised or resolved
+    before ``drain``. On one host all ranks share the clock, so their spans lie on one axis.
+
+    Args:
+        device: kernels on CUDA return before they are done. A timeline that keeps spans therefore
+            waits for the device at the end of each; one that only adds up does not, and counts
+            device time to the phase in which the host waits for it.
+        keep: keep every span for ``drain``, not only the sums.
+    """
+
+    def __init__(self, device: torch.device | None = None, keep: bool = False) -> None:
+        self.now: Callable[[], float] = time.perf_counter
+        self.keep = keep
+        self._cuda = device is not None and device.type == "cuda"
+        self._spans: list[Span] = []
+        self._seconds: dict[Phase, float] = {}
+
+    def add(self, phase: Phase, start: float, end: float | None = None) -> float:
+        """Record a span that ends now, or at ``end``; returns its end, where the next may start."""
+        if end is None:
+            if self.keep and self._cuda:
+                torch.cuda.synchronize()
+            end = self.now()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + (end - start)
+        if self.keep:
+            self._spans.append(Span(phase, start, end))
+        return end
+
+    def drain(self) -> tuple[dict[Phase, float], list[Span]]:
+        """Seconds by phase and the kept spans since the last drain."""
+        seconds, spans = self._seconds, self._spans
+        self._seconds, self._spans = {}, []
+        return seconds, spans

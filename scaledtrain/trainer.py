@@ -1,0 +1,466 @@
+"""The Trainer: composes model, data, strategy, schedule and precision, and runs the steps."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaledtrain.callbacks import Callback
+from scaledtrain.comm.protocols import Link
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, count_samples
+from scaledtrain.errors import ConfigError
+from scaledtrain.mesh import Mesh
+from scaledtrain.metrics import Metrics
+from scaledtrain.precision import Precision
+from scaledtrain.rendezvous import Connection, connect
+from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
+from scaledtrain.schedule import LossFn, MicrobatchLoop, Slowdown, call_model
+from scaledtrain.seeding import be_deterministic, seed_everything
+from scaledtrain.strategies import Strategy, Sync
+
+__all__ = ["FitResult", "Trainer"]
+
+Metric = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    step: int
+    """Updates made to the parameters since training began."""
+    seconds: float
+    """Wall time of this fit."""
+    stopped_by: str
+    """``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"callback"`` or ``"another replica"``."""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    """The last evaluation's values, on the ranks that evaluate."""
+
+
+class Trainer:
+    """Trains a model on one device or on many; the strategy says what the replicas tell each other.
+
+    The same lines work under ``python``, ``torchrun`` and ``srun``: who takes part is read from the
+    environment, and one process is not a special case.
+
+    Args:
+        model: any module; moved to this rank's device. All replicas start with rank 0's values.
+        loss_fn: ``loss_fn(outputs, targets)``, a scalar, the mean over the samples. None: the model
+            returns its own loss (``model(**batch).loss``).
+        optimizer: a factory, ``functools.partial(torch.optim.SGD, lr=0.1)``: it is called with the
+            (name, parameter) pairs where the updates are made, on the replica or on a server.
+        lr_scheduler: a factory from optimizer to ``LRScheduler``; one step per update.
+        strategy: default `Sync`.
+        mesh: the layout; checked against the job's size.
+        precision: default fp32.
+        gradient_accumulation_steps: batches of the loader per step on each replica.
+        max_grad_norm: clip the gradient to this 2-norm.
+        eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
+        callbacks: called in order.
+        seed: of data order, dropout and every other generator; each rank's differ where they should.
+        deterministic: use deterministic kernels only.
+        compile: backend for ``torch.compile`` (``"inductor"``); None does not compile.
+        slowdown: a handicap for straggler experiments.
+        run_dir: where metrics are written; None writes none.
+        log_every: steps between records.
+        console: show progress on rank 0.
+        trace: keep and write every span of time, for timelines.
+        link: an existing connection to the other ranks; default: ``connect()``.
+
+    Raises:
+        ConfigError: something asked for cannot be; the message says what to change.
+        ClusterError: the ranks did not meet.
+
+    A crash loses what was not saved: see ``state_dict``.
+
+    Example:
+        >>> from functools import partial
+        >>> x, y = torch.randn(64, 2), torch.randn(64, 1)
+        >>> data = torch.utils.data.TensorDataset(x, y)
+        >>> loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True)
+        >>> trainer = Trainer(nn.Linear(2, 1), nn.functional.mse_loss,
+        ...                   partial(torch.optim.SGD, lr=0.1), console=False)
+        >>> trainer.fit(loader, max_epochs=2).step
+        8
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        optimizer: MakeOptimizer,
+        *,
+        lr_scheduler: MakeScheduler | None = None,
+        strategy: Strategy | None = None,
+        mesh: Mesh | None = None,
+        precision: Precision | None = None,
+        gradient_accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        eval_metrics: Mapping[str, Metric] | None = None,
+        callbacks: Sequence[Callback] = (),
+        seed: int = 0,
+        deterministic: bool = False,
+        compile: str | None = None,
+        slowdown: Slowdown | None = None,
+        run_dir: str | Path | None = None,
+        log_every: int = 50,
+        console: bool = True,
+        trace: bool = False,
+        link: Link | None = None,
+    ) -> None:
+        if gradient_accumulation_steps < 1:
+            raise ConfigError(
+                f"gradient_accumulation_steps is {gradient_accumulation_steps}; it is the number "
+                "of batches per step, >= 1"
+            )
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ConfigError(f"max_grad_norm is {max_grad_norm}; it is > 0, or None not to clip")
+        if deterministic:
+            be_deterministic()
+        self._owned: Connection | None = None
+        if link is None:
+            link = self._owned = connect()
+        self.link: Link = link
+        self._mesh = mesh or Mesh()
+        self._mesh.check(self.link.group.size)
+        self.model = model.to(self.link.device)
+        self.strategy: Strategy = strategy or Sync()
+        self.precision = precision or Precision()
+        self.replica = Replica(self.model, optimizer, lr_scheduler)
+        self.strategy.attach(self.replica, self.link)
+        seed_everything(seed, self.link.group.rank)
+        called = self.model if compile is None else torch.compile(self.model, backend=compile)
+        schedule = MicrobatchLoop(called, loss_fn, self.precision)
+        self.schedule = (slowdown or Slowdown({})).wrap(schedule, self.link.group.rank)
+        self.timeline = self.link.timeline
+        self.timeline.keep = trace
+        self.metrics = Metrics(
+            None if run_dir is None else Path(run_dir),
+            rank=self.link.group.rank,
+            timeline=self.timeline,
+            device=self.link.device,
+            log_every=log_every,
+            console=console,
+        )
+        self.epoch = 0
+        self._loss_fn = loss_fn
+        self._accumulation = gradient_accumulation_steps
+        self._max_grad_norm = max_grad_norm
+        self._eval_metrics = dict(eval_metrics or {})
+        self._callbacks = list(callbacks)
+        self._seed = seed
+        self._stopping = False
+        self._introduced = False
+
+    @property
+    def step_count(self) -> int:
+        """Updates that this replica's parameters have received."""
+        return self.strategy.step
+
+    def step(self, batch: StepBatch) -> bool:
+        """Make one step; False if the strategy says that the run is over."""
+        self.replica.zero_grad()
+        going = self.strategy.before_forward()
+        self.metrics.saw_staleness(self.strategy.staleness)
+        if not going:
+            return False
+        start = self.timeline.now()
+        loss = self.schedule.run(batch)
+        self.timeline.add("compute", start)
+        self.strategy.reduce_gradients(batch.weight)
+        finite, norm = self.precision.unscale_and_clip(
+            self.replica, self._max_grad_norm, self.metrics.due()
+        )
+        if finite:
+            self.strategy.apply_gradients()
+        self.strategy.after_step()
+        self.metrics.record(
+            self.strategy.step,
+            loss,
+            batch.samples,
+            grad_norm=norm,
+            learning_rate=self.strategy.learning_rate,
+            gradients_per_step=self.strategy.gradients_per_step,
+        )
+        return True
+
+    def fit(
+        self,
+        train: Iterable[Any],
+        *,
+        max_steps: int | None = None,
+        max_epochs: int | None = None,
+        max_seconds: float | None = None,
+        eval: Iterable[Any] | None = None,
+        eval_every: int | None = None,
+    ) -> FitResult:
+        """Train until the first of the given limits.
+
+        Args:
+            train: any loader of batches; see `ReplicaLoader` for how replicas share it. Its batch
+                size is the local one: a step uses batch size x accumulation x replicas samples.
+            max_steps: end when the parameters have had this many updates since training began. An
+                asynchronous update is made from one replica's gradient, a synchronous one from all.
+            max_epochs: end when every replica has passed over its share this many times.
+            max_seconds: end after this time; replicas in lockstep look at it every ``log_every``
+                steps.
+            eval: loader to evaluate on: after each epoch, or every ``eval_every`` steps, and at the
+                end. Replicas in lockstep share it; asynchronous ones leave it to rank 0.
+            eval_every: steps (updates) between evaluations.
+
+        Raises:
+            ConfigError: no limit, or a loader or model that does not fit.
+            NonFiniteLossError: the loss became NaN or infinite.
+            WaitTimeoutError, PeerLostError: another rank is stuck or died.
+        """
+        if max_steps is None and max_epochs is None and max_seconds is None:
+            raise ConfigError("fit would never end; give max_steps, max_epochs or max_seconds")
+        loader = ReplicaLoader(
+            train,
+            rank=self.link.group.rank,
+            replicas=self.link.group.size,
+            accumulation=self._accumulation,
+            seed=self._seed,
+            device=self.link.device,
+        )
+        self._introduce(train)
+        self._stopping = False
+        run = _Run(self, loader, max_steps, max_epochs, max_seconds, eval, eval_every)
+        total = max_steps
+        if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
+            replicas = self.link.group.size
+            share = replicas // self.strategy.gradients_per_step
+            total = self.step_count + max_epochs * loader.steps_per_epoch * share
+        self.metrics.start(self.step_count, total)
+        try:
+            self._call("on_fit_start")
+            self.strategy.start(max_steps)
+            stopped_by = run.loop()
+            self.strategy.settle()
+            run.evaluate_at_end()
+            self.metrics.flush(
+                self.step_count, None, self.strategy.learning_rate, self.strategy.gradients_per_step
+            )
+            self._call("on_fit_end")
+        finally:
+            self.metrics.finish()
+        return FitResult(self.step_count, self.metrics.seconds, stopped_by, run.evaluation)
+
+    def stop(self) -> None:
+        """End the run after this step; from a callback."""
+        self._stopping = True
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Mean loss and metrics over a loader, in eval mode.
+
+        Replicas in lockstep (all of them under `Sync`) share the batches and must call this
+        together; otherwise the calling replica evaluates everything with its own parameters.
+
+        Returns:
+            ``"loss"`` and each of ``eval_metrics``: means over all samples.
+        """
+        start = self.timeline.now()
+        group = self.strategy.lockstep
+        share = ReplicaLoader(
+            loader, rank=group.rank, replicas=group.size, seed=0, device=self.link.device
+        )
+        names = ["loss", *self._eval_metrics]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
+        training = self.model.training
+        self.model.eval()
+        for step in share.epoch(0):
+            for batch, size in zip(step.microbatches, step.sizes, strict=True):
+                with self.precision.autocast():
+                    outputs, loss = call_model(self.model, batch, self._loss_fn)
+                values = [loss]
+                values += [metric(outputs, batch[1]) for metric in self._eval_metrics.values()]
+                sums[:-1] += torch.stack([v.double() for v in values]) * size
+                sums[-1] += size
+        self.model.train(training)
+        group.all_reduce([sums], "sum").wait()
+        means = (sums[:-1] / sums[-1]).tolist()
+        self.timeline.add("evaluation", start)
+        return dict(zip(names, means, strict=True))
+
+    @torch.no_grad()
+    def predict(self, loader: Iterable[Any]) -> list[Any]:
+        """The model's outputs for each batch of a loader, in its order, in eval mode.
+
+        The rank that calls this computes all of them; nothing is communicated. Batches may be
+        inputs alone, (inputs, targets), or dicts for the model.
+        """
+        training = self.model.training
+        self.model.eval()
+        outputs = []
+        for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
+            for batch in step.microbatches:
+                with self.precision.autocast():
+                    if isinstance(batch, Mapping):
+                        outputs.append(self.model(**batch))
+                    else:
+                        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+                        outputs.append(self.model(first))
+        self.model.train(training)
+        return outputs
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of model, strategy (with optimizer or server) and epoch of this rank."""
+        return {
+            "model": copy.deepcopy(self.model.state_dict()),
+            "strategy": self.strategy.state_dict(),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, on every rank, before ``fit``."""
+        self.model.load_state_dict(state["model"])
+        self.strategy.load_state_dict(state["strategy"])
+        self.epoch = state["epoch"]
+
+    def close(self) -> None:
+        """Close files, and the connection if the Trainer made it; all ranks call it."""
+        self.metrics.close()
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:  # the others may be anywhere: do not wait for them
+            self.metrics.close()
+
+    def _call(self, moment: str, *arguments: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, moment)(self, *arguments)
+
+    def _introduce(self, train: Iterable[Any]) -> None:
+        """Say once what will run."""
+        if self._introduced:
+            return
+        self._introduced = True
+        n_parameters = sum(p.numel() for p in self.replica.parameters)
+        local = getattr(train, "batch_size", None)
+        local = "as loaded" if local is None else local
+        self.metrics.say(
+            f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
+            f"{self.link.group.size} replica{'s' if self.link.group.size > 1 else ''} on "
+            f"{self.link.device.type} over {self.link.transport}; strategy "
+            f"{type(self.strategy).__name__}; precision {self.precision.name}; batch per replica "
+            f"{local} x {self._accumulation} accumulation"
+        )
+
+
+class _Run:
+    """One fit: the loop over epochs and steps, and what ends it."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: ReplicaLoader,
+        max_steps: int | None,
+        max_epochs: int | None,
+        max_seconds: float | None,
+        eval_loader: Iterable[Any] | None,
+        eval_every: int | None,
+    ) -> None:
+        self._trainer = trainer
+        self._loader = loader
+        self._max_steps = max_steps
+        self._max_epochs = max_epochs
+        self._max_seconds = max_seconds
+        self._eval_loader = eval_loader
+        self._eval_every = eval_every
+        # Without these nobody can want to stop, and replicas need not ask each other.
+        self._may_stop = max_seconds is not None or bool(trainer._callbacks)
+        self._evaluated_at = trainer.step_count
+        self._steps = 0
+        self.evaluation: dict[str, float] = {}
+
+    def loop(self) -> str:
+        """Step until something ends the run; returns what."""
+        trainer, timeline = self._trainer, self._trainer.timeline
+        epochs = itertools.count() if self._max_epochs is None else range(self._max_epochs)
+        trainer.model.train()
+        for _ in epochs:
+            start = timeline.now()
+            for batch in self._loader.epoch(trainer.epoch):
+                timeline.add("data", start)
+                if not trainer.step(batch):
+                    return self._ended_by_strategy()
+                self._steps += 1
+                trainer._call("on_step_end")
+                evaluated = self._evaluation_is_due() and self._evaluate()
+                if reason := self._reason_to_stop(evaluated):
+                    return reason
+                start = timeline.now()
+            trainer.epoch += 1
+            if self._eval_every is None and self._eval_loader is not None:
+                evaluated = self._evaluate()
+                if reason := self._reason_to_stop(evaluated):
+                    return reason
+        return "max_epochs"
+
+    def evaluate_at_end(self) -> None:
+        """Evaluate the final parameters, unless that has just been done."""
+        if self._eval_loader is not None and self._trainer.step_count > self._evaluated_at:
+            self._evaluate()
+
+    def _ended_by_strategy(self) -> str:
+        reached = self._max_steps is not None and self._trainer.step_count >= self._max_steps
+        return "max_steps" if reached else "another replica"
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether a multiple of ``eval_every`` has been reached or passed since the last one."""
+        every = self._eval_every
+        if every is None or self._eval_loader is None:
+            return False
+        return self._trainer.step_count // every > self._evaluated_at // every
+
+    def _evaluate(self) -> bool:
+        """Evaluate, if this rank is one that does; returns whether it did."""
+        trainer = self._trainer
+        self._evaluated_at = trainer.step_count
+        everyone = trainer.strategy.lockstep.size == trainer.link.group.size
+        if self._eval_loader is None or not (everyone or trainer.link.group.rank == 0):
+            return False
+        self.evaluation = trainer.evaluate(self._eval_loader)
+        trainer.metrics.evaluated(trainer.step_count, self.evaluation)
+        trainer._call("on_evaluation", self.evaluation)
+        return True
+
+    def _reason_to_stop(self, evaluated: bool) -> str | None:
+        """Why to stop now, if the replicas in lockstep agree.
+
+        A replica alone stops as soon as it wants to. Several ask each other at moments that all
+        reach at the same step: after an evaluation and every ``log_every`` steps.
+        """
+        trainer = self._trainer
+        late = self._max_seconds is not None and trainer.metrics.seconds >= self._max_seconds
+        vote = trainer._stopping or late
+        if trainer.strategy.lockstep.size == 1:
+            ask = vote
+        else:
+            ask = self._may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
+        if not ask or not trainer.strategy.agree_to_stop(vote):
+            return None
+        if trainer._stopping:
+            return "callback"
+        return "max_seconds" if late else "another replica"

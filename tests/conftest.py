@@ -1,0 +1,36 @@
+"""What holds for every test: it computes with one thread and leaves nothing behind."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch
+os.environ["MPLBACKEND"] = "agg"
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.leaks import Leak, nothing_left_behind
+
+if "torch" in sys.modules:  # a plugin of pytest was faster
+    sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    try:
+        with nothing_left_behind():
+            yield
+    except Leak as leak:
+        pytest.fail(str(leak), pytrace=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,172 @@
+"""What code under test may leave behind: nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+
+# Set by pytest, and by torch and scikit-learn when they are first imported.
+VARIABLES_OF_OTHERS = {
+    "PYTEST_CURRENT_TEST",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
+
+# Python starts these once, on first use, and ends them itself.
+HELPER_PROCESSES = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+
+
+class Leak(AssertionError):
+    """Something was left behind."""
+
+
+@contextmanager
+def nothing_left_behind(grace_seconds: float = 3.0) -> Iterator[None]:
+    """Raise `Leak` if the block leaves anything behind; say nothing if the block itself raises.
+
+    Watched are child processes, threads, files in /dev/shm, environment variables and
+    torch.distributed. What ends by itself within `grace_seconds` is no leak. Processes,
+    variables and process groups that leaked are cleaned away, so that one fault is told once.
+    """
+    old_processes, old_threads, old_files = _processes(), _threads(), _shared_files()
+    old_environment = _environment()
+    yield
+    leaks = [
+        *_variables_changed_since(old_environment),
+        *_process_group(),
+        *_remaining(_processes, old_processes, _describe_process, grace_seconds),
+        *_remaining(_threads, old_threads, _describe_thread, grace_seconds),
+        *_remaining(_shared_files, old_files, _describe_shared_file, grace_seconds),
+    ]
+    if leaks:
+        raise Leak("left behind: " + "; ".join(leaks))
+
+
+def _remaining(
+    things: Callable[[], set[Hashable]],
+    before: set[Hashable],
+    describe: Callable[[Hashable], str],
+    grace_seconds: float,
+) -> list[str]:
+    """Describe what is there now, was not before, and does not go away; "" means no leak."""
+    new = things() - before
+    if not new:
+        return []
+    gc.collect()  # iterators caught in a cycle own processes and threads
+    deadline = time.monotonic() + grace_seconds
+    while True:
+        new &= things()
+        descriptions = sorted(filter(None, map(describe, new)))
+        if not descriptions:
+            return []
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    if things is _processes:
+        for pid in new:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return descriptions
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in VARIABLES_OF_OTHERS}
+
+
+def _variables_changed_since(before: dict[str, str]) -> list[str]:
+    now = _environment()
+    if now == before:
+        return []
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    leaks = [
+        f"environment variable {name} ({before.get(name)!r} became {now.get(name)!r})"
+        for name in changed
+    ]
+    for name in changed:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+    return leaks
+
+
+def _process_group() -> list[str]:
+    distributed = sys.modules.get("torch.distributed")
+    if not distributed or not distributed.is_available() or not distributed.is_initialized():
+        return []
+    distributed.destroy_process_group()
+    return ["torch.distributed, still initialised"]
+
+
+def _processes() -> set[int]:
+    pids: set[int] = set()
+    try:
+        for task in os.listdir("/proc/self/task"):
+            with (
+                suppress(ProcessLookupError),
+                open(f"/proc/self/task/{task}/children", "rb") as file,
+            ):
+                pids.update(map(int, file.read().split()))
+    except FileNotFoundError:  # not Linux
+        return {child.pid for child in active_children() if child.pid}
+    return pids
+
+
+def _describe_process(pid: int) -> str:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return "" if Path("/proc/self").exists() else f"process {pid}"
+    if not command or any(helper in command for helper in HELPER_PROCESSES):
+        return ""  # a process that has ended, and waits to be noticed, has no command line
+    return f"process {pid} ({command.replace(bytes(1), b' ').decode(errors='replace').strip()})"
+
+
+def _threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def _describe_thread(thread: threading.Thread) -> str:
+    # A dummy stands for a thread that Python did not start, as autograd's; the other is tqdm's.
+    if isinstance(thread, threading._DummyThread) or type(thread).__name__ == "TMonitor":
+        return ""
+    return f"thread {thread.name} ({type(thread).__qualname__})"
+
+
+def _shared_files() -> set[str]:
+    with suppress(FileNotFoundError):
+        return set(os.listdir(SHARED_MEMORY))
+    return set()
+
+
+def _describe_shared_file(name: str) -> str:
+    return "" if _belongs_to_another_process(SHARED_MEMORY / name) else f"file /dev/shm/{name}"
+
+
+def _belongs_to_another_process(file: Path) -> bool:
+    """Whether someone else's program, that happens to run at the same time, uses the file."""
+    try:
+        if file.stat().st_uid != os.getuid():
+            return True
+    except FileNotFoundError:
+        return True
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) == os.getpid():
+            continue
+        with suppress(OSError):
+            if f"{file}\n" in (process / "maps").read_text(errors="replace"):
+                return True
+            if any(os.readlink(fd) == str(file) for fd in (process / "fd").iterdir()):
+                return True
+    return False

@@ -1,0 +1,141 @@
+"""Which samples each replica gets: nothing twice, nothing lost, the same steps for any number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
+
+from scaledtrain import ConfigError
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, count_samples
+
+
+def numbers(n: int) -> TensorDataset:
+    return TensorDataset(torch.arange(n))
+
+
+def samples(step: StepBatch) -> list[int]:
+    columns = (b[0] if isinstance(b, (tuple, list)) else b for b in step.microbatches)
+    return [int(x) for column in columns for x in column]
+
+
+def steps_of_all(loader: Any, replicas: int, *, epoch: int = 0, **options: Any) -> list[list[int]]:
+    """For each step the sorted samples of all replicas together."""
+    each = [
+        list(ReplicaLoader(loader, rank=r, replicas=replicas, **options).epoch(epoch))
+        for r in range(replicas)
+    ]
+    assert len({len(steps) for steps in each}) == 1, "all replicas make the same number of steps"
+    return [sorted(s for r in range(replicas) for s in samples(each[r][i])) for i in range(len(each[0]))]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return (torch.tensor(i) for i in range(22))
+
+
+def batched(n: int) -> DataLoader[Any]:
+    data = numbers(n)
+    return DataLoader(data, sampler=BatchSampler(RandomSampler(data), 4, False), batch_size=None)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(numbers(22), batch_size=4, shuffle=True),
+        lambda: DataLoader(numbers(22), batch_size=4),
+        lambda: batched(22),
+        lambda: DataLoader(Stream(), batch_size=4),
+        lambda: [(torch.arange(i, min(i + 4, 22)),) for i in range(0, 22, 4)],
+    ],
+    ids=["shuffled", "sequential", "batched-access", "iterable", "list"],
+)
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_each_sample_once_and_equal_steps(make: Any, replicas: int, accumulation: int) -> None:
+    steps = steps_of_all(make(), replicas, accumulation=accumulation)
+    assert sorted(s for step in steps for s in step) == list(range(22))
+    # 22 samples in batches of 4 are 6 batches.
+    assert len(steps) == -(-6 // (replicas * accumulation))
+
+
+def test_iterable_dataset_is_read_by_all_and_kept_by_one() -> None:
+    loader = DataLoader(Stream(), batch_size=4)
+    mine = list(ReplicaLoader(loader, rank=1, replicas=2).epoch(0))
+    assert [[int(x) for b in s.microbatches for x in b] for s in mine] == [
+        [4, 5, 6, 7],
+        [12, 13, 14, 15],
+        [20, 21],
+    ]
+    assert [s.weight for s in mine] == [1.0, 1.0, 0.5]
+
+
+def test_steps_hold_the_same_samples_for_any_number_of_replicas() -> None:
+    """32 samples a step: 1 x 8 batches, 2 x 4, 4 x 2 and 8 x 1 of 4 samples each."""
+    loader = DataLoader(numbers(70), batch_size=4, shuffle=True)
+    one = steps_of_all(loader, 1, accumulation=8)
+    for replicas in (2, 4, 8):
+        assert steps_of_all(loader, replicas, accumulation=8 // replicas) == one
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    loader = DataLoader(numbers(16), batch_size=4, shuffle=True)
+    again = DataLoader(numbers(16), batch_size=4, shuffle=True)
+    torch.manual_seed(1)
+    first = [samples(s) for s in ReplicaLoader(loader, seed=5).epoch(2)]
+    torch.manual_seed(2)
+    assert [samples(s) for s in ReplicaLoader(again, seed=5).epoch(2)] == first
+    assert [samples(s) for s in ReplicaLoader(again, seed=5).epoch(3)] != first
+    assert [samples(s) for s in ReplicaLoader(again, seed=6).epoch(2)] != first
+
+
+def test_uneven_end_has_smaller_weights() -> None:
+    """10 samples in batches of 4 on 2 replicas: steps of (4, 4) and (2, 0)."""
+    loader = DataLoader(numbers(10), batch_size=4)
+    weights = [
+        [s.weight for s in ReplicaLoader(loader, rank=r, replicas=2).epoch(0)] for r in (0, 1)
+    ]
+    assert weights == [[1.0, 0.5], [1.0, 0.0]]
+
+
+def test_the_users_loader_is_left_as_it_was() -> None:
+    loader = DataLoader(numbers(8), batch_size=4, shuffle=True)
+    list(ReplicaLoader(loader, rank=0, replicas=2).epoch(0))
+    assert loader.sampler.generator is None  # type: ignore[attr-defined]
+    assert len(list(loader)) == 2
+
+
+def test_drop_last_and_workers() -> None:
+    loader = DataLoader(numbers(10), batch_size=4, drop_last=True, num_workers=1)
+    assert steps_of_all(loader, 2) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_distributed_sampler_is_refused() -> None:
+    data = numbers(8)
+    sampler: Any = DistributedSampler(data, num_replicas=2, rank=0)
+    with pytest.raises(ConfigError, match="pass the loader as for one process"):
+        ReplicaLoader(DataLoader(data, batch_size=2, sampler=sampler), rank=0, replicas=2)
+
+
+@pytest.mark.parametrize("loader", [[], DataLoader(numbers(3), batch_size=4, drop_last=True)])
+def test_empty_loader_is_an_error(loader: Any) -> None:
+    with pytest.raises(ConfigError, match="no batch"):
+        next(iter(ReplicaLoader(loader).epoch(0)))
+
+
+def test_count_samples() -> None:
+    assert count_samples(torch.zeros(3, 2)) == 3
+    assert count_samples((torch.zeros(3), torch.zeros(3))) == 3
+    assert count_samples({"x": torch.zeros(5, 1)}) == 5
+    assert count_samples(torch.tensor(1.0)) == 1
+    assert count_samples([["a", "b"], [1, 2]]) == 2
