@@ -279,17 +279,21 @@ class Connection:
         self._stores.append(store)
         return store
 
-    def close(self) -> None:
-        """Leave the job: end servers, give back memory and connections. All ranks call it."""
-        for store in self._stores:
-            store.close()
-        self._stores.clear()
+    def abandon(self) -> None:
+        """Leave after an error, without waiting for anybody."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
         self.group, self.store = LocalGroup(), None
+
+    def close(self) -> None:
+        """Leave the job: end servers, give back memory and connections. All ranks call it."""
+        for store in self._stores:
+            store.close()
+        self._stores.clear()
+        self.abandon()
 
     def __enter__(self) -> Connection:
         return self
@@ -302,6 +306,8 @@ class Connection:
     ) -> None:
         if error is None:
             self.close()
+        else:  # the others may be anywhere: do not wait for them
+            self.abandon()
 
 
 def connect(

@@ -346,6 +346,8 @@ class Trainer:
             self.close()
         else:  # the others may be anywhere: do not wait for them
             self.metrics.close()
+            if self._owned is not None:
+                self._owned.abandon()
 
     def _call(self, moment: str, *arguments: Any) -> None:
         for callback in self._callbacks:

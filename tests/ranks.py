@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ class RankFailed(RuntimeError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 60.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 60.0,
+    killed: Collection[int] = (),
 ) -> list[Any]:
     """Call `function(*args)` in `world_size` processes; return what they returned, by rank.
 
@@ -49,6 +53,7 @@ def run_ranks(
         world_size: number of processes; starting one that imports torch takes about 2 s.
         args: the same for all ranks; like the returned values, anything that pickles.
         timeout_seconds: for all of it, starting included.
+        killed: ranks that the test kills; their value is None.
 
     Raises:
         Exception: what a rank raised, the first in time, its traceback as the cause.
@@ -69,11 +74,14 @@ def run_ranks(
         try:
             for rank in range(world_size):
                 processes.append(_start(rank, world_size, port, folder))
-            _wait(processes, folder, timeout_seconds)
+            _wait(processes, folder, timeout_seconds, killed)
         finally:
             for process in processes:
                 _end(process)
-        return [pickle.loads((folder / f"value-{r}").read_bytes()) for r in range(world_size)]
+        files = [folder / f"value-{r}" for r in range(world_size)]
+        return [
+            None if r in killed else pickle.loads(file.read_bytes()) for r, file in enumerate(files)
+        ]
 
 
 def free_port() -> int:
@@ -114,14 +122,22 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait(
-    processes: Sequence[subprocess.Popen[bytes]], folder: Path, timeout_seconds: float
+    processes: Sequence[subprocess.Popen[bytes]],
+    folder: Path,
+    timeout_seconds: float,
+    killed: Collection[int],
 ) -> None:
     deadline = time.monotonic() + timeout_seconds
-    while True:
+
+    def exit_codes() -> list[int | None]:
         codes = [process.poll() for process in processes]
+        return [0 if r in killed and c == -signal.SIGKILL else c for r, c in enumerate(codes)]
+
+    while True:
+        codes = exit_codes()
         if _has_failed(codes, folder):
             time.sleep(SETTLE_SECONDS)
-            _raise_first_failure([process.poll() for process in processes], folder)
+            _raise_first_failure(exit_codes(), folder)
         unfinished = [rank for rank, code in enumerate(codes) if code is None]
         if not unfinished:
             return

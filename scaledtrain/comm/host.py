@@ -31,8 +31,8 @@ class ServerHost:
         self._failure: BaseException | None = None
         self._stopped = False
         self._last_push = [Pushed(False, -1)] * server.n_workers
-        self._settling: set[int] = set()
-        self._settled = 0
+        self._here: set[int] = set()
+        self._meetings = 0
 
     def push(self, worker: int, gradient: Sequence[Tensor], version: int) -> None:
         """Hand a gradient to the server; wakes the workers that it sets free."""
@@ -64,17 +64,24 @@ class ServerHost:
             self._changed.notify_all()
 
     def settle(self, worker: int, into: Sequence[Tensor]) -> Pulled:
-        """Wait until all workers are here; the parameters are final then."""
+        """Wait until all workers are here, take the final parameters, go on when all have them."""
         with self._changed:
-            self._settling.add(worker)
-            mine = self._settled
-            if len(self._settling) == self._server.n_workers:
-                self._settling.clear()
-                self._settled += 1
-                self._stopped = False
-                self._changed.notify_all()
-            self._wait(worker, "the end of fit", lambda: self._settled > mine)
-            return self._copy_out(worker, into)
+            self._meet(worker)
+            pulled = self._copy_out(worker, into)
+            self._stopped = False
+            # Else a fast worker could begin its next run while a slow one still copies.
+            self._meet(worker)
+            return pulled
+
+    def _meet(self, worker: int) -> None:
+        """Return when all workers have called this equally often."""
+        self._here.add(worker)
+        mine = self._meetings
+        if len(self._here) == self._server.n_workers:
+            self._here.clear()
+            self._meetings += 1
+            self._changed.notify_all()
+        self._wait(worker, "the end of fit", lambda: self._meetings > mine)
 
     def fail(self, error: BaseException) -> None:
         """Every call from now on, and every waiting one, raises: the run cannot go on."""
@@ -99,7 +106,7 @@ class ServerHost:
         self._raise_failure()
         if not ready():
             steps = ", ".join(f"worker {i}: {c}" for i, c in enumerate(self._server.clocks))
-            here = f"; arrived: workers {sorted(self._settling)}" if self._settling else ""
+            here = f"; arrived: workers {sorted(self._here)}" if self._here else ""
             raise WaitTimeoutError(
                 f"worker {worker} waited {self._timeout_seconds:g} s in {what} for the other "
                 f"workers (gradients so far: {steps}{here}); one of them is stuck or too slow: "

@@ -35,11 +35,12 @@ from scaledtrain.errors import ClusterError, ConfigError
 
 __all__ = ["SharedMemoryGroup"]
 
-_CHUNK_BYTES = 512 * 1024  # of a slot: what two ranks read and write at once fits into a core's L2
+_CHUNK_BYTES = 512 * 1024  # of a slot: few enough to stay in a cache, enough to be worth meeting
 _SMALL_BYTES = 32 * 1024  # up to here one barrier less is worth more than sharing the additions
 _BLOCK_ELEMENTS = 32 * 1024  # up to here torch uses one thread: ranks already share the cores
 _HEADER_BYTES = 64
 _HEADER = struct.Struct("<8sdIIQQ")  # digest, weight, call, source, tensors, bytes
+_SHORT_BYTES = 16 * 1024
 _MAX_PLANS = 64
 _MAX_BLOCKS = 4096
 _SHORT_SECONDS = 20e-6  # waiting as short as this is what meeting costs, not somebody's delay
@@ -56,7 +57,7 @@ _DTYPES = {"mean": _FLOATING, "sum": _NUMBERS, "max": {*_NUMBERS, torch.bool}}
 # short copy, above all where one of them then keeps the lock.
 _MEMMOVE = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 _ADDRESS = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
-_copy = ctypes.PYFUNCTYPE(*_MEMMOVE)(_ADDRESS)
+_copy_short = ctypes.PYFUNCTYPE(*_MEMMOVE)(_ADDRESS)
 _copy_long = ctypes.CFUNCTYPE(*_MEMMOVE)(_ADDRESS)
 
 
@@ -70,7 +71,7 @@ class SharedMemoryGroup:
     have lost step; every later call says so.
 
     Args:
-        segment: the memory, of ``memory_bytes`` bytes and ``size * size`` semaphores.
+        segment: what the ranks share, as `connect` makes it.
         timeout_seconds: the longest to wait for another rank.
         observe: called with a phase, its start and its end in seconds of ``time.perf_counter``:
             ``"waiting"`` while other ranks have not come, ``"communication"`` while copying, adding
@@ -102,8 +103,8 @@ class SharedMemoryGroup:
         ]
         self._results = [base + _result_offset(size, parity) for parity in (0, 1)]
         with torch.inference_mode(False):  # else it could not be written outside of it
-            self._private = torch.empty(_SMALL_BYTES, dtype=torch.uint8)
-            self._scratch = torch.empty(2, _BLOCK_ELEMENTS * 8, dtype=torch.uint8)
+            self._private = torch.empty(_SMALL_BYTES, dtype=torch.uint8, device="cpu")
+            self._scratch = torch.empty(2, _BLOCK_ELEMENTS * 8, dtype=torch.uint8, device="cpu")
         self._plans: OrderedDict[object, _Plan] = OrderedDict()
         self._blocks: dict[tuple[int, bool, _Block], tuple[list[Tensor], Tensor]] = {}
         self._pending: deque[_Pending] = deque()
@@ -176,6 +177,9 @@ class SharedMemoryGroup:
             WaitTimeoutError: a rank did not come in time.
         """
         self._raise_broken()
+        if op not in _DTYPES:
+            raise ConfigError(f"op={op!r} is none of 'sum', 'mean', 'max'")
+        tensors = list(tensors)
         pending = _Pending(self, tensors, self._plan(tensors, op, 0), weight)
         self._pending.append(pending)
         return pending
@@ -196,6 +200,7 @@ class SharedMemoryGroup:
         self._raise_broken()
         if not 0 <= src < self.size:
             raise ConfigError(f"src={src} is no rank of a group of {self.size}")
+        tensors = list(tensors)
         pending = _Pending(self, tensors, self._plan(tensors, "broadcast", src), 1.0)
         self._pending.append(pending)
         pending.wait()
@@ -255,10 +260,12 @@ class SharedMemoryGroup:
             self._reduce_small(plan, pointers, pending.weight)
         else:
             self._reduce_large(plan, pointers, pending.weight)
-        for original, value in zip(originals, tensors, strict=True):
-            if original is not value:
-                original.detach().copy_(value)
-        increment_version(originals)  # autograd did not see the writing
+        if plan.call != "broadcast" or self.rank != plan.src:
+            for original, value in zip(originals, tensors, strict=True):
+                if original is not value:
+                    original.detach().copy_(value)
+            increment_version(originals)  # else autograd would not know that they were written
+        pending.tensors = []  # a handle that is kept does not keep them
         if observe is not None:
             observe("communication", self._since, time.perf_counter())
 
@@ -282,7 +289,7 @@ class SharedMemoryGroup:
         parity = self._step & 1
         slot = self._slots[parity][self.rank]
         for index, _, offset, n_bytes in plan.pieces[0]:
-            _copy(slot + offset, pointers[index], n_bytes)
+            _copy_short(slot + offset, pointers[index], n_bytes)
         self._write_header(plan, weight)
         self._barrier("all_reduce")
         reduction = self._reduction(plan, self._compare_headers(plan))
@@ -290,7 +297,7 @@ class SharedMemoryGroup:
             self._reduce(reduction, parity, True, block)
         result = self._private.data_ptr()
         for index, _, offset, n_bytes in plan.pieces[0]:
-            _copy(pointers[index], result + offset, n_bytes)
+            _copy_short(pointers[index], result + offset, n_bytes)
 
     def _reduce_large(self, plan: _Plan, pointers: list[int], weight: float) -> None:
         n_chunks = plan.n_chunks
@@ -407,7 +414,7 @@ class _Pending:
     __slots__ = ("_group", "done", "error", "plan", "tensors", "weight")
 
     def __init__(
-        self, group: SharedMemoryGroup, tensors: Sequence[Tensor], plan: _Plan, weight: float
+        self, group: SharedMemoryGroup, tensors: list[Tensor], plan: _Plan, weight: float
     ) -> None:
         self._group = group
         self.tensors = tensors
@@ -452,7 +459,8 @@ class _Reduction(NamedTuple):
 def _divisors(total: float) -> dict[torch.dtype, Tensor]:
     """The sum of the weights as torch divides by it fastest: a tensor of the dividend's dtype."""
     with torch.inference_mode(False):
-        return {t: torch.tensor(total, dtype=t) for t in (torch.float32, torch.float64)}
+        dtypes = (torch.float32, torch.float64)
+        return {dtype: torch.tensor(total, dtype=dtype, device="cpu") for dtype in dtypes}
 
 
 class _Plan:
@@ -518,8 +526,6 @@ class _Plan:
 
 
 def _check(tensors: Sequence[Tensor], call: str) -> None:
-    if call not in _CALLS:
-        raise ConfigError(f"op={call!r} is none of 'sum', 'mean', 'max'")
     for index, t in enumerate(tensors):
         if not t.is_cpu or t.layout is not torch.strided:
             raise ConfigError(
@@ -558,12 +564,14 @@ def _cut(index: int, start: int, n_bytes: int, pieces: dict[int, list[_Piece]]) 
 
 def _copy_in(pieces: list[_Piece], pointers: list[int], slot: int) -> None:
     for index, tensor_offset, chunk_offset, n_bytes in pieces:
-        _copy_long(slot + chunk_offset, pointers[index] + tensor_offset, n_bytes)
+        copy = _copy_short if n_bytes <= _SHORT_BYTES else _copy_long
+        copy(slot + chunk_offset, pointers[index] + tensor_offset, n_bytes)
 
 
 def _copy_out(pieces: list[_Piece], pointers: list[int], slot: int) -> None:
     for index, tensor_offset, chunk_offset, n_bytes in pieces:
-        _copy_long(pointers[index] + tensor_offset, slot + chunk_offset, n_bytes)
+        copy = _copy_short if n_bytes <= _SHORT_BYTES else _copy_long
+        copy(pointers[index] + tensor_offset, slot + chunk_offset, n_bytes)
 
 
 def _reduce(reduction: _Reduction, slots: list[Tensor], out: Tensor, scratch: Tensor) -> None:

@@ -363,7 +363,7 @@ class SharedSegment:
         for process in self.processes:
             process.close()
         self._semaphores = []
-        self.memory = self._whole = torch.empty(0, dtype=torch.uint8)
+        self.memory = self._whole = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._states = self.memory.numpy()
 
     def leave(self, failed: bool = False) -> None:

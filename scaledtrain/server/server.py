@@ -117,6 +117,7 @@ class Server:
         needed = self._admission.gradients_per_update(self.n_workers)
         with torch.no_grad():
             for parameter, g in zip(self.parameters, gradient, strict=True):
+                g = g.to(parameter.device)  # itself, unless it comes from another device
                 if parameter.grad is None:
                     # A lone gradient is used where it lies; one that waits for others is kept.
                     parameter.grad = g if needed == 1 else g.clone()

@@ -239,7 +239,8 @@ def test_stop_at_target_and_callbacks(strategy: Callable[[], Strategy]) -> None:
     assert result.evaluation["loss"] > 0
 
 
-def test_deterministic_and_compiled_agree_with_plain() -> None:
+def test_deterministic_and_compiled_agree_with_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that it is put back
     try:
         t = trainer(deterministic=True, compile="eager")
         t.fit(batches(), max_epochs=2)
