@@ -8,5 +8,5 @@ set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 python=$("$here/setup.sh" examples)
-export OMP_NUM_THREADS=1 # four processes share the cores: more threads would only get in the way
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node 4 -m scaledtrain.compare "$@"
+# It starts its four workers by torchrun's own machinery; under torchrun it would use what is there.
+exec "$python" -m scaledtrain.compare "$@"

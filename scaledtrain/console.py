@@ -1,9 +1,10 @@
-"""What a person sees while a run goes on: a progress bar, or plain lines where there is no terminal."""
+"""What a person sees while a run goes on: a progress bar, or plain lines without a terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ class Console:
         self._enabled = enabled
         self._total = total
         self._next_line = time.monotonic() + _LINE_SECONDS
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, leave=False)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scaledtrain.console import Console
 from scaledtrain.errors import ConfigError, NonFiniteLossError
+from scaledtrain.strategies import Strategy
 from scaledtrain.timeline import Timeline
 
 __all__ = ["Metrics"]
@@ -43,7 +44,8 @@ class Metrics:
     A record (one JSON object a line in ``metrics-rank<r>.jsonl``; the same names in TensorBoard)
     holds, over the steps since the last one:
 
-    * ``step``: updates made to the parameters; ``seconds``: since fit began;
+    * ``step``: updates made to the parameters; ``seconds``: since fit began; ``steps`` and
+      ``samples``: of this replica, over which the rest is taken;
     * ``loss``: mean over this replica's samples; ``learning_rate``: of the next update;
     * ``grad_norm``: 2-norm of this replica's gradient at the record's step, before clipping;
     * ``samples_per_second``: of all replicas together; ``step_seconds``: mean of this replica;
@@ -129,16 +131,15 @@ class Metrics:
             self._staleness[staleness] = self._staleness.get(staleness, 0) + 1
 
     def record(
-        self,
-        step: int,
-        loss: Tensor,
-        samples: int,
-        *,
-        grad_norm: Tensor | None,
-        learning_rate: float,
-        gradients_per_step: int,
+        self, strategy: Strategy, loss: Tensor, samples: int, grad_norm: Tensor | None
     ) -> None:
         """Take note of a step; makes a record when one is due.
+
+        Args:
+            strategy: after the step; tells step, learning rate and gradients per step.
+            loss: of this replica, a scalar on its device.
+            samples: that this replica trained on.
+            grad_norm: of its gradient, if measured.
 
         Raises:
             NonFiniteLossError: at a record, if a loss since the last one was NaN or infinite.
@@ -147,26 +148,21 @@ class Metrics:
         self._samples += samples
         if samples:
             self._losses.append(loss)
-        self._console.advance(step)
+        self._console.advance(strategy.step)
         if self._steps >= self.log_every:
-            self.flush(step, grad_norm, learning_rate, gradients_per_step)
+            self.flush(strategy, grad_norm)
 
-    def flush(
-        self,
-        step: int,
-        grad_norm: Tensor | None,
-        learning_rate: float,
-        gradients_per_step: int,
-    ) -> None:
+    def flush(self, strategy: Strategy, grad_norm: Tensor | None = None) -> None:
         """Make a record of the steps since the last one."""
         if self._steps == 0:
             return
+        step = strategy.step
         loss = self._finite_mean_loss(step)
         elapsed = max(self._timeline.now() - self._since, 1e-9)
         phases, spans = self._timeline.drain()
-        gradients = (step - self._first_step) * gradients_per_step
+        gradients = (step - self._first_step) * strategy.gradients_per_step
         values: dict[str, float] = {
-            "learning_rate": learning_rate,
+            "learning_rate": strategy.learning_rate,
             "samples_per_second": gradients * (self._samples / self._steps) / elapsed,
             "step_seconds": elapsed / self._steps,
             "memory_bytes": _peak_memory_bytes(self._device),
@@ -181,7 +177,8 @@ class Metrics:
             count = sum(self._staleness.values())
             values["staleness_mean"] = sum(s * n for s, n in self._staleness.items()) / count
             values["staleness_max"] = max(self._staleness)
-        self._write("step", step, values, steps=self._steps, staleness_counts=self._staleness)
+        counts = {"steps": self._steps, "samples": self._samples}
+        self._write("step", step, values, **counts, staleness_counts=self._staleness)
         if spans:
             self._write_trace(
                 [[s.phase, s.start - self._begin, s.end - self._begin] for s in spans]
@@ -198,16 +195,17 @@ class Metrics:
         if not self._losses:
             return None
         losses = torch.stack(self._losses).float()
-        finite = torch.isfinite(losses)
-        if not bool(finite.all()):
+        mean = float(losses.mean())
+        finite = torch.isfinite(losses) if not math.isfinite(mean) else None
+        if finite is not None and not bool(finite.all()):
             first = int((~finite).nonzero()[0])
             ago = len(losses) - first - 1
-            when = f"step {step}" if ago == 0 else f"{ago} of its steps before step {step}"
+            when = f"at step {step}" if ago == 0 else f"{ago} of its steps before step {step}"
             raise NonFiniteLossError(
                 f"the loss of rank {self._rank} was {losses[first].item()} {when}; lower the "
                 "learning rate, clip gradients (max_grad_norm=1.0), or look for NaN in the inputs"
             )
-        return float(losses.mean())
+        return mean
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Write down an evaluation."""

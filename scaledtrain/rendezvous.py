@@ -10,10 +10,12 @@ that fails names the ranks that are missing.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,13 +39,16 @@ from scaledtrain.comm.shared_wire import (
     SharedWorkerWire,
     connect_mailboxes,
 )
-from scaledtrain.errors import ConfigError, RendezvousError
+from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError
 from scaledtrain.timeline import Timeline
 
 if TYPE_CHECKING:
     from scaledtrain.server import Server
 
 __all__ = ["Connection", "RankInfo", "Transport", "connect"]
+
+_POLL_SECONDS = 0.02
+_ABANDON_SECONDS = 3.0  # for workers to hear from the server; longer than they compare notes
 
 Transport = Literal["auto", "shared_memory", "torch"]
 
@@ -65,31 +70,41 @@ class RankInfo:
         Raises:
             ConfigError: the variables contradict each other.
         """
-        if "RANK" in env and "WORLD_SIZE" in env:
-            info = cls(
-                int(env["RANK"]),
-                int(env["WORLD_SIZE"]),
-                int(env.get("LOCAL_RANK", "0")),
-                env.get("MASTER_ADDR", "127.0.0.1"),
-                int(env.get("MASTER_PORT", "29500")),
-            )
-        elif "SLURM_STEP_NUM_TASKS" in env:
-            info = cls(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_STEP_NUM_TASKS"]),
-                int(env["SLURM_LOCALID"]),
-                env.get("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"])),
-                # Jobs that share a node differ in their id, so they get different ports.
-                int(env.get("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 10000))),
-            )
-        else:
-            info = cls()
+        try:
+            info = cls._read(env)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"the environment of this rank is incomplete or wrong ({error!r}); torchrun sets "
+                "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, srun sets SLURM_*: "
+                "start the job with one of them, or set all by hand"
+            ) from error
         if not 0 <= info.rank < info.size:
             raise ConfigError(
                 f"rank {info.rank} of {info.size} cannot be: ranks go from 0 to {info.size - 1}; "
                 "check RANK and WORLD_SIZE"
             )
         return info
+
+    @classmethod
+    def _read(cls, env: Mapping[str, str]) -> RankInfo:
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return cls(
+                int(env["RANK"]),
+                int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", "0")),
+                env.get("MASTER_ADDR", "127.0.0.1"),
+                int(env.get("MASTER_PORT", "29500")),
+            )
+        if "SLURM_STEP_NUM_TASKS" in env:
+            return cls(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env["SLURM_LOCALID"]),
+                env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+                # Jobs that share a node differ in their id, so they get different ports.
+                int(env.get("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 10000))),
+            )
+        return cls()
 
 
 def _first_host(nodes: str) -> str:
@@ -112,47 +127,58 @@ def _meet(info: RankInfo, timeout_seconds: float) -> dist.Store:
     """The key-value store of the job, once every rank has come to it."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     where = f"{info.master_address}:{info.master_port}"
-    timeout = timedelta(seconds=timeout_seconds)
+    deadline = time.monotonic() + timeout_seconds
     is_master = info.rank == 0 and not agent
     if is_master:
         _check_port(info)
+    else:
+        _wait_for_port(info, deadline, timeout_seconds)
     try:
         store: dist.Store = dist.TCPStore(
             info.master_address,
             info.master_port,
             info.size,
             is_master=is_master,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_seconds),
             wait_for_workers=False,
         )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"scaledtrain/{attempt}", store)
+        store.set(f"here/{info.rank}", "1")
+        missing = list(range(info.size))
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
+            time.sleep(_POLL_SECONDS if missing else 0.0)
     except (RuntimeError, dist.DistError) as error:
-        raise RendezvousError(
-            f"rank {info.rank} of {info.size} found no rank 0 at {where} within "
-            f"{timeout_seconds:g} s; start it, or check MASTER_ADDR, MASTER_PORT and firewalls "
-            f"({str(error).splitlines()[0]})"
+        raise PeerLostError(
+            f"rank 0 at {where} left while rank {info.rank} met the others; its own message says "
+            f"why ({str(error).splitlines()[0]})"
         ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"scaledtrain/{attempt}", store)
-    store.set(f"here/{info.rank}", "1")
-    keys = [f"here/{rank}" for rank in range(info.size)]
-    try:
-        store.wait(keys, timeout)
-    except (RuntimeError, dist.DistError) as error:
-        missing = [str(rank) for rank, key in enumerate(keys) if not _has(store, key)]
+    if missing:
         raise RendezvousError(
             f"rank {info.rank} waited {timeout_seconds:g} s at {where} for rank"
-            f"{'s' if len(missing) > 1 else ''} {', '.join(missing)} of {info.size}, which did not "
-            "come; see whether it started (its own output, or the scheduler's), that WORLD_SIZE is "
-            "the number of processes, and that no firewall is between"
-        ) from error
+            f"{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {info.size}, "
+            "which did not come; see whether it started (its own output, or the scheduler's), that "
+            "WORLD_SIZE is the number of processes, and that no firewall is between"
+        )
     return store
 
 
-def _has(store: dist.Store, key: str) -> bool:
-    try:
-        return store.check([key])
-    except (RuntimeError, dist.DistError):
-        return False
+def _wait_for_port(info: RankInfo, deadline: float, timeout_seconds: float) -> None:
+    """Return when rank 0 listens; torch's own waiting would write warnings meanwhile."""
+    address = (info.master_address, info.master_port)
+    while True:
+        try:
+            socket.create_connection(address, timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RendezvousError(
+                    f"rank {info.rank} of {info.size} found no rank 0 at {address[0]}:{address[1]} "
+                    f"within {timeout_seconds:g} s; start it, or check MASTER_ADDR, MASTER_PORT "
+                    f"and firewalls ({error})"
+                ) from error
+        time.sleep(_POLL_SECONDS)
 
 
 def _check_port(info: RankInfo) -> None:
@@ -197,11 +223,14 @@ class Connection:
         self._owns_process_group = False
         self._shared: SharedMemoryGroup | None = None
         self._stores: list[Store] = []
+        self._segments: list[SharedSegment] = []
+        self._joins: list[Callable[[float], None]] = []
         if info.size > 1 or dist.is_initialized():
             self._connect(transport)
 
     def _connect(self, transport: Transport) -> None:
         info, timeout = self.info, timedelta(seconds=self.timeout_seconds)
+        atexit.register(self.abandon)
         if dist.is_initialized():
             self.store = dist.PrefixStore("scaledtrain", dist.distributed_c10d._get_default_store())
         else:
@@ -252,6 +281,7 @@ class Connection:
             )
         wires: list[ServerWire]
         if segment is not None:
+            self._segments.append(segment)
             if host is None:
                 wire: WorkerWire = SharedWorkerWire(segment, like, 0, self.timeout_seconds)
                 return self._keep(RemoteStore(wire, self.timeline))
@@ -265,35 +295,38 @@ class Connection:
                 wire = TorchWorkerWire(like, 0, group, self.store, self.timeout_seconds)
                 return self._keep(RemoteStore(wire, self.timeline))
             wires = [TorchServerWire(like, worker, group) for worker in others]
-        joins = [serve_in_thread(host, w, wire) for w, wire in zip(others, wires, strict=True)]
-
-        def end() -> None:
-            for join in joins:
-                join(self.timeout_seconds)
-            if segment is not None:
-                segment.close()
-
-        return self._keep(DirectStore(host, 0, self.timeline, on_close=end))
+        for worker, server_wire in zip(others, wires, strict=True):
+            self._joins.append(serve_in_thread(host, worker, server_wire))
+        return self._keep(DirectStore(host, 0, self.timeline))
 
     def _keep(self, store: Store) -> Store:
         self._stores.append(store)
         return store
 
     def abandon(self) -> None:
-        """Leave after an error, without waiting for anybody."""
+        """Leave without waiting for anybody: after an error, or at the end of the process."""
+        self._leave(_ABANDON_SECONDS)
+
+    def close(self) -> None:
+        """Leave the job: end servers, give back memory and connections. All ranks call it."""
+        for store in self._stores:
+            store.close()
+        self._leave(self.timeout_seconds)
+
+    def _leave(self, seconds: float) -> None:
+        atexit.unregister(self.abandon)
+        deadline = time.monotonic() + seconds
+        for join in self._joins:  # a server's threads end when their workers have heard of it
+            join(max(deadline - time.monotonic(), 0.0))
+        for segment in self._segments:
+            segment.close()
+        self._stores, self._segments, self._joins = [], [], []
         if self._shared is not None:
             self._shared.close()
             self._shared = None
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
         self.group, self.store = LocalGroup(), None
-
-    def close(self) -> None:
-        """Leave the job: end servers, give back memory and connections. All ranks call it."""
-        for store in self._stores:
-            store.close()
-        self._stores.clear()
-        self.abandon()
 
     def __enter__(self) -> Connection:
         return self
@@ -324,7 +357,8 @@ def connect(
     Args:
         device: where this rank computes; default: its own GPU if there is one, else the CPU.
         transport: ``"shared_memory"``: through memory that ranks on one Linux host share (CPU
-            tensors), ``"torch"``: torch.distributed (gloo, NCCL); ``"auto"``: the first if possible.
+            tensors), ``"torch"``: torch.distributed (gloo, NCCL); ``"auto"``: the first if
+            possible.
         timeout_seconds: the longest that any rank waits for another, now and later.
 
     Raises:

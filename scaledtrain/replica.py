@@ -116,7 +116,7 @@ class Replica:
         return self.parameters[0].device
 
     def updater(self, parameters: Sequence[nn.Parameter] | None = None) -> Updater:
-        """Make the optimizer over ``parameters``: this replica's own, or a server's copy of them."""
+        """Make the optimizer over this replica's parameters, or over a server's copy of them."""
         own = self.parameters if parameters is None else parameters
         named = zip(self.names, own, strict=True)
         return Updater(list(named), self._make_optimizer, self._make_scheduler)
@@ -139,7 +139,7 @@ class Replica:
         return nn.utils.get_total_norm(present)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale all gradients so that their norm is at most ``max_norm``; returns the norm before."""
+        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before."""
         norm: Tensor = nn.utils.clip_grad_norm_(self.parameters, max_norm)
         return norm
 

@@ -101,11 +101,12 @@ class MicrobatchLoop:
     def run(self, batch: StepBatch) -> Tensor:
         """Run forward and backward for each microbatch."""
         total: Tensor | None = None
+        samples = batch.samples
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
             with self._precision.autocast():
                 _, loss = call_model(self.model, microbatch, self._loss_fn)
-            if size != batch.samples:
-                loss = loss * (size / batch.samples)
+            if size != samples:
+                loss = loss * (size / samples)
             self._precision.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss = loss.detach()
             total = loss if total is None else total + loss

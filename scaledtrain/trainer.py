@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scaledtrain.callbacks import Callback
 from scaledtrain.comm.protocols import Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, count_samples
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
@@ -40,7 +40,8 @@ class FitResult:
     seconds: float
     """Wall time of this fit."""
     stopped_by: str
-    """``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"callback"`` or ``"another replica"``."""
+    """``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"callback"`` or, when it was not
+    this replica's own decision, ``"another replica"``."""
     evaluation: Mapping[str, float] = field(default_factory=dict)
     """The last evaluation's values, on the ranks that evaluate."""
 
@@ -65,7 +66,8 @@ class Trainer:
         max_grad_norm: clip the gradient to this 2-norm.
         eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
         callbacks: called in order.
-        seed: of data order, dropout and every other generator; each rank's differ where they should.
+        seed: of data order, dropout and every other generator; each rank's differ where they
+            should.
         deterministic: use deterministic kernels only.
         compile: backend for ``torch.compile`` (``"inductor"``); None does not compile.
         slowdown: a handicap for straggler experiments.
@@ -182,14 +184,7 @@ class Trainer:
         if finite:
             self.strategy.apply_gradients()
         self.strategy.after_step()
-        self.metrics.record(
-            self.strategy.step,
-            loss,
-            batch.samples,
-            grad_norm=norm,
-            learning_rate=self.strategy.learning_rate,
-            gradients_per_step=self.strategy.gradients_per_step,
-        )
+        self.metrics.record(self.strategy, loss, batch.samples, norm)
         return True
 
     def fit(
@@ -231,14 +226,15 @@ class Trainer:
             seed=self._seed,
             device=self.link.device,
         )
-        self._introduce(train)
+        self._introduce(loader)
         self._stopping = False
         run = _Run(self, loader, max_steps, max_epochs, max_seconds, eval, eval_every)
         total = max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
-            replicas = self.link.group.size
-            share = replicas // self.strategy.gradients_per_step
-            total = self.step_count + max_epochs * loader.steps_per_epoch * share
+            gradients = max_epochs * loader.steps_per_epoch * self.link.group.size
+            total = self.step_count + gradients // self.strategy.gradients_per_step
+        # All begin now: times of different ranks are seconds since the same moment.
+        self.link.group.all_reduce([torch.zeros(1, device=self.link.device)], "sum").wait()
         self.metrics.start(self.step_count, total)
         try:
             self._call("on_fit_start")
@@ -246,9 +242,7 @@ class Trainer:
             stopped_by = run.loop()
             self.strategy.settle()
             run.evaluate_at_end()
-            self.metrics.flush(
-                self.step_count, None, self.strategy.learning_rate, self.strategy.gradients_per_step
-            )
+            self.metrics.flush(self.strategy)
             self._call("on_fit_end")
         finally:
             self.metrics.finish()
@@ -353,14 +347,13 @@ class Trainer:
         for callback in self._callbacks:
             getattr(callback, moment)(self, *arguments)
 
-    def _introduce(self, train: Iterable[Any]) -> None:
+    def _introduce(self, loader: ReplicaLoader) -> None:
         """Say once what will run."""
         if self._introduced:
             return
         self._introduced = True
         n_parameters = sum(p.numel() for p in self.replica.parameters)
-        local = getattr(train, "batch_size", None)
-        local = "as loaded" if local is None else local
+        local = "as loaded" if loader.batch_size is None else loader.batch_size
         self.metrics.say(
             f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
             f"{self.link.group.size} replica{'s' if self.link.group.size > 1 else ''} on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,8 @@ from scaledtrain.server import Pushed, Server
 from scaledtrain.timeline import Timeline
 
 __all__ = ["DirectStore", "ServerHost"]
+
+_logger = logging.getLogger(__name__)
 
 
 class ServerHost:
@@ -39,17 +42,26 @@ class ServerHost:
         with self._changed:
             self._raise_failure()
             try:
-                self._last_push[worker] = self._server.push(worker, gradient, version)
+                pushed = self._last_push[worker] = self._server.push(worker, gradient, version)
             except Exception as error:
                 self.fail(error)
                 raise
+            if pushed.fault is not None:
+                _logger.warning("a gradient was rejected: %s", pushed.fault)
+            self._changed.notify_all()
+
+    def skip(self, worker: int) -> None:
+        """Count a step of the worker that had no gradient."""
+        with self._changed:
+            self._raise_failure()
+            self._server.skip(worker)
             self._changed.notify_all()
 
     def pull(self, worker: int, into: Sequence[Tensor]) -> Pulled:
         """Copy the parameters out as soon as the worker may go on."""
         with self._changed:
             self._wait(worker, "pull", lambda: self._stopped or self._server.may_go_on(worker))
-            return self._copy_out(worker, into)
+            return self._copy_out(worker, into, self._server.pull(worker))
 
     def limit(self, last_version: int | None) -> None:
         """Make no update beyond this version."""
@@ -66,9 +78,11 @@ class ServerHost:
     def settle(self, worker: int, into: Sequence[Tensor]) -> Pulled:
         """Wait until all workers are here, take the final parameters, go on when all have them."""
         with self._changed:
+            self._server.remove(worker)  # those that still compute need not wait for it
             self._meet(worker)
-            pulled = self._copy_out(worker, into)
+            pulled = self._copy_out(worker, into, self._server.parameters)
             self._stopped = False
+            self._server.add(worker)
             # Else a fast worker could begin its next run while a slow one still copies.
             self._meet(worker)
             return pulled
@@ -89,9 +103,9 @@ class ServerHost:
             self._failure = self._failure or error
             self._changed.notify_all()
 
-    def _copy_out(self, worker: int, into: Sequence[Tensor]) -> Pulled:
+    def _copy_out(self, worker: int, into: Sequence[Tensor], values: Sequence[Tensor]) -> Pulled:
         with torch.no_grad():
-            torch._foreach_copy_(list(into), list(self._server.pull(worker)))
+            torch._foreach_copy_(list(into), list(values))
         last = self._last_push[worker]
         return Pulled(
             version=self._server.version,
@@ -109,7 +123,7 @@ class ServerHost:
             here = f"; arrived: workers {sorted(self._here)}" if self._here else ""
             raise WaitTimeoutError(
                 f"worker {worker} waited {self._timeout_seconds:g} s in {what} for the other "
-                f"workers (gradients so far: {steps}{here}); one of them is stuck or too slow: "
+                f"workers (steps so far: {steps}{here}); one of them is stuck or too slow: "
                 "look at the one that is behind, or raise timeout_seconds"
             )
 
@@ -125,20 +139,12 @@ class DirectStore:
         host: the server.
         worker: this worker's number.
         timeline: where waiting and communication are recorded.
-        on_close: ends whatever serves the other workers.
     """
 
-    def __init__(
-        self,
-        host: ServerHost,
-        worker: int,
-        timeline: Timeline,
-        on_close: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, host: ServerHost, worker: int, timeline: Timeline) -> None:
         self._host = host
         self._worker = worker
         self._timeline = timeline
-        self._on_close = on_close
 
     def push(self, update: Sequence[Tensor], version: int) -> None:
         """Let the server take the gradient now."""
@@ -152,6 +158,10 @@ class DirectStore:
         pulled = self._host.pull(self._worker, into)
         self._timeline.add("waiting", start)
         return pulled
+
+    def skip(self) -> None:
+        """Let the server count a step without a gradient."""
+        self._host.skip(self._worker)
 
     def limit(self, last_version: int | None) -> None:
         """Make no update beyond this version."""
@@ -169,5 +179,4 @@ class DirectStore:
         return pulled
 
     def close(self) -> None:
-        """End what serves the other workers."""
-        self._on_close()
+        """Nothing to do: the server needs no message to know."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,10 +71,10 @@ class TorchWorkerWire:
         header = torch.tensor([kind, number, 0, 0, 0, 0], dtype=torch.float64)
         self._move(kind, header, dist.isend)
 
-    def _move(self, kind: Request, message: Tensor, how: object) -> None:
+    def _move(self, kind: Request, message: Tensor, how: Callable[..., Any]) -> None:
         what = f"{kind.name.lower()} (the server is on rank {self._server_rank})"
         with clear_errors(what, self._rank, self._size, self._store, self._timeout_seconds):
-            work = how(message, self._server_rank, group=self._group, tag=self._rank)  # type: ignore[operator]
+            work = how(message, self._server_rank, group=self._group, tag=self._rank)
             work.wait(timedelta(seconds=self._timeout_seconds))
 
 

@@ -48,8 +48,8 @@ class Group(Protocol):
         Args:
             tensors: contiguous tensors, the same shapes and dtypes in the same order on every rank.
             op: ``"sum"``, ``"max"`` or ``"mean"``. The mean is weighted: sum_i w_i x_i / sum_i w_i.
-            weight: w of this rank in a mean, >= 0; at least one rank's is positive. A rank of weight 0
-                does not change the result, whatever its tensors hold.
+            weight: w of this rank in a mean, >= 0; at least one rank's is positive. A rank of
+                weight 0 does not change the result, whatever its tensors hold.
 
         Raises:
             WaitTimeoutError: (here or in ``Handle.wait``) a rank did not come in time.
@@ -80,7 +80,10 @@ class Store(Protocol):
     """One worker's access to the server's parameters."""
 
     def push(self, update: Sequence[Tensor], version: int) -> None:
-        """Hand over a gradient that was taken at ``version``. The tensors may be reused on return."""
+        """Hand over a gradient taken at ``version``. The tensors may be reused on return."""
+
+    def skip(self) -> None:
+        """Say that this worker's step ended without a gradient."""
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:
         """Copy the server's parameters into these; waits where the admission policy says so.
@@ -100,7 +103,7 @@ class Store(Protocol):
         """Wait until every worker has come here, then pull; a stop that was asked for is over."""
 
     def close(self) -> None:
-        """Give back threads and memory; the worker that holds the server waits for the others."""
+        """Tell the server that this worker leaves."""
 
 
 class Link(Protocol):

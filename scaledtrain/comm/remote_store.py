@@ -1,7 +1,7 @@
 """A `Store` whose server lives in another process: requests and answers over some wire.
 
-Each worker has one wire to one thread beside the server. What the messages are is written here, once;
-a wire (torch.distributed, shared memory) only carries them.
+Each worker has one wire to one thread beside the server. What the messages are is written here,
+once; a wire (torch.distributed, shared memory) only carries them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Request(IntEnum):
     STOP = 4
     SETTLE = 5
     CLOSE = 6
-    FAILED = 7  # an answer: the server stopped
+    SKIP = 7
+    FAILED = 8  # an answer: the server stopped
 
 
 class WorkerWire(Protocol):
@@ -60,7 +61,7 @@ class WorkerWire(Protocol):
         """Receive the parameters that follow the answer to PULL and SETTLE."""
 
     def close(self) -> None:
-        """Tell the server that this worker leaves, and give back memory."""
+        """Tell the server that this worker leaves."""
 
 
 class ServerWire(Protocol):
@@ -104,6 +105,10 @@ class RemoteStore:
         start = self._timeline.now()
         self._wire.push(update, version)
         self._timeline.add("communication", start)
+
+    def skip(self) -> None:
+        """Let the server count a step without a gradient."""
+        self._ask(Request.SKIP)
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:
         """Ask for the parameters and wait for them."""
@@ -154,6 +159,9 @@ def serve_in_thread(host: ServerHost, worker: int, wire: ServerWire) -> Callable
                     _handle(host, worker, wire, *request)
                 except Exception as error:  # the rank that holds the server raises it
                     host.fail(error)
+                    if request[0] == Request.PUSH:
+                        wire.handled_push()
+                        continue  # the worker does not listen now; its next request fails, too
                     wire.answer([Request.FAILED, 0, 0, 0, 0, 0], with_parameters=False)
                     return
         except (ClusterError, RuntimeError) as error:
@@ -180,4 +188,6 @@ def _handle(host: ServerHost, worker: int, wire: ServerWire, kind: Request, numb
         host.limit(None if number == _NO_LIMIT else int(number))
     elif kind == Request.STOP:
         host.stop()
+    elif kind == Request.SKIP:
+        host.skip(worker)
     wire.answer([kind, 0, 0, 0, 0, 0], with_parameters=False)

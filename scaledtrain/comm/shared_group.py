@@ -22,7 +22,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ _MAX_PLANS = 64
 _MAX_BLOCKS = 4096
 _SHORT_SECONDS = 20e-6  # waiting as short as this is what meeting costs, not somebody's delay
 
-Observe = Callable[[str, float, float], None]
+Observe = Callable[[Literal["waiting", "communication"], float, float], object]
 
 _CALLS = ("sum", "mean", "max", "broadcast")
 _HALF = (torch.float16, torch.bfloat16)

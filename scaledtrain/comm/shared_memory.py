@@ -308,7 +308,14 @@ class SharedSegment:
         """One of the semaphores, from 0."""
         return self._semaphores[index]
 
-    def wait(self, semaphore: Semaphore, on: int, doing: str, timeout_seconds: float) -> None:
+    def wait(
+        self,
+        semaphore: Semaphore,
+        on: int,
+        doing: str,
+        timeout_seconds: float,
+        spin: bool = True,
+    ) -> None:
         """Take one from a semaphore that rank ``on`` posts.
 
         Spins briefly, then sleeps, looking ten times a second whether the other is still there. Any
@@ -319,6 +326,7 @@ class SharedSegment:
             on: the rank that is to post it.
             doing: what this rank is in, for the messages.
             timeout_seconds: the longest to wait.
+            spin: False where the wait is expected to be long, and other threads have work.
 
         Raises:
             PeerLostError: that rank died, closed the segment or gave up, and had not posted before.
@@ -327,11 +335,11 @@ class SharedSegment:
         if semaphore.try_wait():
             return
         start = time.perf_counter()
-        if self._spin:
+        if spin and self._spin:
             while time.perf_counter() - start < _SPIN_SECONDS:
                 if semaphore.try_wait():
                     return
-        else:
+        elif spin:
             os.sched_yield()  # often the awaited rank is only waiting for this core
             if semaphore.try_wait():
                 return

@@ -112,9 +112,8 @@ class SharedWorkerWire:
         """Nothing to do: they lie in the mailbox."""
 
     def close(self) -> None:
-        """Say so, and let go of the memory."""
+        """Say so."""
         self._send(Request.CLOSE, 0.0)
-        self._segment.close()
 
     def _send(self, kind: Request, number: float) -> None:
         header = self._mailbox.requests[self._sent % _RING]
@@ -147,7 +146,7 @@ class SharedServerWire:
     def next_request(self) -> tuple[Request, float]:
         """Sleep until the worker asks for something."""
         segment, worker = self._segment, self._worker
-        segment.wait(self._mailbox.requested, worker, "serving", math.inf)
+        segment.wait(self._mailbox.requested, worker, "serving", math.inf, spin=False)
         kind, number = self._mailbox.requests[self._received % _RING].tolist()[:2]
         self._received += 1
         return Request(int(kind)), number

@@ -1,10 +1,10 @@
 """Which part of a loader's batches each replica trains on, and with which weight.
 
 The batches of an epoch are numbered; batch i goes to replica i modulo the number of replicas, and a
-step takes ``gradient_accumulation_steps`` batches on every replica. So the samples of a step are the
-same whatever the number of replicas, every sample is used exactly once, and all replicas make the
-same number of steps: where the epoch ends unevenly, some replicas get fewer samples, or none, and a
-smaller weight in the mean.
+step takes ``gradient_accumulation_steps`` batches on every replica. So the samples of a step are
+the same whatever the number of replicas, every sample is used exactly once, and all replicas make
+the same number of steps: where the epoch ends unevenly, some replicas get fewer samples, or none,
+and a smaller weight in the mean.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,12 +32,11 @@ from scaledtrain.errors import ConfigError
 __all__ = ["ReplicaLoader", "StepBatch", "count_samples"]
 
 
-@dataclass(frozen=True)
-class StepBatch:
+class StepBatch(NamedTuple):
     """What one replica trains on in one step."""
 
     microbatches: list[Any]
-    """As the loader gives them, on the replica's device; empty if the epoch left this one nothing."""
+    """As the loader gives them, on the replica's device; empty if the epoch left it nothing."""
     sizes: list[int]
     """Samples in each microbatch."""
     weight: float = 1.0
@@ -52,17 +50,15 @@ class StepBatch:
 
 def count_samples(batch: Any) -> int:
     """Length of the first dimension of the first tensor (or list) in a batch."""
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        batch = batch[0]
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
     if isinstance(batch, Mapping):
         return count_samples(next(iter(batch.values())))
     if isinstance(batch, (tuple, list)) and batch:
         first = batch[0]
-        return (
-            count_samples(first)
-            if isinstance(first, (Tensor, Mapping, tuple, list))
-            else len(batch)
-        )
+        return count_samples(first) if isinstance(first, (Mapping, tuple, list)) else len(batch)
     return 1
 
 
@@ -116,6 +112,9 @@ class ReplicaLoader:
         seed: of the order of the samples and of the loader's workers.
         device: where the batches go.
 
+    Attributes:
+        batch_size: samples in a full batch; None until the first one of a plain iterable.
+
     Raises:
         ConfigError: the loader already shards (``DistributedSampler``), or has no batch.
 
@@ -142,12 +141,12 @@ class ReplicaLoader:
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
         self._random: Any = None
-        self._nominal_size: int | None = None
+        self.batch_size: int | None = None
         self._total: int | None = None
         self._own: Iterable[Any] = loader
         self._reads_all = True
         if isinstance(loader, DataLoader):
-            self._nominal_size = loader.batch_size
+            self.batch_size = loader.batch_size
             if not isinstance(loader.dataset, IterableDataset):
                 self._shard(loader)
 
@@ -157,13 +156,14 @@ class ReplicaLoader:
         sampler: Any = copy.copy(loader.sampler if one_by_one else loader.batch_sampler)
         if isinstance(sampler, BatchSampler):
             sampler.sampler = copy.copy(sampler.sampler)
-            self._nominal_size = sampler.batch_size
+            self.batch_size = sampler.batch_size
         if isinstance(loader.sampler, DistributedSampler) or isinstance(
             getattr(sampler, "sampler", None), DistributedSampler
         ):
             raise ConfigError(
                 "the loader has a DistributedSampler, but the Trainer shards loaders itself, so "
-                "most samples would never be seen; pass the loader as for one process (shuffle=True)"
+                "most samples would never be seen; pass the loader as for one process "
+                "(shuffle=True)"
             )
         try:
             self._total = len(sampler)
@@ -198,39 +198,39 @@ class ReplicaLoader:
         """The steps of one epoch; the same order of samples for the same (seed, epoch)."""
         if self._random is not None:
             self._random.generator = torch.Generator().manual_seed(self._seed + epoch)
-        steps = self._from_all() if self._reads_all else self._from_own()
-        empty = True
-        for step in steps:
-            empty = False
-            yield step
-        if empty:
+        windows = self._of_all() if self._reads_all else self._own_only()
+        window = next(windows, None)
+        if window is None:
             raise ConfigError(
                 "the loader has no batch; check the data set's length and drop_last (a batch_size "
                 "larger than the data set with drop_last=True leaves nothing)"
             )
+        while window is not None:
+            yield self._step(window)
+            window = next(windows, None)
 
-    def _from_own(self) -> Iterator[StepBatch]:
-        """Steps of a loader that yields only this replica's batches."""
+    def _own_only(self) -> Iterator[list[Any]]:
+        """This replica's batches of each step, from a loader that yields no others."""
         assert self._total is not None
         window = self._replicas * self._accumulation
         batches = iter(self._own)
         for start in range(0, self._total, window):
             stop = min(start + window, self._total)
             count = len(range(start + self._rank, stop, self._replicas))
-            yield self._step(list(islice(batches, count)))
+            yield list(islice(batches, count))
 
-    def _from_all(self) -> Iterator[StepBatch]:
-        """Steps of an iterable that yields all replicas' batches."""
+    def _of_all(self) -> Iterator[list[Any]]:
+        """This replica's batches of each step, from an iterable that yields all replicas'."""
         batches = iter(self._own)
         while window := list(islice(batches, self._replicas * self._accumulation)):
-            if self._nominal_size is None:
-                self._nominal_size = count_samples(window[0])
-            yield self._step(window[self._rank :: self._replicas])
+            if self.batch_size is None:
+                self.batch_size = count_samples(window[0])
+            yield window[self._rank :: self._replicas]
 
     def _step(self, microbatches: list[Any]) -> StepBatch:
         sizes = [count_samples(batch) for batch in microbatches]
         if self._device is not None:
             microbatches = [_to(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.
-        weight = sum(sizes) / ((self._nominal_size or 1) * self._accumulation)
+        weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
         return StepBatch(microbatches, sizes, weight)

@@ -8,6 +8,7 @@ one implementation serves them all and every rule can be tested by hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,19 @@ from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Updater
-from scaledtrain.server.admission import Admission, Asynchronous
+from scaledtrain.server.admission import Admission
+from scaledtrain.server.checks import find_misfit, find_not_finite
+from scaledtrain.server.correction import (
+    Arrival,
+    Context,
+    Correction,
+    Uncorrected,
+    scaled_learning_rate,
+)
+from scaledtrain.server.ledger import Ledger
+from scaledtrain.server.mean import WeightedMean
+from scaledtrain.server.policies import Asynchronous
+from scaledtrain.server.sent import Sent
 
 __all__ = ["Pushed", "Server"]
 
@@ -25,6 +38,8 @@ class Pushed(NamedTuple):
 
     accepted: bool
     staleness: int
+    fault: str | None = None
+    """What is wrong with the gradient and whose it is; None for one that only came too late."""
 
 
 class Server:
@@ -32,13 +47,15 @@ class Server:
 
     A gradient taken at version v that arrives at version k has staleness tau = k - v. The admission
     policy says whether it is accepted and how many accepted gradients g_1..g_c make one update with
-    their mean, after which the version grows by one.
+    their mean, after which the version grows by one; the correction says what a stale one is worth.
 
     Args:
-        parameters: initial values; copied, on their device.
+        parameters: initial values; copied, on their device. Floats of less than 32 bits are kept in
+            float32, whatever the workers compute in.
         make_updater: makes optimizer and schedule over the server's copy.
-        n_workers: workers, numbered from 0.
-        admission: the policy.
+        n_workers: workers, numbered from 0; all take part at first.
+        admission: the policy; default `Asynchronous`.
+        correction: of stale gradients; default none.
 
     A crash loses the parameters and the optimizer's state: save ``state_dict``.
 
@@ -49,9 +66,9 @@ class Server:
         >>> _ = nn.init.constant_(replica.parameters[0], 1.0)
         >>> server = Server(replica.parameters, replica.updater, n_workers=2)
         >>> server.push(0, [torch.tensor([[2.0]])], version=0)   # 1 - 0.5 * 2 = 0
-        Pushed(accepted=True, staleness=0)
+        Pushed(accepted=True, staleness=0, fault=None)
         >>> server.push(1, [torch.tensor([[2.0]])], version=0)   # 0 - 0.5 * 2 = -1
-        Pushed(accepted=True, staleness=1)
+        Pushed(accepted=True, staleness=1, fault=None)
         >>> server.parameters[0].item(), server.version
         (-1.0, 2)
 
@@ -65,101 +82,207 @@ class Server:
         make_updater: Callable[[Sequence[nn.Parameter]], Updater],
         n_workers: int,
         admission: Admission | None = None,
+        correction: Correction | None = None,
     ) -> None:
-        if n_workers < 1:
-            raise ConfigError(f"n_workers is {n_workers}; a server needs at least one worker")
-        self.parameters = [nn.Parameter(p.detach().clone()) for p in parameters]
-        self.n_workers = n_workers
-        self.version = 0
-        self.last_version: int | None = None
-        self.clocks = [0] * n_workers
-        self.pulled = [-1] * n_workers
+        self._admission = admission if admission is not None else Asynchronous()
+        self._correction = correction if correction is not None else Uncorrected()
+        self.ledger = Ledger(n_workers, self._admission)
+        self.parameters = [nn.Parameter(_wide_copy(p)) for p in parameters]
         self._updater = make_updater(self.parameters)
-        self._admission: Admission = admission if admission is not None else Asynchronous()
-        self._gathered = 0
+        self._context = Context(self.parameters, self._updater.optimizer, n_workers, 1)
+        self._members_changed()
+        self._correction.start(self._context)
+        self._sent = Sent()
+        self._mean = WeightedMean(self.parameters)
+
+    @property
+    def n_workers(self) -> int:
+        """Workers that there are numbers for, taking part or not."""
+        return self.ledger.n_workers
+
+    @property
+    def members(self) -> AbstractSet[int]:
+        """Workers taking part."""
+        return self.ledger.members
+
+    @property
+    def version(self) -> int:
+        """Updates made."""
+        return self.ledger.version
+
+    @property
+    def clocks(self) -> Sequence[int]:
+        """For each worker, the steps it has finished: its pushes, accepted or not, and skips."""
+        return self.ledger.clocks
+
+    @property
+    def last_version(self) -> int | None:
+        """No update is made beyond this version; None: no limit."""
+        return self.ledger.last_version
+
+    @last_version.setter
+    def last_version(self, version: int | None) -> None:
+        self.ledger.last_version = version
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last update that was allowed has been made."""
+        return self.ledger.finished
 
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
         return self._updater.learning_rate
 
-    @property
-    def finished(self) -> bool:
-        """Whether the last update that was allowed has been made."""
-        return self.last_version is not None and self.version >= self.last_version
-
     def may_go_on(self, worker: int) -> bool:
         """Whether this worker may pull and begin its next step now."""
-        return self.finished or self._admission.releases(worker, self)
+        return self.ledger.may_go_on(worker)
 
     def pull(self, worker: int) -> Sequence[Tensor]:
-        """The parameters, for a worker that ``may_go_on``; valid until the next push."""
-        self.pulled[worker] = self.version
-        return self.parameters
+        """What a worker that ``may_go_on`` computes with; valid until the next push.
+
+        Raises:
+            ConfigError: the worker does not take part.
+        """
+        self.ledger.pull(worker)
+        with torch.no_grad():
+            outgoing = self._correction.outgoing(self._context)
+        if self._correction.needs_sent:
+            self._sent.keep(worker, self.version, outgoing)
+        return outgoing
 
     def push(self, worker: int, gradient: Sequence[Tensor], version: int) -> Pushed:
         """Take a worker's gradient.
 
         Args:
             worker: who computed it.
-            gradient: one tensor for each parameter, of its shape and dtype; read before the return.
+            gradient: one tensor for each parameter, of its shape; read before the return. Another
+                floating dtype is cast.
             version: at which parameters it was computed.
 
         Returns:
             Whether it was accepted, and its staleness: the number of updates made between the pull
             of those parameters and the arrival of this gradient. A rejected one changes no
-            parameter.
+            parameter and no state but the worker's clock and counts. With ``fault`` it is one that
+            no policy can use: of a wrong number or shape, not finite, of a version that the worker
+            cannot have, or from a worker that does not take part.
+
+        Raises:
+            ConfigError: there is no such worker.
         """
         staleness = self.version - version
-        self.clocks[worker] += 1
-        if self.finished or not self._admission.accepts(staleness):
-            return Pushed(False, staleness)
-        needed = self._admission.gradients_per_update(self.n_workers)
-        with torch.no_grad():
-            for parameter, g in zip(self.parameters, gradient, strict=True):
-                g = g.to(parameter.device)  # itself, unless it comes from another device
-                if parameter.grad is None:
-                    # A lone gradient is used where it lies; one that waits for others is kept.
-                    parameter.grad = g if needed == 1 else g.clone()
-                else:
-                    parameter.grad.add_(g)
-        self._gathered += 1
-        if self._gathered >= needed:
-            self._update()
-        return Pushed(True, staleness)
+        sent = self._sent.take(worker, version) if self._correction.needs_sent else []
+        fault = self._find_fault(worker, gradient, version, sent)
+        admitted = fault is None and self.ledger.admits(worker, staleness)
+        if admitted:
+            gradient = [g.to(p) for g, p in zip(gradient, self.parameters, strict=True)]
+            fault = _of(worker, find_not_finite(gradient))
+        accepted = admitted and fault is None
+        self.ledger.push(worker, version, accepted)
+        if accepted:
+            self._gather(Arrival(worker, gradient, staleness, sent or []))
+        return Pushed(accepted, staleness, fault)
 
+    def skip(self, worker: int) -> None:
+        """A worker's step ended without a gradient (no samples, an overflow): advance its clock."""
+        self.ledger.skip(worker)
+
+    def to_abandon(self) -> list[int]:
+        """Workers that should give up what they compute, pull and begin anew: it came too late."""
+        return self.ledger.to_abandon()
+
+    def remove(self, worker: int) -> None:
+        """Forget a worker that died, or that is done: nobody waits for it any more.
+
+        Gradients that it gave are used. If the others waited only for it, this makes the update.
+        """
+        self.ledger.remove(worker)
+        self._forget(worker)
+        self._members_changed()
+        if self.ledger.completes:
+            self._update()
+
+    def add(self, worker: int) -> None:
+        """Let a worker take part (again), with nothing under way and level with the slowest."""
+        if worker in self.members:
+            self.remove(worker)
+        self.ledger.add(worker)
+        self._members_changed()
+
+    def _find_fault(
+        self, worker: int, gradient: Sequence[Tensor], version: int, sent: Sequence[Tensor] | None
+    ) -> str | None:
+        if worker not in self.members:
+            return f"worker {worker} does not take part (any more); add({worker}) lets it"
+        if version > self.version:
+            return f"worker {worker}: version {version} does not exist yet; this is {self.version}"
+        if sent is None:
+            return f"worker {worker} pushed a gradient of version {version}, which it did not pull"
+        return _of(worker, find_misfit(gradient, self.parameters))
+
+    @torch.no_grad()
+    def _gather(self, arrival: Arrival) -> None:
+        gradient, scale = self._correction.correct(arrival, self._context)
+        if not scale > 0.0:
+            raise ConfigError(
+                f"{self._correction} scales the learning rate by {scale}; not above 0"
+            )
+        completes = self.ledger.completes
+        self._mean.add(gradient, scale, last=completes)
+        if completes:
+            self._update()
+
+    @torch.no_grad()
     def _update(self) -> None:
-        if self._gathered > 1:
-            gathered = [p.grad for p in self.parameters if p.grad is not None]
-            torch._foreach_div_(gathered, self._gathered)
-        self._updater.step()
-        for parameter in self.parameters:
-            parameter.grad = None
-        self._gathered = 0
-        self.version += 1
+        scale = self._mean.finish()
+        self._correction.before_update(self._context)
+        with scaled_learning_rate(self._updater.optimizer, scale):
+            self._updater.step()
+        self._correction.after_update(self._context)
+        self._mean.clear()
+        self.ledger.update()
+
+    @torch.no_grad()
+    def _forget(self, worker: int) -> None:
+        self._sent.forget(worker)
+        self._correction.forget(worker, self._context)
+
+    def _members_changed(self) -> None:
+        n = self._context.n_members = len(self.members)
+        self._context.gradients_per_update = max(1, self._admission.gradients_per_update(n))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the future depends on, gradients that wait for others included."""
         return {
             "parameters": [p.detach().clone() for p in self.parameters],
-            "gathered": [None if p.grad is None else p.grad.clone() for p in self.parameters],
-            "n_gathered": self._gathered,
+            "mean": self._mean.state_dict(),
             "updater": self._updater.state_dict(),
-            "version": self.version,
-            "clocks": list(self.clocks),
-            "pulled": list(self.pulled),
+            "ledger": self.ledger.state_dict(),
+            "correction": self._context.state_dict(),
+            "sent": self._sent.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned, also from another number of workers."""
         with torch.no_grad():
-            for parameter, value, grad in zip(
-                self.parameters, state["parameters"], state["gathered"], strict=True
-            ):
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
-                parameter.grad = None if grad is None else grad.clone()
-        self._gathered = state["n_gathered"]
+        self._mean.load_state_dict(state["mean"])
         self._updater.load_state_dict(state["updater"])
-        self.version = state["version"]
-        self.clocks = list(state["clocks"])
-        self.pulled = list(state["pulled"])
+        self.ledger.load_state_dict(state["ledger"])
+        self._context.load_state_dict(state["correction"])
+        self._sent.load_state_dict(state["sent"], self.parameters)
+        for worker in range(self.n_workers, len(state["ledger"]["clocks"])):
+            self._forget(worker)
+        self._members_changed()
+        if self.ledger.completes:  # the others, who are no more
+            self._update()
+
+
+def _wide_copy(parameter: Tensor) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.detach().to(dtype, copy=True)
+
+
+def _of(worker: int, fault: str | None) -> str | None:
+    return None if fault is None else f"worker {worker}: {fault}"

@@ -7,7 +7,7 @@ from typing import Any
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link, Pulled
 from scaledtrain.replica import Replica
-from scaledtrain.server import Admission, Asynchronous, Server
+from scaledtrain.server import Admission, Asynchronous, Correction, Server, Uncorrected
 
 __all__ = ["ParameterServer"]
 
@@ -16,13 +16,16 @@ class ParameterServer:
     """Each worker pulls parameters, computes a gradient, pushes it, and goes on.
 
     Which gradients are accepted, how many make an update and who must wait is the admission
-    policy's choice; see `scaledtrain.server`. The server lives on rank 0, beside its worker.
+    policy's choice, what a stale gradient is worth the correction's; any policy goes with any
+    correction, and with any optimizer: see `scaledtrain.server`. The server lives on rank 0, beside
+    its worker.
 
     Sent: parameters down and a gradient up, once per step and worker. Waits: only where the policy
     says so. A crash of the server's rank loses parameters and optimizer (save ``state_dict``).
 
     Args:
         admission: the policy; default `Asynchronous`.
+        correction: of stale gradients; default none.
 
     Example:
         >>> import torch
@@ -46,14 +49,18 @@ class ParameterServer:
         2012, Large Scale Distributed Deep Networks.
     """
 
-    def __init__(self, admission: Admission | None = None) -> None:
-        self.admission: Admission = admission if admission is not None else Asynchronous()
+    def __init__(
+        self, admission: Admission | None = None, correction: Correction | None = None
+    ) -> None:
+        self.admission = admission if admission is not None else Asynchronous()
+        self.correction = correction if correction is not None else Uncorrected()
         self.step = 0
         self.staleness: int | None = None
         self.learning_rate = 0.0
         self.lockstep: Group = LocalGroup()
         self._server: Server | None = None
         self._has_gradient = True
+        self._pushed = False
 
     def attach(self, replica: Replica, link: Link) -> None:
         """Start the server with rank 0's parameters."""
@@ -61,8 +68,13 @@ class ParameterServer:
         link.group.broadcast([*replica.parameters, *replica.frozen, *replica.buffers])
 
         def make_server() -> Server:
-            n_workers = link.group.size
-            self._server = Server(replica.parameters, replica.updater, n_workers, self.admission)
+            self._server = Server(
+                replica.parameters,
+                replica.updater,
+                link.group.size,
+                self.admission,
+                self.correction,
+            )
             return self._server
 
         self._n_workers = link.group.size
@@ -91,9 +103,13 @@ class ParameterServer:
         """Push the gradient."""
         if self._has_gradient:
             self._store.push(self._replica.gradients(), self.step)
+            self._pushed = True
 
     def after_step(self) -> None:
-        """Nothing to do: the server keeps the clocks."""
+        """The server keeps the clocks: tell it of a step without a gradient."""
+        if not self._pushed:
+            self._store.skip()
+        self._pushed = False
 
     def agree_to_stop(self, vote: bool) -> bool:
         """Tell the server, which tells the others when they pull."""
@@ -115,7 +131,9 @@ class ParameterServer:
         return {} if self._server is None else {"server": self._server.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the server on rank 0, before any worker pulls."""
+        """Restore the server on rank 0, before any worker pulls; all of them take part again."""
         if self._server is not None:
             self._server.load_state_dict(state["server"])
+            for worker in set(range(self._n_workers)) - self._server.members:
+                self._server.add(worker)
             self.step = self._server.version

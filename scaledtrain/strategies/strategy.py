@@ -11,7 +11,9 @@ __all__ = ["Strategy"]
 
 
 class Strategy(Protocol):
-    """Called at four moments of a step, in this order::
+    """Decides what replicas tell each other, at four moments of a step.
+
+    In this order::
 
         strategy.before_forward()      # may fetch parameters or wait; False: the run is over
         loss.backward()
@@ -32,7 +34,7 @@ class Strategy(Protocol):
         """Whether to go on with this step."""
 
     def reduce_gradients(self, weight: float = 1.0) -> None:
-        """Combine gradients; ``weight`` is this replica's in a mean (samples over nominal samples)."""
+        """Combine gradients; ``weight``: this replica's in a mean (samples / nominal samples)."""
 
     def apply_gradients(self) -> None:
         """Use the gradients."""
@@ -41,7 +43,7 @@ class Strategy(Protocol):
         """Advance the clock."""
 
     def agree_to_stop(self, vote: bool) -> bool:
-        """Whether to stop now; replicas in lockstep call it together and all get the same answer."""
+        """Whether to stop now; replicas in lockstep ask together and get the same answer."""
 
     def settle(self) -> None:
         """The run is over: wait for the others, end with the same parameters everywhere."""
@@ -64,7 +66,7 @@ class Strategy(Protocol):
 
     @property
     def lockstep(self) -> Group:
-        """The replicas that are at the same step as this one at any time; they evaluate together."""
+        """The replicas that are at the same step as this one at any time."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beyond the model's own state."""

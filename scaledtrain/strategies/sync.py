@@ -15,9 +15,9 @@ __all__ = ["Sync"]
 class Sync:
     r"""Every step uses the mean gradient of all replicas: data-parallel training as it is known.
 
-    g = sum_i w_i g_i / sum_i w_i over the replicas i, w_i their numbers of samples, so the update is
-    that of one process on the whole batch. Each replica keeps its own optimizer; as all start equal
-    and see equal gradients, they stay equal.
+    g = sum_i w_i g_i / sum_i w_i over the replicas i, w_i their numbers of samples, so the update
+    is that of one process on the whole batch. Each replica keeps its own optimizer; as all start
+    equal and see equal gradients, they stay equal.
 
     Sent: one all-reduce of the gradients per step. Waits: for the slowest replica, in every step.
     A crash of any replica ends the run for all; nothing is lost but the step.

@@ -44,4 +44,6 @@ def train(device: str, strategy: Strategy) -> Tensor:
 @pytest.mark.parametrize("strategy", [Sync, ParameterServer])
 def test_cuda_equals_cpu(strategy: Callable[[], Strategy]) -> None:
     """24 steps in float32; TF32 is off by default, so only the order of sums differs."""
-    torch.testing.assert_close(train("cuda", strategy()), train("cpu", strategy()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        train("cuda", strategy()), train("cpu", strategy()), rtol=1e-4, atol=1e-5
+    )

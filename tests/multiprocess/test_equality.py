@@ -63,7 +63,8 @@ def one_process() -> Tensor:
     optimizer = SGD(model.parameters())
     loader = DataLoader(data(70), batch_size=32, shuffle=True)
     for epoch in range(3):
-        loader.sampler.generator = torch.Generator().manual_seed(epoch)  # type: ignore[attr-defined]
+        order: Any = loader.sampler
+        order.generator = torch.Generator().manual_seed(epoch)
         for x, y in loader:
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
@@ -229,9 +230,9 @@ def test_mean_staleness_among_n_equal_workers_is_n_minus_1() -> None:
     """Measured when a push arrives: updates since the pull of the parameters it was computed with.
 
     An update of one worker lies inside at most one gradient computation of each other worker, so
-    the mean over all pushes is at most n - 1, exactly. It is less only for updates that fall between
-    a worker's push and its next pull (here small beside computing 10 ms) and at the two ends (the
-    first gradients have staleness 0, 1, .. n - 1; the last are not looked at again: 2 n of 400).
+    the mean over all pushes is at most n - 1, exactly. It is less only for updates that fall
+    between a worker's push and its next pull (here small beside computing 10 ms) and at the two
+    ends (the first gradients have staleness 0, 1, .. n - 1; the last are not looked at again).
     """
     n, updates = 4, 400
     seen = run_ranks(staleness_rank, n, updates)

@@ -1,4 +1,4 @@
-"""Reports of run folders: every number against arithmetic done by hand."""
+"""Comparisons: what is composed, and every reported number against arithmetic done by hand."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ from typing import Any
 
 import pytest
 
-from scaledtrain import ConfigError
-from scaledtrain.report.comparison import (
-    Comparison,
-    Summary,
-    conclusion,
-    equally_spaced,
-    expectation,
-    main,
-    report,
-    summarise,
-    table,
-)
+from scaledtrain import ConfigError, Slowdown, compare, connect
+from scaledtrain.config import Target
+from scaledtrain.report.comparison import Comparison, conclusion, expectation, main, report, table
 from scaledtrain.report.runs import RunLog, read_run
+from scaledtrain.report.summary import Goal, Summary, equally_spaced, summarise
 
 NO_STALENESS: dict[str, int] = {}
 
@@ -116,18 +108,17 @@ def write_async(folder: Path) -> Path:
 
 
 def summary(log: RunLog, name: str = "it", target: float = 0.85) -> Summary:
-    return summarise(name, log, log.evaluations, "accuracy", target)
+    return summarise(name, log, log.evaluations, Goal("accuracy", target))
 
 
 def comparison(folder: Path, target: float = 0.85) -> Path:
     write_sync(folder / "sync")
     write_async(folder / "async")
     Comparison(
-        metric="accuracy",
-        target=target,
+        goal=Goal("accuracy", target),
         runs={"sync": "sync", "async": "async"},
         note="Device time is pretended.",
-        config={"seed": 3},
+        configs={"sync": {"seed": 3}},
         environment={"cores": 2},
     ).save(folder)
     return folder
@@ -230,15 +221,15 @@ def test_staleness_is_that_of_all_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("target", "seconds"), [(0.5, 1.0), (0.75, 2.0), (0.9, 3.0), (0.95, None)])
-def test_time_to_target_is_that_of_the_first_evaluation_there(
+def test_time_to_goal_is_that_of_the_first_evaluation_there(
     tmp_path: Path, target: float, seconds: float | None
 ) -> None:
     row = summary(read_run(write_sync(tmp_path)), target=target)
-    assert row.seconds_to_target == seconds
+    assert row.seconds_to_goal == seconds
     assert row.final == 0.9
 
 
-def test_nobody_gets_more_looks_at_the_target_than_the_others(tmp_path: Path) -> None:
+def test_nobody_gets_more_looks_at_the_goal_than_the_others(tmp_path: Path) -> None:
     logs = {
         "sync": read_run(write_sync(tmp_path / "sync")),  # every 1.0 s
         "async": read_run(write_async(tmp_path / "async")),  # every 0.25 s
@@ -276,8 +267,8 @@ def test_runs_that_were_never_evaluated_have_no_result(tmp_path: Path) -> None:
     log = read_run(tmp_path)
     assert equally_spaced({"sync": log}) == {"sync": []}
     row = summary(log)
-    assert (row.final, row.seconds_to_target) == (None, None)
-    assert "never" in table([row], "accuracy", 0.85)
+    assert (row.final, row.seconds_to_goal) == (None, None)
+    assert "never" in table([row], Goal("accuracy", 0.85))
 
 
 # Saying
@@ -288,16 +279,16 @@ def test_the_conclusion_compares_the_best_with_the_first(tmp_path: Path) -> None
         summary(read_run(write_sync(tmp_path / "sync")), "sync"),
         summary(read_run(write_async(tmp_path / "async")), "async"),
     ]
-    assert conclusion(rows, "accuracy", 0.85) == (
-        "With worker 1 slowed 4.0 times, async trained 2.5 times as many samples per second as "
-        "sync (100 against 40); accuracy 0.85 was reached by async after 2.2 s, by sync after "
-        "3.0 s."
+    assert conclusion(rows, Goal("accuracy", 0.85)) == (
+        "With worker 1 computing 4.0 times as long as the fastest, async trained 2.5 times as many "
+        "samples per second as sync (100 against 40); accuracy 0.85 was reached by async after "
+        "2.2 s, by sync after 3.0 s."
     )
 
 
 def test_the_conclusion_says_never(tmp_path: Path) -> None:
     row = summary(read_run(write_sync(tmp_path)), "sync", target=0.99)
-    assert conclusion([row], "accuracy", 0.99).endswith("reached accuracy 0.99 never.")
+    assert conclusion([row], Goal("accuracy", 0.99)).endswith("reached accuracy 0.99 never.")
 
 
 def test_a_report_prints_draws_and_adds_the_results(tmp_path: Path) -> None:
@@ -308,7 +299,7 @@ def test_a_report_prints_draws_and_adds_the_results(tmp_path: Path) -> None:
     assert "Device time is pretended." in text
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "comparison.json").read_text())
-    assert saved["config"] == {"seed": 3}
+    assert saved["configs"] == {"sync": {"seed": 3}}
     assert saved["environment"] == {"cores": 2}
     assert [r["expected_samples_per_second"] for r in saved["results"]] == pytest.approx([50, 125])
 
@@ -333,7 +324,7 @@ def test_traced_runs_are_drawn_with_a_strip_each(tmp_path: Path) -> None:
     assert int.from_bytes(traced[height], "big") > int.from_bytes(plain[height], "big")
 
 
-def test_a_target_that_is_not_evaluated_is_an_error(tmp_path: Path) -> None:
+def test_a_goal_that_is_not_evaluated_is_an_error(tmp_path: Path) -> None:
     comparison(tmp_path)
     path = tmp_path / "comparison.json"
     path.write_text(path.read_text().replace('"accuracy"', '"f1"'))
@@ -355,6 +346,93 @@ def test_missing_matplotlib_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparison(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not there
     with pytest.raises(ConfigError, match=r"pip install 'scaledtrain\[examples\]'"):
         report(tmp_path)
+
+
+# Composing
+
+
+def test_each_strategy_gets_the_same_config_but_its_own_settings() -> None:
+    configs = compare.compose_each(
+        ["strategies=[sync,'async optimizer.lr=0.3 eval_every=7']", "seed=5"]
+    )
+    assert list(configs) == ["sync", "async"]
+    assert configs["sync"].strategy["_target_"] == "scaledtrain.strategies.Sync"
+    assert configs["async"].strategy["_target_"] == "scaledtrain.strategies.ParameterServer"
+    assert [c.seed for c in configs.values()] == [5, 5]
+    assert [c.optimizer["lr"] for c in configs.values()] == [0.4, 0.3]
+    assert configs["async"].eval_every == 7
+
+
+def test_one_strategy_with_two_settings_is_two_entries() -> None:
+    configs = compare.compose_each(["strategies=[sync,'sync optimizer.lr=1.0']"])
+    assert list(configs) == ["sync", "sync optimizer.lr=1.0"]
+
+
+def test_the_comparison_as_shipped_is_that_of_the_readme() -> None:
+    configs = compare.compose_each([])
+    assert list(configs) == ["sync", "async"]
+    for config in configs.values():
+        assert config.workers == 4
+        assert config.slowdown == Slowdown({3: 4.0}, min_compute_seconds=0.02)
+        assert config.max_steps is config.max_epochs is None
+        assert config.trace
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["strategies=[]"], r"strategies is \[\]; it is a list"),
+        (["strategies=async"], "strategies is 'async'; it is a list"),
+        (["strategies=[sync,sync]"], "an entry twice: sync, sync"),
+        (["strategies=[sync,asinc]"], "strategy is 'asinc'.*did you mean 'async'"),
+        (["strategies=[sync,'async optimiser.lr=1']"], "optimiser"),
+        (["strategy=async"], r"write strategies=\[sync,async\]"),
+        (["max_seconds=null"], "max_seconds is null"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_an_error(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare.compose_each(arguments)
+
+
+def test_the_goal_is_the_target_of_the_config() -> None:
+    assert compare._goal(Target("accuracy", at_least=0.9)) == Goal("accuracy", 0.9)
+    assert compare._goal(Target("loss", at_most=2.0)) == Goal("loss", 2.0, at_most=True)
+    for wrong in (Target(), Target("loss"), Target("loss", at_least=1.0, at_most=2.0)):
+        with pytest.raises(ConfigError, match=r"set target\.metric and one of"):
+            compare._goal(wrong)
+
+
+def test_a_loss_is_reached_from_above(tmp_path: Path) -> None:
+    log = read_run(write_sync(tmp_path))
+    goal = Goal("loss", 1.0, at_most=True)
+    assert summarise("sync", log, log.evaluations, goal).seconds_to_goal == 1.0
+
+
+def test_the_note_says_what_is_pretended() -> None:
+    note = compare._note(Slowdown({1: 4.0, 7: 9.0}, min_compute_seconds=0.02), workers=2)
+    assert "worker 1 is made 4 times slower" in note
+    assert "at least 20 ms by sleeping" in note
+    assert "worker 7" not in note
+    assert "pretended" not in compare._note(Slowdown({}), workers=2)
+
+
+def test_a_folder_with_a_run_is_not_written_to(tmp_path: Path) -> None:
+    write_sync(tmp_path / "sync")
+    configs = compare.compose_each([])
+    with connect() as link, pytest.raises(ConfigError, match="holds a run already"):
+        compare.compare(configs, Goal("accuracy", 0.9), link, tmp_path)
+    assert not (tmp_path / "comparison.json").exists()
+
+
+def test_missing_matplotlib_is_told_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not there
+    monkeypatch.setattr(sys, "argv", ["compare", f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=r"pip install 'scaledtrain\[examples\]'"):
+        compare._main()
+    assert not (tmp_path / "run").exists()

@@ -36,7 +36,7 @@ def steps_of_all(loader: Any, replicas: int, *, epoch: int = 0, **options: Any) 
         for r in range(replicas)
     ]
     assert len({len(steps) for steps in each}) == 1, "all replicas make the same number of steps"
-    return [sorted(s for r in range(replicas) for s in samples(each[r][i])) for i in range(len(each[0]))]
+    return [sorted(s for step in steps for s in samples(step)) for steps in zip(*each, strict=True)]
 
 
 class Stream(IterableDataset[Any]):

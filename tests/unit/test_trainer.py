@@ -1,4 +1,4 @@
-"""The Trainer on one process: equal to the loop one would write by hand, and clear when it cannot."""
+"""The Trainer on one process: equal to a loop written by hand, and clear when it cannot be."""
 
 from __future__ import annotations
 
@@ -262,7 +262,8 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def test_metrics_files(tmp_path: Path) -> None:
-    t = trainer(run_dir=tmp_path, log_every=2, trace=True, optimizer=partial(torch.optim.SGD, lr=0.5))
+    half = partial(torch.optim.SGD, lr=0.5)
+    t = trainer(run_dir=tmp_path, log_every=2, trace=True, optimizer=half)
     t.fit(batches(), max_epochs=1, eval=batches())
     t.close()
     lines = read_lines(tmp_path / "metrics-rank0.jsonl")
@@ -296,9 +297,9 @@ def test_grad_norm_is_recorded() -> None:
     t = trainer(Norm(), loss_fn=None, log_every=1)
     flush = t.metrics.flush
 
-    def spy(step: int, norm: Tensor | None, *rest: Any) -> None:
+    def spy(strategy: Strategy, norm: Tensor | None = None) -> None:
         seen.append(None if norm is None else float(norm))
-        flush(step, norm, *rest)
+        flush(strategy, norm)
 
     t.metrics.flush = spy  # type: ignore[method-assign]
     t.fit([torch.tensor([3.0, 4.0])], max_steps=1)

@@ -1,0 +1,1 @@
+"""Measurements of scaledtrain against other loops; see README.md."""

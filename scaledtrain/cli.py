@@ -1,0 +1,55 @@
+"""The ``scaledtrain`` command: one word, and what `scaledtrain.<word>` makes of the rest."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import scaledtrain
+from scaledtrain.errors import ConfigError
+from scaledtrain.launching import guarded
+from scaledtrain.schema import did_you_mean
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train": "train a model: synchronously or asynchronously, one process or many",
+    "compare": "train with several strategies, and report them side by side",
+}
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names."""
+    word, *rest = sys.argv[1:] or ["--help"]
+    if word in COMMANDS:
+        sys.argv = [f"scaledtrain {word}", *rest]
+        importlib.import_module(f"scaledtrain.{word}").main()
+    elif word in ("-h", "--help", "help"):
+        print(_help())
+    elif word == "--version":
+        print(f"scaledtrain {scaledtrain.__version__}")
+    else:
+        guarded(lambda: _refuse(word))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: scaledtrain COMMAND [ARGUMENT ...]",
+            "",
+            *lines,
+            "",
+            "scaledtrain COMMAND --help says more; scaledtrain --version, which one this is.",
+        ]
+    )
+
+
+def _refuse(word: str) -> None:
+    guess = did_you_mean(word, COMMANDS)
+    raise ConfigError(f"there is no command {word!r}{guess}; commands: {', '.join(COMMANDS)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What the config of a training run holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scaledtrain.errors import ConfigError
+from scaledtrain.mesh import Mesh
+from scaledtrain.precision import Precision
+from scaledtrain.schedule import Slowdown
+from scaledtrain.schema import Kind, Misfit, Node, parse
+
+__all__ = ["BatchSizes", "Target", "TrainConfig", "check", "to_yaml"]
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Samples in a batch: keys of ``data``, beside the arguments of the task.
+
+    Args:
+        local_batch_size: samples in each batch of each replica.
+        global_batch_size: samples in one step of all replicas together; instead of the local one.
+        eval_batch_size: samples in a batch of an evaluation; None: the local one.
+    """
+
+    local_batch_size: int | None = None
+    global_batch_size: int | None = None
+    eval_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} is {value}; it counts samples, >= 1")
+
+    def local(self, replicas: int, accumulation: int) -> int:
+        """Samples in each batch of each replica.
+
+        Args:
+            replicas: how many share a step.
+            accumulation: batches of a step on each of them.
+
+        Raises:
+            ConfigError: the global size does not divide, contradicts the local one, or both are
+                missing.
+        """
+        if self.global_batch_size is None:
+            if self.local_batch_size is None:
+                raise ConfigError(
+                    "no batch size; set data.local_batch_size (of each replica) or "
+                    "data.global_batch_size (of all together)"
+                )
+            return self.local_batch_size
+        batches = replicas * accumulation
+        local, rest = divmod(self.global_batch_size, batches)
+        if rest:
+            nearest = [n for n in (local * batches, (local + 1) * batches) if n]
+            raise ConfigError(
+                f"data.global_batch_size is {self.global_batch_size}, which does not divide by "
+                f"{batches} ({replicas} replica{'s' if replicas > 1 else ''} x {accumulation} "
+                f"gradient_accumulation_steps); take {' or '.join(map(str, nearest))}"
+            )
+        if self.local_batch_size not in (None, local):
+            raise ConfigError(
+                f"data.local_batch_size {self.local_batch_size} x {batches} ({replicas} replicas x "
+                f"{accumulation} gradient_accumulation_steps) is not data.global_batch_size "
+                f"{self.global_batch_size}; give one of them and set the other to null"
+            )
+        return local
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run is for: it ends when an evaluated metric is good enough."""
+
+    metric: str | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric is None and (self.at_least, self.at_most) != (None, None):
+            raise ConfigError(
+                "target has a value but no metric; set target.metric (loss, accuracy)"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on; ``configs/train.yaml`` says what each key means."""
+
+    name: str | None
+    strategy: Node
+    model: Annotated[Node, Kind(incomplete=True)]
+    data: Annotated[Node, Kind(besides=BatchSizes)]
+    optimizer: Annotated[Node, Kind(n_given=1)]
+    lr_schedule: Annotated[Node, Kind(n_given=1, incomplete=True)] | None
+    precision: Precision
+    mesh: Mesh
+    max_steps: int | None
+    max_epochs: int | None
+    max_seconds: float | None
+    eval_every: int | None
+    target: Target
+    gradient_accumulation_steps: int
+    max_grad_norm: float | None
+    seed: int
+    deterministic: bool
+    compile: str | None
+    slowdown: Slowdown
+    workers: int | None
+    device: str | None
+    transport: str
+    timeout_seconds: float
+    run_dir: str | None
+    log_every: int
+    console: bool
+    trace: bool
+
+
+def check(config: TrainConfig | DictConfig | Mapping[str, Any]) -> TrainConfig:
+    """Parse a config.
+
+    Args:
+        config: composed by Hydra, a mapping, or a `TrainConfig` made in Python.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of the wrong type, a class that cannot be
+            imported; the message says what there is.
+    """
+    written: Any = asdict(config) if is_dataclass(config) else config
+    values = written
+    if isinstance(config, DictConfig):
+        written = OmegaConf.to_container(config, resolve=False)
+        try:
+            values = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException as error:
+            why = str(error).splitlines()[0]
+            raise ConfigError(f"{error.full_key or 'the config'}: {why}") from error
+    try:
+        parsed: TrainConfig = parse("", values, TrainConfig)
+    except Misfit as misfit:
+        source = _at(written, misfit.key)
+        if "${" in str(source):
+            raise ConfigError(f"{misfit} (it follows {source}: set that, or this)") from None
+        raise
+    return parsed
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The config as a YAML text, which `check` parses to the same."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config))))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values

@@ -1,0 +1,309 @@
+"""How a command starts, and how it ends whatever happens.
+
+`guarded` runs an entry point so that an error is told once, by the rank it happened on, and every
+process ends within seconds. `start_workers` starts the processes of a job on this host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from scaledtrain.errors import ClusterError, ConfigError, RendezvousError, ScaledTrainError
+from scaledtrain.rendezvous import RankInfo
+
+__all__ = ["Interrupted", "guarded", "start_workers", "workers_to_start"]
+
+FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_UNWIND_SECONDS = 3.0  # for a rank that was asked to end, before it is ended
+_ROOT_CAUSE_SECONDS = 1.5  # for the rank that failed first to say so
+_STORE_SECONDS = 2.0  # for the job's store to answer
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a message about what it interrupted."""
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run ``main``; what ends it is told once for the whole job, and this process ends.
+
+    * An error of this library: one line, with the rank. Any other: its traceback.
+    * Ranks that fail because another one did say nothing.
+    * Ctrl-C: one line. SIGTERM: nothing.
+
+    Exit codes: 0, 1 after an error, 2 if it is in the config, 130 after Ctrl-C, 143 after SIGTERM.
+    A rank of a job with several ranks does not wait for the others, nor for its own threads.
+    """
+    with _StopSignals() as signals:
+        try:
+            main()
+            return
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            caught: BaseException = error
+        ended_by = _root(caught)
+        if _is_consequence(ended_by):
+            try:
+                time.sleep(_ROOT_CAUSE_SECONDS)
+            except (KeyboardInterrupt, SystemExit) as error:
+                ended_by = error
+        signals.done()
+        if isinstance(ended_by, SystemExit):
+            _leave(ended_by.code)
+        _tell(ended_by)
+        del caught  # until here it kept the frames of its traceback, and so rank 0's store
+        _leave(_exit_code(ended_by))
+
+
+def workers_to_start(workers: int | None) -> int:
+    """How many processes this one is to start instead of working itself; 0: it works itself.
+
+    Args:
+        workers: how many the config asks for, if it does.
+
+    Raises:
+        ConfigError: a launcher started this process in a job of another size.
+    """
+    if workers is None:
+        return 0
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; it is the number of processes, >= 1")
+    if not _is_launched():
+        return workers if workers > 1 else 0
+    size = RankInfo.from_environment().size
+    if size != workers:
+        raise ConfigError(
+            f"workers is {workers}, but a launcher (torchrun, srun) started this process as one of "
+            f"{size}; leave workers out, or let the launcher start {workers}"
+        )
+    return 0
+
+
+def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
+    """Run ``module.main()`` in new processes on this host, by torchrun's machinery on a free port.
+
+    Args:
+        module: what each process imports; its ``main`` is `guarded`.
+        arguments: of the command line, for each.
+        workers: how many.
+
+    Raises:
+        SystemExit: one of them failed, or a signal came; all have ended then.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // workers)))
+    # What torchrun logs about ranks that fail they have said themselves.
+    log = logging.getLogger("torch.distributed.elastic")
+    log.addHandler(logging.NullHandler())
+    log.propagate = False
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        run_id=f"scaledtrain-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+    # Until the child guards itself, Ctrl-C ends it without a traceback of its imports.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        f"from scaledtrain.launching import _work; _work({module!r})"
+    )
+    signal.set_wakeup_fd(-1)  # the launcher ends its workers first, which takes what it takes
+    try:
+        elastic_launch(launch, sys.executable)("-u", "-c", code, *arguments)
+    except SignalException as stop:
+        raise SystemExit(128 + stop.sigval) from None
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        raise SystemExit(_summary(codes)) from None
+
+
+def _work(module: str) -> None:
+    """A worker's main, in its own process."""
+    if sys.platform == "linux":  # end when the launcher is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    sys.argv[0] = module
+    importlib.import_module(module).main()
+
+
+def _summary(codes: Mapping[int, int]) -> int:
+    """The job's exit code; says what no rank could say."""
+    for code in (INTERRUPTED, MISUSED, FAILED):
+        if code in codes.values():
+            return code
+    for rank, code in codes.items():
+        if code not in (TERMINATED, -signal.SIGTERM):
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            advice = "; out of memory? The system's log says" if code == -signal.SIGKILL else ""
+            _write(f"error on rank {rank}: it ended ({how}), so the others were ended{advice}")
+            return FAILED
+    return TERMINATED
+
+
+def _is_launched() -> bool:
+    env = os.environ
+    return ("RANK" in env and "WORLD_SIZE" in env) or "SLURM_STEP_NUM_TASKS" in env
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return MISUSED if isinstance(error, ConfigError) else FAILED
+
+
+def _root(error: BaseException) -> BaseException:
+    """What happened, where an error only says that something happened elsewhere in this process."""
+    while type(error) is ClusterError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Whether an error most likely follows from another rank's."""
+    if isinstance(error, RendezvousError):
+        return False
+    return isinstance(error, (ClusterError, dist.DistError))
+
+
+def _tell(error: BaseException) -> None:
+    """Show an error, unless another rank of the job did."""
+    try:
+        info = RankInfo.from_environment()
+    except (ScaledTrainError, ValueError, KeyError):  # which may be what the error is about
+        info = RankInfo()
+    first = _is_first(info) if info.size > 1 else True
+    if first is None:  # nobody can be asked
+        # A config is wrong on every rank alike; a peer that died has told why.
+        is_theirs = info.rank != 0 and isinstance(error, ConfigError)
+        first = not (is_theirs or _is_consequence(error))
+    if first:
+        _write(_describe(error, info))
+    if info.rank == 0 and info.size > 1 and not _has_agent():
+        time.sleep(_ROOT_CAUSE_SECONDS)  # this process has the store that the others ask
+
+
+def _is_first(info: RankInfo) -> bool | None:
+    """Whether no rank of the job has told an error yet; None if the job's store does not answer."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        address = (info.master_address, info.master_port)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        with suppress(OSError, RuntimeError):
+            socket.create_connection(address, _STORE_SECONDS).close()  # or torch writes warnings
+            store = dist.TCPStore(*address, wait_for_workers=False)
+            first = store.compare_set(f"scaledtrain/{attempt}/told", "", str(info.rank))
+            answers.append(int(first) == info.rank)
+
+    # In a thread, since there is no limit to the wait if another program listens on that port.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_STORE_SECONDS)
+    return answers[0] if answers else None
+
+
+def _has_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _describe(error: BaseException, info: RankInfo) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted"
+    where = f"error on rank {info.rank}" if info.size > 1 else "error"
+    if isinstance(error, ScaledTrainError):
+        return f"{where}: {error}"
+    return f"{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"
+
+
+def _write(text: str) -> None:
+    with suppress(OSError, ValueError):  # nobody listens any more
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def _leave(code: object) -> NoReturn:
+    """End this process: at once if it is one of several, since its threads may wait for others."""
+    if isinstance(code, str):
+        _write(code)
+    number = code if isinstance(code, int) else 0 if code is None else FAILED
+    if not _is_launched():
+        sys.exit(number)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(number)
+
+
+class _StopSignals:
+    """Ctrl-C raises KeyboardInterrupt, SIGTERM SystemExit; a main thread that is stuck is ended.
+
+    Python runs signal handlers between two instructions of the main thread, so never while that
+    waits inside a collective. A second thread learns of the signal at once.
+    """
+
+    def __enter__(self) -> _StopSignals:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, self._stop) for number in _STOP_SIGNALS}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def done(self) -> None:
+        """The main thread ends by itself, and signals disturb it no more."""
+        self._done.set()
+        self._ignore()
+
+    def _ignore(self) -> None:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._ignore()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(TERMINATED)
+
+    def _watch(self) -> None:
+        while caught := self._reader.recv(1):
+            if caught[0] in _STOP_SIGNALS and not self._done.wait(_UNWIND_SECONDS):
+                if caught[0] == signal.SIGINT:
+                    _tell(KeyboardInterrupt())
+                os._exit(128 + caught[0])

@@ -1,0 +1,302 @@
+"""The training command: turns a config into objects, and runs them.
+
+```
+python -m scaledtrain.train workers=4 strategy=async
+torchrun --nproc-per-node 4 -m scaledtrain.train strategy=async
+```
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.comm.protocols import Link
+from scaledtrain.command_line import read_command_line
+from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
+from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.environment import environment
+from scaledtrain.errors import ConfigError, ScaledTrainError
+from scaledtrain.launching import Interrupted, guarded, start_workers, workers_to_start
+from scaledtrain.rendezvous import Connection, Transport, connect
+from scaledtrain.schema import Node, complete, did_you_mean, make
+from scaledtrain.seeding import seed_everything
+from scaledtrain.tasks import Task
+from scaledtrain.trainer import FitResult, Trainer
+
+__all__ = ["build", "choose_run_dir", "join", "main", "run"]
+
+Loader = DataLoader[Any]
+Config = TrainConfig | DictConfig | Mapping[str, Any]
+
+_BATCH_KEYS = [field.name for field in fields(BatchSizes)]
+_NAMES_OF_TOTAL = ("T_max", "total_steps", "total_iters")  # as torch's schedules call it
+
+
+def main() -> None:
+    """Train as the command line says."""
+    guarded(_main)
+
+
+def _main() -> None:
+    composed = read_command_line(sys.argv[1:], "train", "scaledtrain train")
+    if composed is None:
+        return
+    config = check(composed)
+    if workers := workers_to_start(config.workers):
+        config.mesh.check(workers)  # rather here, once, than on every rank
+        _batch_sizes(config).local(workers, config.gradient_accumulation_steps)
+        start_workers("scaledtrain.train", sys.argv[1:], workers)
+        return
+    with join(config) as link:
+        run_dir = choose_run_dir(config, link)
+        try:
+            result = run(config, link, run_dir)
+        except BaseException:
+            with suppress(OSError):  # nothing was written: leave no empty folder
+                run_dir.rmdir()
+            raise
+        if link.group.rank == 0:
+            _report(result, run_dir)
+
+
+def _report(result: FitResult, run_dir: Path) -> None:
+    values = "  ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
+    # The only callback here is the one that watches for the target.
+    why = "target reached" if result.stopped_by == "callback" else result.stopped_by
+    print(f"ended at step {result.step} after {result.seconds:.1f} s: {why}")
+    print(f"last evaluation: {values or 'none'}")
+    print(f"config, result, metrics and TensorBoard events: {run_dir}")
+
+
+@contextmanager
+def join(config: TrainConfig) -> Iterator[Connection]:
+    """The connection that a config asks for.
+
+    After an error it stays open: the ranks agree over the job's store on who tells it, and the
+    process ends anyway.
+    """
+    link = connect(
+        device=config.device,
+        transport=cast(Transport, config.transport),
+        timeout_seconds=config.timeout_seconds,
+    )
+    yield link
+    link.close()
+
+
+def choose_run_dir(config: TrainConfig, link: Connection) -> Path:
+    """The folder of this run, the same on every rank; it exists when this returns."""
+    path = ""
+    if link.group.rank == 0:
+        try:
+            path = str(_make_run_dir(config).resolve())
+        except OSError as error:
+            raise ConfigError(
+                f"the folder of the run cannot be made: {error}; set run_dir to one that can"
+            ) from error
+        if link.store is not None:
+            link.store.set("run_dir", path)
+    elif link.store is not None:
+        path = link.store.get("run_dir").decode()
+    return Path(path)
+
+
+def _make_run_dir(config: TrainConfig) -> Path:
+    if config.run_dir is not None:
+        path = Path(config.run_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    stem = f"{config.name or 'train'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = Path("runs", stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # another run began in the same second
+            continue
+        return path
+    raise AssertionError
+
+
+def run(
+    config: Config, link: Link, run_dir: Path | None = None, callbacks: Sequence[Callback] = ()
+) -> FitResult:
+    """Train; every rank calls this.
+
+    Args:
+        config: as `check` takes it.
+        link: to the other ranks.
+        run_dir: where ``config.yaml`` (complete: it can be run again), metrics and ``result.json``
+            go; None writes nothing.
+        callbacks: called beside those that the config asks for.
+
+    Raises:
+        ConfigError: the config's parts do not fit each other.
+        Interrupted: Ctrl-C.
+    """
+    config, task = _settle(check(config))
+    trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
+    writes = run_dir is not None and link.group.rank == 0
+    if run_dir is not None and writes:
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    with trainer:
+        try:
+            result = trainer.fit(
+                train,
+                max_steps=config.max_steps,
+                max_epochs=config.max_epochs,
+                max_seconds=config.max_seconds,
+                eval=test,
+                eval_every=config.eval_every,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted at step {trainer.step_count}") from None
+    if run_dir is not None and writes:
+        told = {"result": asdict(result), "data": task.facts, "environment": environment(link)}
+        text = json.dumps(told, indent=2)
+        (run_dir / "result.json").write_text(f"{text}\n", encoding="utf-8")
+    return result
+
+
+def build(
+    config: Config, link: Link, run_dir: Path | None = None
+) -> tuple[Trainer, Loader, Loader | None]:
+    """Make everything that a config names.
+
+    Returns:
+        The trainer, and the loaders to train on and to evaluate on (None: there is nothing to).
+
+    Raises:
+        ConfigError: the config's parts do not fit each other.
+    """
+    return _assemble(*_settle(check(config)), link, run_dir)
+
+
+def _settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
+    """Load the data, and give the model what follows from it."""
+    source = config.data["_target_"]
+    task = make(Node({k: v for k, v in config.data.items() if k not in _BATCH_KEYS}))
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"data names {source!r}, which returned {_a(task)}; it must return a "
+            "scaledtrain.tasks.Task"
+        )
+    model, lacking = complete(config.model, task.sizes)
+    if lacking:
+        raise ConfigError(
+            f"model {_class(config.model)} needs {' and '.join(lacking)}, which data "
+            f"{_class(config.data)} does not say (it says: {', '.join(task.sizes) or 'nothing'}); "
+            f"choose a model and data that belong together, or set model.{lacking[0]}=..."
+        )
+    metrics, metric = ["loss", *task.metrics], config.target.metric
+    if metric is not None and (task.test is None or metric not in metrics):
+        there = ", ".join(metrics) if task.test is not None else "nothing, for lack of test data"
+        raise ConfigError(
+            f"target.metric is {metric!r}{did_you_mean(metric, metrics)}, but data "
+            f"{_class(config.data)} evaluates: {there}"
+        )
+    return replace(config, model=model), task
+
+
+def _assemble(
+    config: TrainConfig,
+    task: Task,
+    link: Link,
+    run_dir: Path | None,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[Trainer, Loader, Loader | None]:
+    sizes = _batch_sizes(config)
+    replicas, accumulation = link.group.size, config.gradient_accumulation_steps
+    batch_size = sizes.local(replicas, accumulation)
+    train = task.train_loader(batch_size)
+    test = task.test_loader(sizes.eval_batch_size or batch_size)
+    seed_everything(config.seed)
+    model = make(config.model)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model names {config.model['_target_']!r}, which returned {_a(model)}; it must return "
+            "a torch.nn.Module"
+        )
+    strategy = make(config.strategy)
+    callbacks = list(callbacks)
+    if config.target.metric is not None:
+        callbacks.append(StopAtTarget(**asdict(config.target)))
+
+    def make_scheduler(optimizer: Optimizer) -> LRScheduler:
+        """Called once the strategy is attached, and so knows how many gradients make an update."""
+        assert config.lr_schedule is not None
+        steps = ReplicaLoader(train, replicas=replicas, accumulation=accumulation).steps_per_epoch
+        limits = [config.max_steps] if config.max_steps is not None else []
+        if config.max_epochs is not None and steps is not None:
+            limits.append(config.max_epochs * steps * replicas // strategy.gradients_per_step)
+        known = dict.fromkeys(_NAMES_OF_TOTAL, min(limits)) if limits else {}
+        node, lacking = complete(config.lr_schedule, known, n_given=1)
+        if lacking:
+            raise ConfigError(
+                f"lr_schedule {_class(node)} needs {' and '.join(lacking)}, the number of updates, "
+                f"which follows from max_steps or max_epochs; set one, or lr_schedule.{lacking[0]}"
+            )
+        return cast(LRScheduler, _called("lr_schedule", node, optimizer))
+
+    trainer = Trainer(
+        model,
+        task.loss_fn,
+        lambda parameters: _called("optimizer", config.optimizer, parameters),
+        lr_scheduler=make_scheduler if config.lr_schedule is not None else None,
+        strategy=strategy,
+        mesh=config.mesh,
+        precision=config.precision,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=config.max_grad_norm,
+        eval_metrics=task.metrics,
+        callbacks=callbacks,
+        seed=config.seed,
+        deterministic=config.deterministic,
+        compile=config.compile,
+        slowdown=config.slowdown,
+        run_dir=run_dir,
+        log_every=config.log_every,
+        console=config.console,
+        trace=config.trace,
+        link=link,
+    )
+    return trainer, train, test
+
+
+def _batch_sizes(config: TrainConfig) -> BatchSizes:
+    return BatchSizes(**{key: config.data.get(key) for key in _BATCH_KEYS})
+
+
+def _called(key: str, node: Node, given: Any) -> Any:
+    try:
+        return make(node, given)
+    except ValueError as error:
+        if isinstance(error, ScaledTrainError):
+            raise
+        raise ConfigError(f"{key} {_class(node)}: {error}") from error
+
+
+def _class(node: Node) -> str:
+    return str(node["_target_"]).rpartition(".")[2]
+
+
+def _a(value: object) -> str:
+    return f"a {type(value).__name__}"
+
+
+if __name__ == "__main__":
+    main()

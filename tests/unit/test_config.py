@@ -1,0 +1,400 @@
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import scaledtrain
+from scaledtrain import cli
+from scaledtrain.command_line import compose, config_folder, read_command_line
+from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
+from scaledtrain.errors import ConfigError
+from scaledtrain.launching import workers_to_start
+from scaledtrain.rendezvous import Connection, connect
+from scaledtrain.train import build, run
+
+FILES = sorted(file.relative_to(config_folder()) for file in config_folder().glob("*/**/*.yaml"))
+
+# What a choice needs beside it, where the defaults do not fit it.
+COMPANIONS = {
+    "model/gpt": ["data=stdlib_text"],
+    "data/stdlib_text": ["model=gpt"],
+    "strategy/admission": ["strategy=async"],
+}
+SMALL = ["console=false"]
+SMALL_TEXT = ["data.max_train_bytes=20000", "data.max_test_bytes=20000"]
+
+OWN_CLASSES = '''
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scaledtrain import Asynchronous, Sync
+from scaledtrain.tasks import Task
+
+
+class Net(torch.nn.Sequential):
+    def __init__(self, in_features: int, n_classes: int, width: int = 8, root: Path | None = None):
+        layers = [torch.nn.Linear(in_features, width), torch.nn.Linear(width, n_classes)]
+        super().__init__(torch.nn.Flatten(), *layers)
+        self.root = root
+
+
+class Strategy(Sync):
+    def __init__(self, patience: float) -> None:
+        super().__init__()
+        self.patience = patience
+
+
+@dataclass(frozen=True)
+class Admission(Asynchronous):
+    bound: int
+
+
+class Descent(torch.optim.SGD):
+    pass
+
+
+def noise(n: int = 12, classes: int = 3) -> Task:
+    """Gaussian samples with random labels."""
+    data = torch.utils.data.TensorDataset(torch.randn(n, 5), torch.randint(classes, (n,)))
+    return Task(data, data, sizes={"in_features": 5, "n_classes": classes})
+
+
+def words() -> str:
+    """Make what is no task."""
+    return "words"
+'''
+
+
+@pytest.fixture
+def link() -> Iterator[Connection]:
+    with connect() as link:
+        yield link
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name of a module with classes of a user's."""
+    (tmp_path / "own_classes.py").write_text(OWN_CLASSES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_classes"
+    sys.modules.pop("own_classes", None)
+
+
+def message(*overrides: str, **options: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        check(compose(overrides, **options))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_choice_composes_and_builds(file: Path, link: Connection) -> None:
+    group, choice = file.parent.as_posix(), file.stem
+    companions = [*COMPANIONS.get(group, []), *COMPANIONS.get(f"{group}/{choice}", [])]
+    config = compose([f"{group}={choice}", *companions, *SMALL])
+    if "max_train_bytes" in config.data:
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(SMALL_TEXT))
+    trainer, train, test = build(config, link)
+    assert len(train) > 0
+    assert test is not None
+    assert trainer.replica.parameters
+    trainer.close()
+
+
+def test_train_yaml_has_exactly_the_keys_of_the_config() -> None:
+    assert set(compose()) == {field.name for field in fields(TrainConfig)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["max_step=3"],
+            ["'max_step'", "did you mean 'max_steps'?", "the keys are: name, strategy"],
+        ),
+        (["model.hiden=[3]"], ["'model.hiden'", "'hidden'?", "MLP takes: in_features, hidden"]),
+        (["lr=0.1"], ["'lr'", "did you mean 'optimizer.lr'?"]),
+        (["global_batch_size=64"], ["did you mean 'data.global_batch_size'?"]),
+        (["slowdown.factor={3: 4.0}"], ["'slowdown.factor'", "'factors'?"]),
+        (["strategy/admision=asynchronous"], ["did you mean 'strategy/admission'?"]),
+        (["strategy=asinc"], ["strategy is 'asinc'", "did you mean 'async'?", "async, sync"]),
+        (
+            ["model=resnet"],
+            ["model is 'resnet'", "can be: convnet, gpt, mlp", "package.module.Class"],
+        ),
+        (["max_steps=many"], ["max_steps is 'many'", "a whole number or null"]),
+        (["max_steps=1.5"], ["max_steps is 1.5", "a whole number"]),
+        (["deterministic=1"], ["deterministic is 1", "true or false"]),
+        (["optimizer.lr=fast"], ["optimizer.lr is 'fast'", "a number"]),
+        (["model.hidden=64"], ["model.hidden is 64", "a list of whole numbers"]),
+        (
+            ["data=stdlib_text", "data.level=word"],
+            ["data.level is 'word'", "one of 'byte', 'char'"],
+        ),
+        (["slowdown.factors={a: 4.0}"], ["a key of slowdown.factors is 'a'", "a whole number"]),
+        (["slowdown.factors={3: 0.5}"], ["slowdown of rank 3 is 0.5"]),
+        (["strategy=async", "strategy.admission=x"], ["to choose one write strategy/admission=x"]),
+        (["strategy/admission=asynchronous"], ["strategy has no part 'admission'"]),
+        (["strategy.admission=x"], ["Sync takes no arguments"]),
+        (["precision.name=fp7"], ["'fp7'", "'fp32'"]),
+        (["model=nowhere.Net"], ["'nowhere.Net'", "No module named 'nowhere'", "PYTHONPATH"]),
+        (["model=torch.nn.Linea"], ["no attribute 'Linea'"]),
+        (["~optimizer"], ["optimizer is missing"]),
+        (["seed=${nothing}"], ["seed", "'nothing' not found"]),
+        (["max_epochs=${max_seconds}", "seed=${max_seconds}"], ["seed is null", "${max_seconds}"]),
+        (["optimizer.lr=0.1,0.2"], ["Ambiguous value", "[value1,value2]"]),
+        (["steps"], ["'steps' is neither GROUP=CHOICE nor KEY=VALUE"]),
+        (["hydra.run.dir=x"], ["have no effect"]),
+        (["target.at_least=0.9"], ["set target.metric"]),
+        (["data.local_batch_size=0"], ["data.local_batch_size is 0", ">= 1"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[0] else "",
+)
+def test_a_mistake_is_told_with_what_there_is(overrides: list[str], parts: list[str]) -> None:
+    told = message(*overrides)
+    for part in parts:
+        assert part in told
+    assert "hydra.cc" not in told
+
+
+def test_a_config_that_is_not_there_is_told() -> None:
+    assert "there is no config named 'trian' (did you mean 'train'?)" in message(
+        config_name="trian"
+    )
+    assert "which is no folder" in message(config_dir="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["model=gpt"],
+            ["GPT needs sequence_length and vocab_size", "in_features", "belong together"],
+        ),
+        (["data=stdlib_text", *SMALL_TEXT], ["MLP needs in_features and out_features"]),
+        (["model=convnet", "data.as_images=false"], ["ConvNet needs channels"]),
+        (
+            ["target.metric=acuracy", "target.at_least=1"],
+            ["did you mean 'accuracy'?", "loss, accuracy"],
+        ),
+        (["optimizer.lr=-1"], ["optimizer SGD: Invalid learning rate: -1"]),
+        (["lr_schedule=cosine", "max_steps=null"], ["needs T_max", "set one"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else "",
+)
+def test_parts_that_do_not_fit_are_told(
+    overrides: list[str], parts: list[str], link: Connection
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(compose([*SMALL, *overrides]), link)
+    for part in parts:
+        assert part in str(error.value)
+
+
+class TestBatchSizes:
+    def test_the_global_size_is_shared_by_replicas_and_accumulation(self) -> None:
+        assert BatchSizes(global_batch_size=96).local(replicas=4, accumulation=2) == 12  # 96 / 8
+
+    def test_a_size_that_does_not_divide_is_refused_with_the_nearest_that_do(self) -> None:
+        with pytest.raises(ConfigError, match=r"100, which does not divide by 8 \(4 replicas x 2 "):
+            BatchSizes(global_batch_size=100).local(replicas=4, accumulation=2)
+        with pytest.raises(ConfigError, match="take 96 or 104"):
+            BatchSizes(global_batch_size=100).local(replicas=4, accumulation=2)
+        with pytest.raises(ConfigError, match="take 4$"):  # none below
+            BatchSizes(global_batch_size=3).local(replicas=4, accumulation=1)
+
+    def test_sizes_that_contradict_each_other_are_refused(self) -> None:
+        sizes = BatchSizes(local_batch_size=32, global_batch_size=64)
+        assert sizes.local(replicas=2, accumulation=1) == 32
+        with pytest.raises(ConfigError, match=r"32 x 4 .* is not data.global_batch_size 64"):
+            sizes.local(replicas=4, accumulation=1)
+
+    def test_no_size_at_all_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="set data.local_batch_size"):
+            BatchSizes().local(replicas=1, accumulation=1)
+
+
+def test_on_the_command_line_one_of_two_alternatives_replaces_the_other() -> None:
+    assert compose(["data.global_batch_size=64"]).data.local_batch_size is None
+    assert compose(["max_epochs=2"]).max_steps is None
+    both = compose(["max_epochs=2", "max_steps=7"])
+    assert (both.max_epochs, both.max_steps) == (2, 7)
+
+
+def test_an_experiment_gives_way_to_the_command_line() -> None:
+    config = compose(["experiment=digits_convnet", "optimizer=sgd", "max_steps=3"])
+    assert (config.optimizer.lr, config.max_steps, config.model.width) == (0.1, 3, 16)
+    assert config.name == "digits_convnet-sync"
+
+
+class TestOwnClasses:
+    def test_in_place_of_every_choice(self, own: str, link: Connection) -> None:
+        config = check(
+            compose(
+                [
+                    *SMALL,
+                    f"model={own}.Net",
+                    "model.width=4",
+                    "model.root=here",
+                    f"strategy={own}.Strategy",
+                    "strategy.patience=2",
+                    f"optimizer={own}.Descent",
+                    f"data={own}.noise",
+                    "data.classes=7",
+                    "data.local_batch_size=4",
+                ]
+            )
+        )
+        trainer, train, _ = build(config, link)
+        assert [tuple(p.shape) for p in trainer.replica.parameters] == [(4, 5), (4,), (7, 4), (7,)]
+        assert trainer.model.root == Path("here")
+        assert trainer.strategy.patience == 2.0
+        assert trainer.fit(train, max_epochs=1).step == 3  # 12 samples / 4
+        trainer.close()
+        assert check(OmegaConf.create(to_yaml(config))) == config
+
+    def test_as_an_admission_policy(self, own: str, link: Connection) -> None:
+        policy = [f"strategy/admission={own}.Admission", "strategy.admission.bound=3"]
+        trainer, _, _ = build(compose([*SMALL, "strategy=async", *policy]), link)
+        assert trainer.strategy.admission.bound == 3
+        trainer.close()
+
+    def test_in_a_folder_of_the_users(self, own: str, tmp_path: Path) -> None:
+        (tmp_path / "configs" / "model").mkdir(parents=True)
+        file = tmp_path / "configs" / "model" / "wide.yaml"
+        file.write_text(f"_target_: {own}.Net\nwidth: 512\n")
+        config = check(compose(["model=wide"], config_dir=tmp_path / "configs"))
+        assert config.model == {"_target_": f"{own}.Net", "width": 512}
+
+    def test_their_arguments_are_checked_by_their_own_signatures(self, own: str) -> None:
+        told = message(f"model={own}.Net", "model.widht=3")
+        assert "'model.widht' (did you mean 'width'?)" in told
+        assert "model.width is 'x'" in message(f"model={own}.Net", "model.width=x")
+        assert "needs strategy.patience" in message(f"strategy={own}.Strategy")
+
+    def test_what_is_no_model_or_task_is_refused(self, own: str, link: Connection) -> None:
+        with pytest.raises(ConfigError, match="returned a str; it must return a .*Task"):
+            build(compose([f"data={own}.words"]), link)
+        with pytest.raises(ConfigError, match="returned a str; it must return a torch.nn.Module"):
+            build(compose([f"model={own}.words", "data.local_batch_size=8"]), link)
+
+
+def test_the_learning_rate_follows_the_run_also_when_it_is_given_in_epochs(
+    link: Connection,
+) -> None:
+    overrides = ["lr_schedule=cosine", "max_epochs=2", "data.local_batch_size=512", *SMALL]
+    trainer, train, _ = build(compose(overrides), link)
+    assert trainer.fit(train, max_epochs=1).step == 3  # 1,437 samples / 512
+    assert trainer.strategy.learning_rate == pytest.approx(0.05)  # half of 6 updates: half of 0.1
+    trainer.fit(train, max_epochs=1)
+    assert trainer.strategy.learning_rate == pytest.approx(0.0)
+    trainer.close()
+
+
+def test_a_run_can_be_made_again_from_its_folder(tmp_path: Path, link: Connection) -> None:
+    overrides = ["max_steps=4", "model.hidden=[16]", "slowdown.factors={3: 4.0}", *SMALL]
+    first = run(compose(overrides), link, tmp_path)
+    again = check(compose(config_name="config", config_dir=tmp_path))
+    assert asdict(again.slowdown)["factors"] == {3: 4.0}
+    assert again.model["in_features"] == 64  # complete
+    second = run(again, link)
+    assert second.evaluation == first.evaluation
+
+
+class TestCommands:
+    def call(self, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["scaledtrain", *arguments])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    def test_help_shows_groups_keys_and_examples(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.call(monkeypatch, "--help") == 0
+        assert "train " in capsys.readouterr().out
+        assert self.call(monkeypatch, "train", "--help") == 0
+        shown = capsys.readouterr().out
+        assert "strategy/admission  asynchronous" in shown
+        assert "--config-dir" in shown
+        assert "$" not in shown
+        lines = [line.strip() for line in shown.splitlines()]
+        examples = [line.split("  ")[0] for line in lines if line.startswith("scaledtrain ")]
+        for example in examples[1:]:
+            words = example.replace("'slowdown.factors={3: 4.0}'", "").split()[2:]
+            check(compose(words))
+        assert len(examples) == 5
+
+    def test_cfg_prints_the_config(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.call(monkeypatch, "train", "--cfg", "job", "seed=7", "strategy=async") == 0
+        printed = OmegaConf.create(capsys.readouterr().out)
+        assert check(printed) == check(compose(["seed=7", "strategy=async"]))
+
+    def test_version(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.call(monkeypatch, "--version") == 0
+        assert capsys.readouterr().out == f"scaledtrain {scaledtrain.__version__}\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (["trian"], "error: there is no command 'trian' (did you mean 'train'?); commands: "),
+            (
+                ["train", "--cgf"],
+                "error: unrecognized arguments: --cgf; see scaledtrain train --help",
+            ),
+            (["train", "modle=gpt"], "error: there is no key 'modle' (did you mean 'model'?)"),
+            (["train", "workers=3", "data.global_batch_size=100"], "take 99 or 102"),
+            (["train", "workers=0"], "error: workers is 0"),
+            (["train", "workers=2", "mesh.replicate=3"], "error: mesh.replicate is 3"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_a_mistake_is_one_line_and_exit_code_2(
+        self,
+        arguments: list[str],
+        told: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert self.call(monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert error.count("\n") == 1
+
+
+def test_flags_and_overrides_may_be_mixed() -> None:
+    config = read_command_line(["seed=3", "-cn", "train", "max_steps=5"], "train", "train")
+    assert config is not None
+    assert (config.seed, config.max_steps) == (3, 5)
+
+
+def test_workers_are_started_only_where_no_launcher_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workers_to_start(None) == 0
+    assert workers_to_start(1) == 0
+    assert workers_to_start(4) == 4
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert workers_to_start(2) == 0
+    with pytest.raises(ConfigError, match="workers is 4, but a launcher .* one of 2"):
+        workers_to_start(4)
+
+
+def test_the_optimizers_are_fused_by_default(link: Connection) -> None:
+    for choice in ("sgd", "adamw"):
+        trainer, _, _ = build(compose([f"optimizer={choice}", *SMALL]), link)
+        optimizer = trainer.replica.updater(
+            [torch.nn.Parameter(p) for p in trainer.replica.parameters]
+        )
+        assert optimizer.optimizer.defaults["fused"] is True
+        trainer.close()
