@@ -107,6 +107,7 @@ class Metrics:
         self._steps = 0
         self._samples = 0
         self._losses: list[Tensor] = []
+        self._weights: list[int] = []
         self._staleness: dict[int, int] = {}
 
     @property
@@ -148,6 +149,7 @@ class Metrics:
         self._samples += samples
         if samples:
             self._losses.append(loss)
+            self._weights.append(samples)
         self._console.advance(strategy.step)
         if self._steps >= self.log_every:
             self.flush(strategy, grad_norm)
@@ -195,7 +197,8 @@ class Metrics:
         if not self._losses:
             return None
         losses = torch.stack(self._losses).float()
-        mean = float(losses.mean())
+        weights = torch.tensor(self._weights, dtype=torch.float32, device=losses.device)
+        mean = float(losses @ weights) / sum(self._weights)
         finite = torch.isfinite(losses) if not math.isfinite(mean) else None
         if finite is not None and not bool(finite.all()):
             first = int((~finite).nonzero()[0])

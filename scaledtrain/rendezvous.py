@@ -15,9 +15,10 @@ import errno
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -116,11 +117,10 @@ def _first_host(nodes: str) -> str:
 
 
 def _choose_device(info: RankInfo, device: str | torch.device | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", info.local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", info.local_rank % torch.cuda.device_count())
+    return chosen
 
 
 def _meet(info: RankInfo, timeout_seconds: float) -> dist.Store:
@@ -215,6 +215,8 @@ class Connection:
     ) -> None:
         self.info = info
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         self.timeline = Timeline(device)
         self.timeout_seconds = timeout_seconds
         self.store: dist.Store | None = None
@@ -224,7 +226,7 @@ class Connection:
         self._shared: SharedMemoryGroup | None = None
         self._stores: list[Store] = []
         self._segments: list[SharedSegment] = []
-        self._joins: list[Callable[[float], None]] = []
+        self._threads: list[threading.Thread] = []
         if info.size > 1 or dist.is_initialized():
             self._connect(transport)
 
@@ -296,7 +298,7 @@ class Connection:
                 return self._keep(RemoteStore(wire, self.timeline))
             wires = [TorchServerWire(like, worker, group) for worker in others]
         for worker, server_wire in zip(others, wires, strict=True):
-            self._joins.append(serve_in_thread(host, worker, server_wire))
+            self._threads.append(serve_in_thread(host, worker, server_wire))
         return self._keep(DirectStore(host, 0, self.timeline))
 
     def _keep(self, store: Store) -> Store:
@@ -316,11 +318,11 @@ class Connection:
     def _leave(self, seconds: float) -> None:
         atexit.unregister(self.abandon)
         deadline = time.monotonic() + seconds
-        for join in self._joins:  # a server's threads end when their workers have heard of it
-            join(max(deadline - time.monotonic(), 0.0))
+        for thread in self._threads:  # a server's threads end when their workers have heard of it
+            thread.join(max(deadline - time.monotonic(), 0.0))
         for segment in self._segments:
             segment.close()
-        self._stores, self._segments, self._joins = [], [], []
+        self._stores, self._segments, self._threads = [], [], []
         if self._shared is not None:
             self._shared.close()
             self._shared = None
@@ -376,4 +378,6 @@ def connect(
             f"transport is {transport!r}; it can be: 'auto', 'shared_memory', 'torch'"
         )
     info = RankInfo.from_environment()
+    if dist.is_initialized():
+        info = replace(info, rank=dist.get_rank(), size=dist.get_world_size())
     return Connection(info, _choose_device(info, device), timeout_seconds, transport)

@@ -104,11 +104,16 @@ class Replica:
             )
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
-        self.buffers = list(model.buffers())
         # Frozen parameters are not trained but must be equal everywhere like all other state.
         self.frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._model = model
         self._make_optimizer = make_optimizer
         self._make_scheduler = make_scheduler
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """State that is not trained by gradients (running statistics), as it is now."""
+        return list(self._model.buffers())
 
     @property
     def device(self) -> torch.device:
@@ -142,8 +147,3 @@ class Replica:
         """Scale all gradients to a norm of at most ``max_norm``; returns the norm before."""
         norm: Tensor = nn.utils.clip_grad_norm_(self.parameters, max_norm)
         return norm
-
-    @torch.no_grad()
-    def load(self, tensors: Sequence[Tensor]) -> None:
-        """Copy values into the parameters, in order."""
-        torch._foreach_copy_([p.data for p in self.parameters], list(tensors))

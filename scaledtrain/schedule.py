@@ -120,7 +120,8 @@ class Slowdown:
     """A handicap for experiments with stragglers.
 
     Args:
-        factors: rank -> how many times longer its compute takes (4.0: four times), at least 1.
+        factors: rank -> how many times longer its compute takes (4.0: four times), at least 1; a
+            rank that the job does not have is ignored.
         min_compute_seconds: pretend that the device needs at least this long for a step. With it a
             few cores can stand for many devices, since a sleeping rank uses no core.
 

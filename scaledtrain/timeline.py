@@ -37,15 +37,15 @@ class Timeline:
     def __init__(self, device: torch.device | None = None, keep: bool = False) -> None:
         self.now: Callable[[], float] = time.perf_counter
         self.keep = keep
-        self._cuda = device is not None and device.type == "cuda"
+        self._device = device if device is not None and device.type == "cuda" else None
         self._spans: list[Span] = []
         self._seconds: dict[Phase, float] = {}
 
     def add(self, phase: Phase, start: float, end: float | None = None) -> float:
         """Record a span that ends now, or at ``end``; returns its end, where the next may start."""
         if end is None:
-            if self.keep and self._cuda:
-                torch.cuda.synchronize()
+            if self.keep and self._device is not None:
+                torch.cuda.synchronize(self._device)
             end = self.now()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + (end - start)
         if self.keep:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -131,8 +131,7 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
-        self._mesh = mesh or Mesh()
-        self._mesh.check(self.link.group.size)
+        (mesh or Mesh()).check(self.link.group.size)
         self.model = model.to(self.link.device)
         self.strategy: Strategy = strategy or Sync()
         self.precision = precision or Precision()
@@ -153,6 +152,7 @@ class Trainer:
             console=console,
         )
         self.epoch = 0
+        self.steps_in_epoch = 0
         self._loss_fn = loss_fn
         self._accumulation = gradient_accumulation_steps
         self._max_grad_norm = max_grad_norm
@@ -204,7 +204,8 @@ class Trainer:
                 size is the local one: a step uses batch size x accumulation x replicas samples.
             max_steps: end when the parameters have had this many updates since training began. An
                 asynchronous update is made from one replica's gradient, a synchronous one from all.
-            max_epochs: end when every replica has passed over its share this many times.
+            max_epochs: end when every replica has passed over its share this many times since
+                training began. A fit that ended inside an epoch is continued there.
             max_seconds: end after this time; replicas in lockstep look at it every ``log_every``
                 steps.
             eval: loader to evaluate on: after each epoch, or every ``eval_every`` steps, and at the
@@ -231,10 +232,14 @@ class Trainer:
         run = _Run(self, loader, max_steps, max_epochs, max_seconds, eval, eval_every)
         total = max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
-            gradients = max_epochs * loader.steps_per_epoch * self.link.group.size
+            left = (max_epochs - self.epoch) * loader.steps_per_epoch - self.steps_in_epoch
+            gradients = left * self.link.group.size
             total = self.step_count + gradients // self.strategy.gradients_per_step
-        # All begin now: times of different ranks are seconds since the same moment.
-        self.link.group.all_reduce([torch.zeros(1, device=self.link.device)], "sum").wait()
+        # All begin now, so that times of different ranks are seconds since the same moment. If one
+        # of them may want to stop early, all must be ready to be asked.
+        early = torch.tensor([int(run.may_stop)], device=self.link.device)
+        self.link.group.all_reduce([early], "max").wait()
+        run.may_stop = bool(early.item())
         self.metrics.start(self.step_count, total)
         try:
             self._call("on_fit_start")
@@ -249,69 +254,78 @@ class Trainer:
         return FitResult(self.step_count, self.metrics.seconds, stopped_by, run.evaluation)
 
     def stop(self) -> None:
-        """End the run after this step; from a callback."""
+        """End the run soon; from a callback.
+
+        A replica alone ends after this step; replicas in lockstep after their next evaluation or
+        their next multiple of ``log_every`` steps, together.
+        """
         self._stopping = True
 
-    @torch.no_grad()
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Mean loss and metrics over a loader, in eval mode.
 
-        Replicas in lockstep (all of them under `Sync`) share the batches and must call this
-        together; otherwise the calling replica evaluates everything with its own parameters.
+        Replicas in lockstep (all of them under `Sync`) share the batches, with rank 0's buffers,
+        and must call this together; otherwise the calling replica evaluates everything with its
+        own.
 
         Returns:
             ``"loss"`` and each of ``eval_metrics``: means over all samples.
+
+        Raises:
+            ConfigError: there are ``eval_metrics``, but the batches have no targets.
         """
-        start = self.timeline.now()
         group = self.strategy.lockstep
-        share = ReplicaLoader(
-            loader, rank=group.rank, replicas=group.size, seed=0, device=self.link.device
-        )
+        group.broadcast(self.replica.buffers)
+        start = self.timeline.now()
+        share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
-        training = self.model.training
-        self.model.eval()
-        for step in share.epoch(0):
-            for batch, size in zip(step.microbatches, step.sizes, strict=True):
-                with self.precision.autocast():
-                    outputs, loss = call_model(self.model, batch, self._loss_fn)
-                values = [loss]
-                values += [metric(outputs, batch[1]) for metric in self._eval_metrics.values()]
-                sums[:-1] += torch.stack([v.double() for v in values]) * size
-                sums[-1] += size
-        self.model.train(training)
+        with _eval_mode(self.model):
+            for step in share.epoch(0):
+                for batch, size in zip(step.microbatches, step.sizes, strict=True):
+                    values = self._measure(batch)
+                    sums[:-1] += torch.stack([v.double() for v in values]) * size
+                    sums[-1] += size
+        self.timeline.add("evaluation", start)
         group.all_reduce([sums], "sum").wait()
         means = (sums[:-1] / sums[-1]).tolist()
-        self.timeline.add("evaluation", start)
         return dict(zip(names, means, strict=True))
 
-    @torch.no_grad()
+    def _measure(self, batch: Any) -> list[Tensor]:
+        with self.precision.autocast():
+            outputs, loss = call_model(self.model, batch, self._loss_fn)
+        if self._eval_metrics and not isinstance(batch, (tuple, list)):
+            raise ConfigError(
+                f"eval_metrics ({', '.join(self._eval_metrics)}) compare outputs with targets, but "
+                f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
+            )
+        return [loss, *(metric(outputs, batch[1]) for metric in self._eval_metrics.values())]
+
     def predict(self, loader: Iterable[Any]) -> list[Any]:
         """The model's outputs for each batch of a loader, in its order, in eval mode.
 
         The rank that calls this computes all of them; nothing is communicated. Batches may be
         inputs alone, (inputs, targets), or dicts for the model.
         """
-        training = self.model.training
-        self.model.eval()
         outputs = []
-        for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
-            for batch in step.microbatches:
-                with self.precision.autocast():
-                    if isinstance(batch, Mapping):
-                        outputs.append(self.model(**batch))
-                    else:
-                        first = batch[0] if isinstance(batch, (tuple, list)) else batch
-                        outputs.append(self.model(first))
-        self.model.train(training)
+        with _eval_mode(self.model):
+            for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
+                for batch in step.microbatches:
+                    with self.precision.autocast():
+                        if isinstance(batch, Mapping):
+                            outputs.append(self.model(**batch))
+                        else:
+                            first = batch[0] if isinstance(batch, (tuple, list)) else batch
+                            outputs.append(self.model(first))
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of model, strategy (with optimizer or server) and epoch of this rank."""
+        """A copy of this rank's model, strategy (optimizer or server) and place in the data."""
         return {
             "model": copy.deepcopy(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),
             "epoch": self.epoch,
+            "steps_in_epoch": self.steps_in_epoch,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -319,6 +333,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.strategy.load_state_dict(state["strategy"])
         self.epoch = state["epoch"]
+        self.steps_in_epoch = state["steps_in_epoch"]
 
     def close(self) -> None:
         """Close files, and the connection if the Trainer made it; all ranks call it."""
@@ -363,6 +378,19 @@ class Trainer:
         )
 
 
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module is then put back into the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class _Run:
     """One fit: the loop over epochs and steps, and what ends it."""
 
@@ -384,7 +412,7 @@ class _Run:
         self._eval_loader = eval_loader
         self._eval_every = eval_every
         # Without these nobody can want to stop, and replicas need not ask each other.
-        self._may_stop = max_seconds is not None or bool(trainer._callbacks)
+        self.may_stop = max_seconds is not None or bool(trainer._callbacks)
         self._evaluated_at = trainer.step_count
         self._steps = 0
         self.evaluation: dict[str, float] = {}
@@ -392,14 +420,14 @@ class _Run:
     def loop(self) -> str:
         """Step until something ends the run; returns what."""
         trainer, timeline = self._trainer, self._trainer.timeline
-        epochs = itertools.count() if self._max_epochs is None else range(self._max_epochs)
         trainer.model.train()
-        for _ in epochs:
+        while self._max_epochs is None or trainer.epoch < self._max_epochs:
             start = timeline.now()
-            for batch in self._loader.epoch(trainer.epoch):
+            for batch in self._loader.epoch(trainer.epoch, trainer.steps_in_epoch):
                 timeline.add("data", start)
                 if not trainer.step(batch):
                     return self._ended_by_strategy()
+                trainer.steps_in_epoch += 1
                 self._steps += 1
                 trainer._call("on_step_end")
                 evaluated = self._evaluation_is_due() and self._evaluate()
@@ -407,6 +435,7 @@ class _Run:
                     return reason
                 start = timeline.now()
             trainer.epoch += 1
+            trainer.steps_in_epoch = 0
             if self._eval_every is None and self._eval_loader is not None:
                 evaluated = self._evaluate()
                 if reason := self._reason_to_stop(evaluated):
@@ -453,7 +482,7 @@ class _Run:
         if trainer.strategy.lockstep.size == 1:
             ask = vote
         else:
-            ask = self._may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
+            ask = self.may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
         if not ask or not trainer.strategy.agree_to_stop(vote):
             return None
         if trainer._stopping:

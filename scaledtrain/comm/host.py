@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from scaledtrain.timeline import Timeline
 __all__ = ["DirectStore", "ServerHost"]
 
 _logger = logging.getLogger(__name__)
+
+_NO_PUSH = Pushed(False, -1)
+_MAX_FAULTS = 100  # in a row: then no good gradient is to be expected any more
 
 
 class ServerHost:
@@ -33,7 +37,8 @@ class ServerHost:
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._stopped = False
-        self._last_push = [Pushed(False, -1)] * server.n_workers
+        self._last_push = [_NO_PUSH] * server.n_workers
+        self._faults = 0
         self._here: set[int] = set()
         self._meetings = 0
 
@@ -46,8 +51,10 @@ class ServerHost:
             except Exception as error:
                 self.fail(error)
                 raise
-            if pushed.fault is not None:
-                _logger.warning("a gradient was rejected: %s", pushed.fault)
+            if pushed.fault is None:
+                self._faults = 0
+            else:
+                self._count_fault(pushed.fault)
             self._changed.notify_all()
 
     def skip(self, worker: int) -> None:
@@ -55,6 +62,7 @@ class ServerHost:
         with self._changed:
             self._raise_failure()
             self._server.skip(worker)
+            self._last_push[worker] = _NO_PUSH
             self._changed.notify_all()
 
     def pull(self, worker: int, into: Sequence[Tensor]) -> Pulled:
@@ -79,9 +87,11 @@ class ServerHost:
         """Wait until all workers are here, take the final parameters, go on when all have them."""
         with self._changed:
             self._server.remove(worker)  # those that still compute need not wait for it
+            self._changed.notify_all()
             self._meet(worker)
             pulled = self._copy_out(worker, into, self._server.parameters)
             self._stopped = False
+            self._last_push[worker] = _NO_PUSH
             self._server.add(worker)
             # Else a fast worker could begin its next run while a slow one still copies.
             self._meet(worker)
@@ -97,6 +107,31 @@ class ServerHost:
             self._changed.notify_all()
         self._wait(worker, "the end of fit", lambda: self._meetings > mine)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The server's state between two pushes."""
+        with self._changed:
+            return self._server.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; all workers take part again."""
+        with self._changed:
+            self._server.load_state_dict(state)
+            for worker in set(range(self._server.n_workers)) - self._server.members:
+                self._server.add(worker)
+
+    def _count_fault(self, fault: str) -> None:
+        self._faults += 1
+        if self._faults == 1:
+            _logger.warning("a gradient was rejected: %s", fault)
+        if self._faults >= _MAX_FAULTS:
+            self.fail(
+                ClusterError(
+                    f"the last {_MAX_FAULTS} gradients were all rejected, the latest because of "
+                    f"{fault}; lower the learning rate, clip gradients, or look at the data"
+                )
+            )
+            self._raise_failure()
+
     def fail(self, error: BaseException) -> None:
         """Every call from now on, and every waiting one, raises: the run cannot go on."""
         with self._changed:
@@ -110,13 +145,15 @@ class ServerHost:
         return Pulled(
             version=self._server.version,
             staleness=last.staleness,
-            accepted=last.accepted,
             learning_rate=self._server.learning_rate,
             stopped=self._stopped or self._server.finished,
         )
 
     def _wait(self, worker: int, what: str, ready: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._failure or ready(), self._timeout_seconds)
+        clocks = None
+        while not ready() and self._failure is None and clocks != list(self._server.clocks):
+            clocks = list(self._server.clocks)  # as long as others make steps, they are only slow
+            self._changed.wait_for(lambda: self._failure or ready(), self._timeout_seconds)
         self._raise_failure()
         if not ready():
             steps = ", ".join(f"worker {i}: {c}" for i, c in enumerate(self._server.clocks))
@@ -128,6 +165,8 @@ class ServerHost:
             )
 
     def _raise_failure(self) -> None:
+        if isinstance(self._failure, ClusterError):
+            raise self._failure
         if self._failure is not None:
             raise ClusterError(f"the parameter server stopped: {self._failure}") from self._failure
 
@@ -177,6 +216,14 @@ class DirectStore:
         pulled = self._host.settle(self._worker, into)
         self._timeline.add("waiting", start)
         return pulled
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server's state."""
+        return self._host.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the server's state."""
+        self._host.load_state_dict(state)
 
     def close(self) -> None:
         """Nothing to do: the server needs no message to know."""

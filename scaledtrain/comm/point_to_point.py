@@ -17,6 +17,8 @@ from scaledtrain.errors import PeerLostError
 
 __all__ = ["TorchServerWire", "TorchWorkerWire"]
 
+_FOREVER = 365 * 24 * 3600.0
+
 
 class TorchWorkerWire:
     """Each message is a header of float64, and behind it a flat buffer where there is one.
@@ -55,7 +57,8 @@ class TorchWorkerWire:
         """Send a header, receive a header."""
         self._send(kind, number)
         header = torch.zeros(HEADER_NUMBERS, dtype=torch.float64)
-        self._move(kind, header, dist.irecv)
+        # How long a worker may wait is the server's to judge; here only its death counts.
+        self._move(kind, header, dist.irecv, _FOREVER)
         numbers: list[float] = header.tolist()
         return numbers
 
@@ -68,14 +71,17 @@ class TorchWorkerWire:
         self._send(Request.CLOSE, 0.0)
 
     def _send(self, kind: Request, number: float) -> None:
-        header = torch.tensor([kind, number, 0, 0, 0, 0], dtype=torch.float64)
+        header = torch.tensor([kind, number, 0, 0, 0], dtype=torch.float64)
         self._move(kind, header, dist.isend)
 
-    def _move(self, kind: Request, message: Tensor, how: Callable[..., Any]) -> None:
+    def _move(
+        self, kind: Request, message: Tensor, how: Callable[..., Any], seconds: float | None = None
+    ) -> None:
         what = f"{kind.name.lower()} (the server is on rank {self._server_rank})"
-        with clear_errors(what, self._rank, self._size, self._store, self._timeout_seconds):
+        seconds = self._timeout_seconds if seconds is None else seconds
+        with clear_errors(what, self._rank, self._size, self._store, seconds):
             work = how(message, self._server_rank, group=self._group, tag=self._rank)
-            work.wait(timedelta(seconds=self._timeout_seconds))
+            work.wait(timedelta(seconds=seconds))
 
 
 class TorchServerWire:

@@ -90,7 +90,7 @@ class _Pending:
                     flat.zero_()  # not a product: whatever a rank without samples holds is ignored
                 elif weight != 1.0:
                     flat.mul_(weight)
-            self._total = torch.tensor([weight], device=tensors[0].device)
+            self._total = torch.full((1,), weight, device=tensors[0].device)
             if torch.float32 in flats:  # the weight travels with the values
                 flats[torch.float32] = torch.cat([flats[torch.float32], self._total])
             else:

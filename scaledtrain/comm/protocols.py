@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -67,9 +67,7 @@ class Pulled:
     version: int
     """Updates that the parameters have received."""
     staleness: int
-    """Staleness of this worker's previous push; -1 before its first."""
-    accepted: bool
-    """Whether that push was accepted."""
+    """Staleness of this worker's push since its last pull; -1 if there was none."""
     learning_rate: float
     """Of the server's next update."""
     stopped: bool
@@ -101,6 +99,12 @@ class Store(Protocol):
 
     def settle(self, into: Sequence[Tensor]) -> Pulled:
         """Wait until every worker has come here, then pull; a stop that was asked for is over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server's state between two pushes, where it lives; empty elsewhere."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, before any worker pulls."""
 
     def close(self) -> None:
         """Tell the server that this worker leaves."""

@@ -7,9 +7,9 @@ once; a wire (torch.distributed, shared memory) only carries them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ __all__ = [
     "serve_in_thread",
 ]
 
-HEADER_NUMBERS = 6  # float64 in every message; versions are exact up to 2^53
+HEADER_NUMBERS = 5  # float64 in every message; versions are exact up to 2^53
 _NO_LIMIT = -1.0
 
 
@@ -126,6 +126,13 @@ class RemoteStore:
         """Ask that every worker ends."""
         self._ask(Request.STOP)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the server is elsewhere."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
     def close(self) -> None:
         """Leave; the server no longer answers this worker."""
         if not self._closed:
@@ -139,8 +146,8 @@ class RemoteStore:
         self._wire.take_parameters()
         self._wire.parameters.read(into)
         self._timeline.add("communication", start)
-        _, version, staleness, accepted, learning_rate, stopped = header
-        return Pulled(int(version), int(staleness), bool(accepted), learning_rate, bool(stopped))
+        _, version, staleness, learning_rate, stopped = header
+        return Pulled(int(version), int(staleness), learning_rate, bool(stopped))
 
     def _ask(self, kind: Request, number: float = 0.0) -> Sequence[float]:
         header = self._wire.ask(kind, number)
@@ -149,8 +156,8 @@ class RemoteStore:
         return header
 
 
-def serve_in_thread(host: ServerHost, worker: int, wire: ServerWire) -> Callable[[float], None]:
-    """Answer one worker's requests in a thread until it leaves; returns the thread's join."""
+def serve_in_thread(host: ServerHost, worker: int, wire: ServerWire) -> threading.Thread:
+    """Answer one worker's requests in a thread until it leaves."""
 
     def serve() -> None:
         try:
@@ -162,15 +169,14 @@ def serve_in_thread(host: ServerHost, worker: int, wire: ServerWire) -> Callable
                     if request[0] == Request.PUSH:
                         wire.handled_push()
                         continue  # the worker does not listen now; its next request fails, too
-                    wire.answer([Request.FAILED, 0, 0, 0, 0, 0], with_parameters=False)
+                    wire.answer([Request.FAILED, 0, 0, 0, 0], with_parameters=False)
                     return
-        except (ClusterError, RuntimeError) as error:
-            why = error if isinstance(error, ClusterError) else str(error).splitlines()[0]
-            host.fail(PeerLostError(f"worker {worker} was lost: {why}"))
+        except Exception as error:
+            host.fail(PeerLostError(f"the server lost worker {worker}: {error}"))
 
     thread = threading.Thread(target=serve, name=f"server-for-worker-{worker}", daemon=True)
     thread.start()
-    return thread.join
+    return thread
 
 
 def _handle(host: ServerHost, worker: int, wire: ServerWire, kind: Request, number: float) -> None:
@@ -181,8 +187,8 @@ def _handle(host: ServerHost, worker: int, wire: ServerWire, kind: Request, numb
     if kind in (Request.PULL, Request.SETTLE):
         act = host.pull if kind == Request.PULL else host.settle
         pulled = act(worker, wire.parameters.views)
-        numbers = [pulled.version, pulled.staleness, pulled.accepted, pulled.learning_rate]
-        wire.answer([kind, *numbers, pulled.stopped], with_parameters=True)
+        numbers = [pulled.version, pulled.staleness, pulled.learning_rate, pulled.stopped]
+        wire.answer([kind, *numbers], with_parameters=True)
         return
     if kind == Request.LIMIT:
         host.limit(None if number == _NO_LIMIT else int(number))
@@ -190,4 +196,4 @@ def _handle(host: ServerHost, worker: int, wire: ServerWire, kind: Request, numb
         host.stop()
     elif kind == Request.SKIP:
         host.skip(worker)
-    wire.answer([kind, 0, 0, 0, 0, 0], with_parameters=False)
+    wire.answer([kind, 0, 0, 0, 0], with_parameters=False)

@@ -96,7 +96,7 @@ class SharedWorkerWire:
     def push(self, gradient: Sequence[Tensor], version: int) -> None:
         """Copy the gradient into the mailbox, once the one before has been used."""
         if self._pushed:
-            self._wait(self._mailbox.free, Request.PUSH)
+            self._wait(self._mailbox.free, Request.PUSH, self._timeout_seconds)
         self._pushed = True
         self._mailbox.gradient.write(gradient)
         self._send(Request.PUSH, version)
@@ -104,7 +104,8 @@ class SharedWorkerWire:
     def ask(self, kind: Request, number: float) -> Sequence[float]:
         """Post a request and wait for the answer."""
         self._send(kind, number)
-        self._wait(self._mailbox.answered, kind)
+        # How long a worker may wait is the server's to judge; here only its death counts.
+        self._wait(self._mailbox.answered, kind, math.inf)
         numbers: list[float] = self._mailbox.answer.tolist()
         return numbers
 
@@ -121,9 +122,9 @@ class SharedWorkerWire:
         self._sent += 1
         self._mailbox.requested.post()
 
-    def _wait(self, semaphore: Semaphore, kind: Request) -> None:
+    def _wait(self, semaphore: Semaphore, kind: Request, seconds: float) -> None:
         doing = f"{kind.name.lower()} (the server is on rank {self._server_rank})"
-        self._segment.wait(semaphore, self._server_rank, doing, self._timeout_seconds)
+        self._segment.wait(semaphore, self._server_rank, doing, seconds)
 
 
 class SharedServerWire:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -23,6 +26,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -81,21 +85,57 @@ class _EveryNth:
         self._sampler = sampler
         self._rank = rank
         self._replicas = replicas
+        self._random = _random_sampler(sampler)
+        self._skipped = 0
+        self._seed = 0
+
+    def begin(self, seed: int, skipped: int) -> None:
+        """The next iteration is of this order, without so many of this replica's first batches."""
+        self._seed, self._skipped = seed, skipped
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self._sampler), self._rank, None, self._replicas)
+        order: Iterable[Any] = self._sampler
+        if self._random is not None:
+            self._random.generator = torch.Generator().manual_seed(self._seed)
+        elif not _is_sequential(order):
+            # It may draw from global generators, whose state differs between the replicas.
+            with _seeded(self._seed):
+                order = list(order)
+        first = self._rank + self._skipped * self._replicas
+        return islice(iter(order), first, None, self._replicas)
 
     def __len__(self) -> int:
         total: int = len(self._sampler)  # type: ignore[arg-type]
-        return len(range(self._rank, total, self._replicas))
+        return len(range(self._rank + self._skipped * self._replicas, total, self._replicas))
 
 
-def _seedable(sampler: Any) -> Any:
-    """The random sampler inside ``sampler``, if there is one of torch's."""
+def _random_sampler(sampler: Any) -> Any:
+    """The random sampler inside ``sampler``, if there is one of torch's, with its own generator."""
     while isinstance(sampler, BatchSampler):
         sampler = sampler.sampler
-    random = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-    return sampler if isinstance(sampler, random) else None
+    own_generator = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+    return sampler if isinstance(sampler, own_generator) else None
+
+
+def _is_sequential(sampler: Any) -> bool:
+    while isinstance(sampler, BatchSampler):
+        sampler = sampler.sampler
+    return isinstance(sampler, SequentialSampler)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators begin at a seed, and are put back after."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 class ReplicaLoader:
@@ -103,7 +143,7 @@ class ReplicaLoader:
 
     Args:
         loader: a ``DataLoader`` over a map-style data set (only this replica's samples are read; a
-            random sampler of torch's is seeded by (seed, epoch), equally everywhere), a
+            sampler draws its order by (seed, epoch), equally everywhere), a
             ``DataLoader`` over an ``IterableDataset``, or any iterable of batches that is the same
             on every replica (each then reads all batches and keeps its own).
         rank: this replica.
@@ -140,7 +180,7 @@ class ReplicaLoader:
         self._accumulation = accumulation
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
-        self._random: Any = None
+        self._order: _EveryNth | None = None
         self.batch_size: int | None = None
         self._total: int | None = None
         self._own: Iterable[Any] = loader
@@ -169,8 +209,7 @@ class ReplicaLoader:
             self._total = len(sampler)
         except TypeError:  # a sampler without a length: read everything, keep what is ours
             return
-        self._random = _seedable(sampler)
-        own = _EveryNth(sampler, self._rank, self._replicas)
+        own = self._order = _EveryNth(sampler, self._rank, self._replicas)
         options: dict[str, Any] = {"sampler": own, "batch_size": None}
         self._own = DataLoader(
             loader.dataset,
@@ -194,35 +233,41 @@ class ReplicaLoader:
             return None
         return math.ceil(self._total / (self._replicas * self._accumulation))
 
-    def epoch(self, epoch: int) -> Iterator[StepBatch]:
-        """The steps of one epoch; the same order of samples for the same (seed, epoch)."""
-        if self._random is not None:
-            self._random.generator = torch.Generator().manual_seed(self._seed + epoch)
-        windows = self._of_all() if self._reads_all else self._own_only()
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[StepBatch]:
+        """The steps of one epoch, from step ``start`` on.
+
+        The order of the samples is the same for the same (seed, epoch). Of a loader over a
+        map-style data set no skipped sample is read.
+        """
+        if self._order is not None:
+            self._order.begin(self._seed + epoch, start * self._accumulation)
+        windows = self._of_all(start) if self._reads_all else self._own_only(start)
         window = next(windows, None)
-        if window is None:
+        if window is None and start == 0:
             raise ConfigError(
                 "the loader has no batch; check the data set's length and drop_last (a batch_size "
-                "larger than the data set with drop_last=True leaves nothing)"
+                "larger than the data set with drop_last=True leaves nothing), and that it can be "
+                "iterated more than once (a generator cannot: give a list or a DataLoader)"
             )
         while window is not None:
             yield self._step(window)
             window = next(windows, None)
 
-    def _own_only(self) -> Iterator[list[Any]]:
+    def _own_only(self, first: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from a loader that yields no others."""
         assert self._total is not None
         window = self._replicas * self._accumulation
         batches = iter(self._own)
-        for start in range(0, self._total, window):
+        for start in range(first * window, self._total, window):
             stop = min(start + window, self._total)
             count = len(range(start + self._rank, stop, self._replicas))
             yield list(islice(batches, count))
 
-    def _of_all(self) -> Iterator[list[Any]]:
+    def _of_all(self, first: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
-        batches = iter(self._own)
-        while window := list(islice(batches, self._replicas * self._accumulation)):
+        size = self._replicas * self._accumulation
+        batches = islice(iter(self._own), first * size, None)
+        while window := list(islice(batches, size)):
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])
             yield window[self._rank :: self._replicas]

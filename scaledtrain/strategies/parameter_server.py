@@ -20,6 +20,8 @@ class ParameterServer:
     correction, and with any optimizer: see `scaledtrain.server`. The server lives on rank 0, beside
     its worker.
 
+    A parameter that a step gives no gradient counts as one of gradient zero.
+
     Sent: parameters down and a gradient up, once per step and worker. Waits: only where the policy
     says so. A crash of the server's rank loses parameters and optimizer (save ``state_dict``).
 
@@ -58,7 +60,6 @@ class ParameterServer:
         self.staleness: int | None = None
         self.learning_rate = 0.0
         self.lockstep: Group = LocalGroup()
-        self._server: Server | None = None
         self._has_gradient = True
         self._pushed = False
 
@@ -68,22 +69,21 @@ class ParameterServer:
         link.group.broadcast([*replica.parameters, *replica.frozen, *replica.buffers])
 
         def make_server() -> Server:
-            self._server = Server(
+            return Server(
                 replica.parameters,
                 replica.updater,
                 link.group.size,
                 self.admission,
                 self.correction,
             )
-            return self._server
 
-        self._n_workers = link.group.size
+        self._group = link.group
         self._store = link.serve(replica.parameters, make_server)
 
     @property
     def gradients_per_step(self) -> int:
         """As many as the admission policy asks for."""
-        return self.admission.gradients_per_update(self._n_workers)
+        return self.admission.gradients_per_update(self._group.size)
 
     def start(self, max_steps: int | None) -> None:
         """Let the server make no update beyond ``max_steps``."""
@@ -118,8 +118,9 @@ class ParameterServer:
         return vote
 
     def settle(self) -> None:
-        """Wait for all workers and take the final parameters."""
+        """Wait for all workers; take the final parameters, and rank 0's buffers."""
         self._note(self._store.settle(self._replica.parameters))
+        self._group.broadcast(self._replica.buffers)
 
     def _note(self, pulled: Pulled) -> None:
         self.step = pulled.version
@@ -127,13 +128,11 @@ class ParameterServer:
         self.staleness = pulled.staleness if pulled.staleness >= 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The server's state on rank 0, where it is; nothing elsewhere."""
-        return {} if self._server is None else {"server": self._server.state_dict()}
+        """The step, and on rank 0 the server's state."""
+        return {"step": self.step, "server": self._store.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the server on rank 0, before any worker pulls; all of them take part again."""
-        if self._server is not None:
-            self._server.load_state_dict(state["server"])
-            for worker in set(range(self._n_workers)) - self._server.members:
-                self._server.add(worker)
-            self.step = self._server.version
+        """Restore step and server, before any worker pulls; all of them take part again."""
+        self.step = state["step"]
+        if state["server"]:
+            self._store.load_state_dict(state["server"])

@@ -46,6 +46,7 @@ class Sync:
     def __init__(self) -> None:
         self.step = 0
         self._max_steps: int | None = None
+        self._some_missing = True  # until a step shows that no parameter is without a gradient
 
     def attach(self, replica: Replica, link: Link) -> None:
         """Give every replica rank 0's parameters and buffers."""
@@ -79,9 +80,28 @@ class Sync:
         return self._max_steps is None or self.step < self._max_steps
 
     def reduce_gradients(self, weight: float = 1.0) -> None:
-        """Replace the gradients by their mean over the replicas."""
-        if self._group.size > 1:
-            self._group.all_reduce(self._replica.gradients(), "mean", weight).wait()
+        """Replace the gradients by their mean over the replicas.
+
+        A parameter without a gradient on some replicas counts as zero there; one without a
+        gradient on all of them has none, as in a single process. Whether there are such is found
+        out in the first step: a parameter that is left out only later counts as zero.
+        """
+        if self._group.size == 1:
+            return
+        if self._some_missing:
+            missing = self._missing_everywhere()
+            self._some_missing = bool(missing)
+        gradients = self._replica.gradients()
+        self._group.all_reduce(gradients, "mean", weight).wait()
+        if self._some_missing:
+            for index in missing:
+                self._replica.parameters[index].grad = None
+
+    def _missing_everywhere(self) -> list[int]:
+        present = [int(p.grad is not None) for p in self._replica.parameters]
+        flags = torch.tensor(present, device=self._replica.device)
+        self._group.all_reduce([flags], "max").wait()
+        return [index for index, flag in enumerate(flags.tolist()) if not flag]
 
     def apply_gradients(self) -> None:
         """Let the replica's own optimizer update it."""
@@ -100,7 +120,8 @@ class Sync:
         return bool(votes.item())
 
     def settle(self) -> None:
-        """Nothing to do: the replicas are equal."""
+        """Take rank 0's buffers; the parameters are equal."""
+        self._group.broadcast(self._replica.buffers)
 
     def state_dict(self) -> dict[str, Any]:
         """Step and optimizer."""

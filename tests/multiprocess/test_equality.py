@@ -21,6 +21,7 @@ from scaledtrain import (
     connect,
 )
 from scaledtrain.rendezvous import Transport
+from scaledtrain.server import Synchronous
 from tests.ranks import run_ranks
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -105,6 +106,18 @@ def test_sync_on_one_rank_equals_one_process_bit_for_bit() -> None:
     assert torch.equal(parameters, one_process())
 
 
+class HalfUsed(nn.Module):
+    """One parameter that every replica uses, one that only rank 1 does, one that none does."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.used, self.sometimes, self.unused = (nn.Parameter(torch.ones(1)) for _ in range(3))
+        self.rank = rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used.sum() + (self.sometimes.sum() if self.rank == 1 else 0.0)
+
+
 def sync_everything_rank(transport: Transport) -> dict[str, Any]:
     """Replicas that start differently, share an evaluation, and stop together."""
     with connect(transport=transport, timeout_seconds=30) as link:
@@ -132,7 +145,23 @@ def sync_everything_rank(transport: Transport) -> dict[str, Any]:
             console=False, link=link,
         )  # fmt: skip
         target = v.fit(loader, max_steps=1000, eval=loader, eval_every=5)
+        # A policy that waits for all, where one worker has more batches than the other (3 and 2).
+        w = Trainer(
+            net(), F.cross_entropy, SGD, strategy=ParameterServer(Synchronous()), console=False,
+            link=link,
+        )  # fmt: skip
+        uneven = w.fit(DataLoader(data(20), batch_size=4), max_epochs=6)
+        x = Trainer(
+            HalfUsed(link.group.rank), None, partial(torch.optim.SGD, lr=0.1, weight_decay=1.0),
+            callbacks=[Callback()] if link.group.rank == 0 else [], log_every=1, console=False,
+            link=link,
+        )  # fmt: skip
+        x.fit([torch.zeros(1)] * 4, max_steps=1)
+        t.fit(loader, max_steps=3)
         return {
+            "uneven": uneven.step,
+            "half_used": flat(x).tolist(),
+            "buffers": t.model[1].running_mean.tolist(),
             "started": started,
             "evaluation": evaluation["loss"],
             "alone": alone,
@@ -154,6 +183,11 @@ def test_replicas_start_evaluate_and_stop_together(transport: Transport) -> None
     assert zero["timed"][0] == one["timed"][0] > 8
     assert (zero["timed"][1], one["timed"][1]) == ("max_seconds", "another replica")
     assert zero["target"] == one["target"]
+    # 3 + 2 batches an epoch; the server waits for both where both have one: 2 + 1 updates, 6 times.
+    assert zero["uneven"] == one["uneven"] == 18
+    # w - 0.1 (g + 1.0 w) with g the mean over ranks: 1 and 0.5; without any gradient w stays.
+    assert zero["half_used"] == one["half_used"] == pytest.approx([0.8, 0.85, 1.0])
+    assert zero["buffers"] == one["buffers"]
     assert zero["target"][1] <= 0.4
     assert zero["target"][0] % 5 == 0
 
@@ -181,8 +215,11 @@ def async_rank(transport: Transport) -> dict[str, Any]:
         limited = t.fit(loader, max_steps=400)
         parameters = flat(t)
         loss = F.cross_entropy(t.model(data(64).tensors[0]), data(64).tensors[1]).item()
-        epochs = t.fit(DataLoader(data(70), batch_size=4), max_epochs=2)
-        final = flat(t)
+        u = Trainer(
+            net(), F.cross_entropy, SGD, strategy=ParameterServer(), console=False, link=link
+        )
+        epochs = u.fit(DataLoader(data(70), batch_size=4), max_epochs=2)
+        final = flat(u)
 
         class StopOnLast(Callback):
             def on_step_end(self, trainer: Trainer) -> None:
@@ -209,8 +246,8 @@ def test_async_on_four_processes(transport: Transport) -> None:
         assert r["limited"] == 400  # exactly, though three more gradients were on their way
         assert torch.equal(r["parameters"], results[0]["parameters"])
         assert r["loss"] < 0.3  # ln 2 = 0.69 at the start
-        # 70 samples are 18 batches, each used once an epoch, each an update: 400 + 2 * 18.
-        assert r["epochs"] == 436
+        # 70 samples are 18 batches, each used once an epoch, each an update: 2 * 18.
+        assert r["epochs"] == 36
         assert torch.equal(r["final"], results[0]["final"])
     assert [r["stopped"] for r in results] == ["another replica"] * 3 + ["callback"]
 

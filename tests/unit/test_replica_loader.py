@@ -13,6 +13,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     TensorDataset,
 )
 
@@ -97,6 +98,44 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert [samples(s) for s in ReplicaLoader(again, seed=5).epoch(2)] == first
     assert [samples(s) for s in ReplicaLoader(again, seed=5).epoch(3)] != first
     assert [samples(s) for s in ReplicaLoader(again, seed=6).epoch(2)] != first
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(numbers(22), batch_size=4, shuffle=True),
+        lambda: [(torch.arange(i, min(i + 4, 22)),) for i in range(0, 22, 4)],
+    ],
+)
+def test_an_epoch_can_be_entered_in_the_middle(make: Any, replicas: int) -> None:
+    for rank in range(replicas):
+        loader = ReplicaLoader(make(), rank=rank, replicas=replicas)
+        whole = [samples(s) for s in loader.epoch(1)]
+        for start in range(len(whole) + 1):
+            assert [samples(s) for s in loader.epoch(1, start)] == whole[start:]
+
+
+class OwnRandomSampler(Sampler[int]):
+    """As users write them: it draws from torch's global generator."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(20).tolist())
+
+    def __len__(self) -> int:
+        return 20
+
+
+def test_a_sampler_of_the_users_draws_the_same_order_everywhere() -> None:
+    seen = []
+    for rank in range(2):
+        torch.manual_seed(rank)  # as it is on different ranks
+        before = torch.get_rng_state()
+        loader = DataLoader(numbers(20), batch_size=4, sampler=OwnRandomSampler())
+        steps = ReplicaLoader(loader, rank=rank, replicas=2).epoch(0)
+        seen += [x for step in steps for x in samples(step)]
+        assert torch.equal(torch.get_rng_state(), before)
+    assert sorted(seen) == list(range(20))
 
 
 def test_uneven_end_has_smaller_weights() -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import (
     Callback,
+    ClusterError,
     ConfigError,
     Mesh,
     NonFiniteLossError,
@@ -130,13 +131,32 @@ def test_saved_and_resumed_equals_not_stopping(strategy: Callable[[], Strategy])
     straight, first, second = (trainer(strategy=strategy(), optimizer=ADAMW) for _ in range(3))
     loader = DataLoader(data(), batch_size=4, shuffle=True)
     straight.fit(loader, max_epochs=4)
-    first.fit(loader, max_epochs=2)
+    first.fit(loader, max_steps=7)  # 5 steps are an epoch: in the middle of the second
     state = first.state_dict()
-    first.fit(loader, max_epochs=1)  # what goes on after saving must not change what was saved
+    first.fit(loader, max_steps=9)  # what goes on after saving must not change what was saved
     second.load_state_dict(state)
-    second.fit(loader, max_epochs=2)
+    assert second.step_count == 7
+    second.fit(loader, max_epochs=4)
     assert second.step_count == 20
     assert_same(second.model, list(straight.model.parameters()))
+
+
+@pytest.mark.parametrize("limits", [(3, 6, 9, 10), (1, 10)])
+def test_several_fits_are_one_run(limits: tuple[int, ...]) -> None:
+    """A fit that ends inside an epoch is continued there: each of the 5 batches once an epoch."""
+    whole, parts = trainer(), trainer()
+    whole.fit(batches(), max_steps=10)
+    for limit in limits:
+        parts.fit(batches(), max_steps=limit)
+    assert_same(parts.model, list(whole.model.parameters()))
+
+
+def test_evaluation_leaves_every_module_in_its_mode() -> None:
+    model = net(dropout=0.5)
+    model[2].eval()
+    t = trainer(model)
+    t.evaluate(batches())
+    assert [m.training for m in model] == [True, True, False, True]
 
 
 def test_same_seed_same_run_also_with_dropout() -> None:
@@ -325,6 +345,28 @@ def test_optimizer_must_be_a_factory() -> None:
 def test_loss_must_be_a_scalar() -> None:
     with pytest.raises(ConfigError, match=r"not \(4,\); average it"):
         trainer(loss_fn=partial(F.cross_entropy, reduction="none")).fit(batches(), max_steps=1)
+
+
+def test_metrics_need_targets() -> None:
+    t = trainer(HuggingFaceLike(), loss_fn=None, eval_metrics={"accuracy": lambda o, y: y})
+    with pytest.raises(ConfigError, match="compare outputs with targets"):
+        t.evaluate([{"x": x, "labels": y} for x, y in batches()])
+
+
+def test_gradients_that_are_never_finite_end_the_run() -> None:
+    """The loss is 0, its gradient infinite: the server rejects every push."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w.sqrt().sum()
+
+    t = trainer(Root(), loss_fn=None, strategy=ParameterServer(), log_every=1000)
+    with pytest.raises(ClusterError, match="last 100 gradients were all rejected"):
+        t.fit([torch.zeros(1)], max_steps=3)
 
 
 def test_batch_must_be_a_pair() -> None:
