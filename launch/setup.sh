@@ -9,7 +9,7 @@
 #   SCALEDTRAIN_VENV   where the environment goes (default: .venv beside pyproject.toml)
 #   PYTHON             the python, 3.10 or later, to make it with (default: the first one found)
 #
-# Where torch comes from, a CPU build say, is told to pip: PIP_INDEX_URL, PIP_FIND_LINKS.
+# Where torch comes from, a CPU build say, is told to pip: PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS.
 set -eu
 
 say() { printf 'setup: %s\n' "$*" >&2; }

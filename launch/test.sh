@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything a change has to pass: lint, format, types, tests.
 #
-#   launch/test.sh [ARGUMENT...]              the arguments of pytest, e.g. tests/unit -k gossip
+#   launch/test.sh [ARGUMENT...]              the arguments of pytest, e.g. tests/unit -k server
 #
 # The first run installs what is needed: see setup.sh for what it may be told.
 set -eu

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from textwrap import fill
@@ -40,6 +40,18 @@ from scaledtrain.trainer import Trainer
 __all__ = ["main"]
 
 _PROG = "scaledtrain compare"
+# What one connection, one folder and a fair comparison ask for.
+_SHARED = (
+    "workers",
+    "device",
+    "transport",
+    "timeout_seconds",
+    "run_dir",
+    "name",
+    "max_seconds",
+    "slowdown",
+    "target",
+)
 _LINE_SECONDS = 5.0  # between two lines of progress where there is no terminal
 
 
@@ -109,7 +121,21 @@ def compose_each(arguments: Sequence[str]) -> dict[str, TrainConfig]:
                 "max_seconds is null, but every strategy is to train for the same time; set it"
             )
         configs[entry if choices.count(choice) > 1 else choice] = config
+    first, *others = configs.values()
+    for key in _SHARED:
+        if any(getattr(config, key) != getattr(first, key) for config in others):
+            raise ConfigError(
+                f"{key} differs between the strategies, but they are compared under the same "
+                "conditions; set it for all"
+            )
+    if len(set(_places(configs).values())) < len(configs):
+        raise ConfigError(f"entries of strategies are too alike: {', '.join(configs)}")
     return configs
+
+
+def _places(names: Iterable[str]) -> dict[str, str]:
+    """Name -> folder of each run."""
+    return {name: re.sub(r"[^\w.=-]+", "-", name) for name in names}
 
 
 def _goal(target: Target) -> Goal:
@@ -134,7 +160,7 @@ def compare(configs: Mapping[str, TrainConfig], goal: Goal, link: Connection, fo
     A crash loses the run that was under way; those before it can be reported.
     """
     first = next(iter(configs.values()))
-    places = {name: re.sub(r"[^\w.=-]+", "-", name) for name in configs}
+    places = _places(configs)
     total = sum(config.max_seconds or 0.0 for config in configs.values())
     note = _note(first.slowdown, link.group.size)
     with _Progress(total, enabled=link.group.rank == 0) as progress:
@@ -166,6 +192,8 @@ def _note(slowdown: Slowdown, workers: int) -> str:
     text = "".join(f"; worker {rank} is made {f:g} times slower" for rank, f in slow.items())
     if not slow and not slowdown.min_compute_seconds:
         return f"{workers} workers on {os.cpu_count()} cores."
+    if not slowdown.min_compute_seconds:
+        return f"{workers} workers on {os.cpu_count()} cores{text}, by sleeping."
     return (
         f"{workers} workers on {os.cpu_count()} cores{text}. Each step is made to compute for at "
         f"least {1000 * slowdown.min_compute_seconds:g} ms by sleeping: processes, messages and "

@@ -6,7 +6,6 @@ process ends within seconds. `start_workers` starts the processes of a job on th
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import multiprocessing
@@ -56,7 +55,7 @@ def guarded(main: Callable[[], None]) -> None:
             main()
             return
         except (Exception, KeyboardInterrupt, SystemExit) as error:
-            caught: BaseException = error
+            caught: BaseException = error  # bound to the end: its frames hold rank 0's store
         ended_by = _root(caught)
         if _is_consequence(ended_by):
             try:
@@ -67,7 +66,6 @@ def guarded(main: Callable[[], None]) -> None:
         if isinstance(ended_by, SystemExit):
             _leave(ended_by.code)
         _tell(ended_by)
-        del caught  # until here it kept the frames of its traceback, and so rank 0's store
         _leave(_exit_code(ended_by))
 
 
@@ -90,7 +88,7 @@ def workers_to_start(workers: int | None) -> int:
     if size != workers:
         raise ConfigError(
             f"workers is {workers}, but a launcher (torchrun, srun) started this process as one of "
-            f"{size}; leave workers out, or let the launcher start {workers}"
+            f"{size}; set workers={size} (or null), or let the launcher start {workers}"
         )
     return 0
 
@@ -128,8 +126,12 @@ def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     # Until the child guards itself, Ctrl-C ends it without a traceback of its imports.
+    # And it ends when this process is killed (1: PR_SET_PDEATHSIG), its imports included.
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "import ctypes, os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "if sys.platform == 'linux':\n"
+        "    ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+        f"    if os.getppid() != {os.getpid()}: os._exit({TERMINATED})\n"
         f"from scaledtrain.launching import _work; _work({module!r})"
     )
     signal.set_wakeup_fd(-1)  # the launcher ends its workers first, which takes what it takes
@@ -144,8 +146,6 @@ def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
 
 def _work(module: str) -> None:
     """A worker's main, in its own process."""
-    if sys.platform == "linux":  # end when the launcher is killed
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     sys.argv[0] = module
     importlib.import_module(module).main()
 
@@ -166,7 +166,9 @@ def _summary(codes: Mapping[int, int]) -> int:
 
 def _is_launched() -> bool:
     env = os.environ
-    return ("RANK" in env and "WORLD_SIZE" in env) or "SLURM_STEP_NUM_TASKS" in env
+    # A step of one task is what an interactive shell under Slurm runs in.
+    by_slurm = env.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return ("RANK" in env and "WORLD_SIZE" in env) or by_slurm
 
 
 def _exit_code(error: BaseException) -> int:

@@ -99,11 +99,11 @@ class Metrics:
             if tensorboard and rank == 0:
                 self._events = EventFileWriter(str(run_dir / "tensorboard"))
         self._begin = timeline.now()
-        self._forget(0)
+        self._forget(0, self._begin)
 
-    def _forget(self, step: int) -> None:
+    def _forget(self, step: int, now: float) -> None:
         self._first_step = step
-        self._since = self._timeline.now()
+        self._since = now
         self._steps = 0
         self._samples = 0
         self._losses: list[Tensor] = []
@@ -120,7 +120,7 @@ class Metrics:
         self._console = Console(total, self._show)
         self._begin = self._timeline.now()
         self._timeline.drain()
-        self._forget(step)
+        self._forget(step, self._begin)
 
     def due(self) -> bool:
         """Whether the step under way will make a record."""
@@ -160,7 +160,8 @@ class Metrics:
             return
         step = strategy.step
         loss = self._finite_mean_loss(step)
-        elapsed = max(self._timeline.now() - self._since, 1e-9)
+        now = self._timeline.now()
+        elapsed = max(now - self._since, 1e-9)
         phases, spans = self._timeline.drain()
         gradients = (step - self._first_step) * strategy.gradients_per_step
         values: dict[str, float] = {
@@ -191,7 +192,7 @@ class Metrics:
         if self._staleness:
             text += f"  staleness {values['staleness_mean']:.1f}"
         self._console.show(step, text)
-        self._forget(step)
+        self._forget(step, now)
 
     def _finite_mean_loss(self, step: int) -> float | None:
         if not self._losses:

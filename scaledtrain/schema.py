@@ -192,7 +192,7 @@ def _primitive(key: str, value: Any, hint: type) -> Any:
         return value
     if hint is float and is_number:
         return float(value)
-    if hint is int and is_number and value == int(value):
+    if hint is int and is_number and (isinstance(value, int) or value.is_integer()):
         return int(value)
     if hint is int and isinstance(value, str) and value.isdecimal():  # a key of a mapping
         return int(value)

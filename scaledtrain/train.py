@@ -119,6 +119,11 @@ def choose_run_dir(config: TrainConfig, link: Connection) -> Path:
 def _make_run_dir(config: TrainConfig) -> Path:
     if config.run_dir is not None:
         path = Path(config.run_dir)
+        if any(path.glob("metrics-rank*.jsonl")):
+            raise ConfigError(
+                f"run_dir {path} holds a run already, and two runs in one folder cannot be told "
+                "apart; give another run_dir, or remove it"
+            )
         path.mkdir(parents=True, exist_ok=True)
         return path
     stem = f"{config.name or 'train'}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -219,6 +219,15 @@ class Trainer:
         """
         if max_steps is None and max_epochs is None and max_seconds is None:
             raise ConfigError("fit would never end; give max_steps, max_epochs or max_seconds")
+        limits = {
+            "max_steps": max_steps,
+            "max_epochs": max_epochs,
+            "max_seconds": max_seconds,
+            "eval_every": eval_every,
+        }
+        for name, limit in limits.items():
+            if limit is not None and not limit > 0:  # so that NaN is refused, too
+                raise ConfigError(f"{name} is {limit}; it is > 0, or None for no such limit")
         loader = ReplicaLoader(
             train,
             rank=self.link.group.rank,

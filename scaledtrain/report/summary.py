@@ -91,7 +91,7 @@ def summarise(name: str, log: RunLog, evaluations: Sequence[Evaluation], goal: G
         waiting_shares=[w.seconds_in("waiting") / w.elapsed for w in workers],
         batch_sizes=[w.samples / w.steps for w in workers],
         compute_seconds=[w.seconds_in("compute") / w.steps for w in workers],
-        lockstep=len({w.steps for w in workers}) == 1,
+        lockstep=not staleness and len({w.steps for w in workers}) == 1,
     )
 
 
