@@ -23,6 +23,8 @@ COMPANIONS = {
     "model/gpt": ["data=stdlib_text"],
     "data/stdlib_text": ["model=gpt"],
     "strategy/admission": ["strategy=async"],
+    "strategy/correction": ["strategy=async"],
+    "strategy/correction/dana": ["optimizer=plain_sgd"],  # it has the momentum
 }
 SMALL = ["console=false"]
 SMALL_TEXT = ["data.max_train_bytes=20000", "data.max_test_bytes=20000"]
@@ -291,7 +293,7 @@ def test_the_learning_rate_follows_the_run_also_when_it_is_given_in_epochs(
     trainer, train, _ = build(compose(overrides), link)
     assert trainer.fit(train, max_epochs=1).step == 3  # 1,437 samples / 512
     assert trainer.strategy.learning_rate == pytest.approx(0.05)  # half of 6 updates: half of 0.1
-    trainer.fit(train, max_epochs=1)
+    trainer.fit(train, max_epochs=2)  # since training began
     assert trainer.strategy.learning_rate == pytest.approx(0.0)
     trainer.close()
 
@@ -322,7 +324,7 @@ class TestCommands:
         assert "train " in capsys.readouterr().out
         assert self.call(monkeypatch, "train", "--help") == 0
         shown = capsys.readouterr().out
-        assert "strategy/admission  asynchronous" in shown
+        assert "strategy/admission   asynchronous, backup_workers" in shown
         assert "--config-dir" in shown
         assert "$" not in shown
         lines = [line.strip() for line in shown.splitlines()]
