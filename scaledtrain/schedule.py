@@ -104,7 +104,8 @@ class MicrobatchLoop:
         samples = batch.samples
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
             with self._precision.autocast():
-                _, loss = call_model(self.model, microbatch, self._loss_fn)
+                # The outputs are let go of before backward, which can use their memory.
+                loss = call_model(self.model, microbatch, self._loss_fn)[1]
             if size != samples:
                 loss = loss * (size / samples)
             self._precision.scale(loss).backward()  # type: ignore[no-untyped-call]
