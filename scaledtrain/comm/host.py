@@ -62,7 +62,6 @@ class ServerHost:
         with self._changed:
             self._raise_failure()
             self._server.skip(worker)
-            self._last_push[worker] = _NO_PUSH
             self._changed.notify_all()
 
     def pull(self, worker: int, into: Sequence[Tensor]) -> Pulled:
@@ -91,7 +90,6 @@ class ServerHost:
             self._meet(worker)
             pulled = self._copy_out(worker, into, self._server.parameters)
             self._stopped = False
-            self._last_push[worker] = _NO_PUSH
             self._server.add(worker)
             # Else a fast worker could begin its next run while a slow one still copies.
             self._meet(worker)
@@ -141,7 +139,7 @@ class ServerHost:
     def _copy_out(self, worker: int, into: Sequence[Tensor], values: Sequence[Tensor]) -> Pulled:
         with torch.no_grad():
             torch._foreach_copy_(list(into), list(values))
-        last = self._last_push[worker]
+        last, self._last_push[worker] = self._last_push[worker], _NO_PUSH  # told once
         return Pulled(
             version=self._server.version,
             staleness=last.staleness,
