@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,20 +14,46 @@ from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.precision import Precision
 
-__all__ = ["LossFn", "MicrobatchLoop", "Schedule", "Slowdown", "SlowedSchedule", "call_model"]
+__all__ = [
+    "Computed",
+    "LossFn",
+    "MicrobatchLoop",
+    "Schedule",
+    "Slowdown",
+    "SlowedSchedule",
+    "call_model",
+]
 
 LossFn = Callable[[Any, Any], Tensor]
+
+_NAP_SECONDS = 0.005  # a sleeper looks so often whether its work is still wanted
+
+
+class Computed(NamedTuple):
+    """What a schedule made of a step's microbatches."""
+
+    loss: Tensor
+    """The mean over ``samples``, a detached scalar on the device; the gradients are those of it."""
+    samples: int
+    """How many of the batch's samples were computed with."""
+
+
+def _never() -> bool:
+    return False
 
 
 class Schedule(Protocol):
     """Runs one step's microbatches; their gradients add up in the parameters' ``.grad``."""
 
-    def run(self, batch: StepBatch) -> Tensor:
+    def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
         """Run forward and backward.
 
+        Args:
+            batch: the microbatches.
+            abandon: asked now and then; once it is true the rest need not be computed.
+
         Returns:
-            The mean loss over the batch's samples, a detached scalar on the device. The gradients
-            are those of this mean.
+            Loss and samples; None if it was abandoned: the gradients are then of no use.
         """
 
 
@@ -98,22 +124,24 @@ class MicrobatchLoop:
         self._loss_fn = loss_fn
         self._precision = precision
 
-    def run(self, batch: StepBatch) -> Tensor:
-        """Run forward and backward for each microbatch."""
+    def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
+        """Run forward and backward for each microbatch; asks ``abandon`` between the two."""
         total: Tensor | None = None
         samples = batch.samples
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
             with self._precision.autocast():
                 # The outputs are let go of before backward, which can use their memory.
                 loss = call_model(self.model, microbatch, self._loss_fn)[1]
+            if abandon():
+                return None
             if size != samples:
                 loss = loss * (size / samples)
             self._precision.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss = loss.detach()
             total = loss if total is None else total + loss
         if total is None:  # this replica has no samples left in a step that others still make
-            return torch.zeros(())
-        return total
+            total = torch.zeros(())
+        return Computed(total, samples)
 
 
 @dataclass(frozen=True)
@@ -159,12 +187,18 @@ class SlowedSchedule:
         self._factor = factor
         self._min_compute_seconds = min_compute_seconds
 
-    def run(self, batch: StepBatch) -> Tensor:
-        """Run, then sleep for the rest of the pretended time."""
+    def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
+        """Run, then sleep for the rest of the pretended time, or until it is to be abandoned."""
         start = time.perf_counter()
-        loss = self._schedule.run(batch)
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)
+        computed = self._schedule.run(batch, abandon)
+        if computed is None:
+            return None
+        if computed.loss.is_cuda:
+            torch.cuda.synchronize(computed.loss.device)
         elapsed = time.perf_counter() - start
-        time.sleep(self._factor * max(elapsed, self._min_compute_seconds) - elapsed)
-        return loss
+        end = start + self._factor * max(elapsed, self._min_compute_seconds)
+        while (left := end - time.perf_counter()) > 0:
+            if abandon():
+                return None
+            time.sleep(min(left, _NAP_SECONDS))
+        return computed

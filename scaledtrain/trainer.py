@@ -169,22 +169,24 @@ class Trainer:
 
     def step(self, batch: StepBatch) -> bool:
         """Make one step; False if the strategy says that the run is over."""
-        self.replica.zero_grad()
-        going = self.strategy.before_forward()
-        self.metrics.saw_staleness(self.strategy.staleness)
-        if not going:
-            return False
-        start = self.timeline.now()
-        loss = self.schedule.run(batch)
-        self.timeline.add("compute", start)
-        self.strategy.reduce_gradients(batch.weight)
+        computed = None
+        while computed is None:  # once, unless the strategy abandons what was begun
+            self.replica.zero_grad()
+            going = self.strategy.before_forward(len(batch.microbatches), batch.weight)
+            self.metrics.saw_staleness(self.strategy.staleness)
+            if not going:
+                return False
+            start = self.timeline.now()
+            computed = self.schedule.run(batch, self.strategy.abandons)
+            self.timeline.add("compute", start)
+        self.strategy.reduce_gradients(batch.weight * _share(computed.samples, batch.samples))
         finite, norm = self.precision.unscale_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
         if finite:
             self.strategy.apply_gradients()
         self.strategy.after_step()
-        self.metrics.record(self.strategy, loss, batch.samples, norm)
+        self.metrics.record(self.strategy, computed.loss, computed.samples, norm)
         return True
 
     def fit(
@@ -289,7 +291,7 @@ class Trainer:
         share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
-        with _eval_mode(self.model):
+        with self.strategy.consensus(), _eval_mode(self.model):
             for step in share.epoch(0):
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch)
@@ -385,6 +387,11 @@ class Trainer:
             f"{type(self.strategy).__name__}; precision {self.precision.name}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
         )
+
+
+def _share(computed: int, planned: int) -> float:
+    """Exactly 1 for all of them, so that equal weights stay equal."""
+    return 1.0 if computed == planned else computed / planned
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link, Pulled
 from scaledtrain.replica import Replica
 from scaledtrain.server import Admission, Asynchronous, Correction, Server, Uncorrected
+from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["ParameterServer"]
 
+_ALONE = LocalGroup()
 
-class ParameterServer:
+
+class ParameterServer(Strategy):
     """Each worker pulls parameters, computes a gradient, pushes it, and goes on.
 
     Which gradients are accepted, how many make an update and who must wait is the admission
@@ -56,10 +59,8 @@ class ParameterServer:
     ) -> None:
         self.admission = admission if admission is not None else Asynchronous()
         self.correction = correction if correction is not None else Uncorrected()
-        self.step = 0
-        self.staleness: int | None = None
-        self.learning_rate = 0.0
-        self.lockstep: Group = LocalGroup()
+        super().__init__()
+        self._learning_rate = 0.0
         self._has_gradient = True
         self._pushed = False
 
@@ -89,7 +90,17 @@ class ParameterServer:
         """Let the server make no update beyond ``max_steps``."""
         self._store.limit(max_steps)
 
-    def before_forward(self) -> bool:
+    @property
+    def learning_rate(self) -> float:
+        """Of the server's next update."""
+        return self._learning_rate
+
+    @property
+    def lockstep(self) -> Group:
+        """This worker alone."""
+        return _ALONE
+
+    def before_forward(self, microbatches: int = 1, weight: float = 1.0) -> bool:
         """Pull; False once the last update has been made, or somebody asked for the end."""
         pulled = self._store.pull(self._replica.parameters)
         self._note(pulled)
@@ -124,7 +135,7 @@ class ParameterServer:
 
     def _note(self, pulled: Pulled) -> None:
         self.step = pulled.version
-        self.learning_rate = pulled.learning_rate
+        self._learning_rate = pulled.learning_rate
         self.staleness = pulled.staleness if pulled.staleness >= 0 else None
 
     def state_dict(self) -> dict[str, Any]:

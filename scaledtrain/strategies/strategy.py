@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 from scaledtrain.comm.protocols import Group, Link
 from scaledtrain.replica import Replica
@@ -10,7 +15,7 @@ from scaledtrain.replica import Replica
 __all__ = ["Strategy"]
 
 
-class Strategy(Protocol):
+class Strategy(ABC):
     """Decides what replicas tell each other, at four moments of a step.
 
     In this order::
@@ -22,54 +27,107 @@ class Strategy(Protocol):
         strategy.after_step()          # always, also when the update was skipped
 
     A strategy sees local tensors and links, never a loader, a loss, autocast or a device.
+
+    The members below are those of replicas that make the same steps at the same time, each with an
+    optimizer of its own, and that tell each other nothing; a strategy overrides what it does
+    otherwise. One that has no optimizer on the replica overrides ``attach``, and all that follows.
+
+    Attributes:
+        step: updates that the parameters of this replica have received.
+        staleness: of this replica's last gradient that was judged; None where there is no such
+            thing.
     """
 
+    staleness: int | None = None
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._max_steps: int | None = None
+
     def attach(self, replica: Replica, link: Link) -> None:
-        """Make all replicas equal (rank 0's values) and get ready. Collective; once."""
+        """Give every replica rank 0's parameters and buffers. Collective; once."""
+        self._replica = replica
+        self._group = link.group
+        self._timeline = link.timeline
+        self._group.broadcast([*replica.parameters, *replica.frozen, *replica.buffers])
+        self._updater = replica.updater()
 
     def start(self, max_steps: int | None) -> None:
         """A run begins that ends when ``step`` reaches ``max_steps``."""
+        self._max_steps = max_steps
 
-    def before_forward(self) -> bool:
-        """Whether to go on with this step."""
+    def before_forward(self, microbatches: int = 1, weight: float = 1.0) -> bool:
+        """Whether to go on with this step.
 
-    def reduce_gradients(self, weight: float = 1.0) -> None:
-        """Combine gradients; ``weight``: this replica's in a mean (samples / nominal samples)."""
+        Args:
+            microbatches: how many backward passes will add up in the gradients.
+            weight: as ``reduce_gradients`` will be given it, unless computing is cut short.
+        """
+        return self._max_steps is None or self.step < self._max_steps
+
+    def abandons(self) -> bool:
+        """Whether the work under way has become useless; asked while it is being done.
+
+        If so, the step begins anew with ``before_forward``; no other verb is called before.
+        """
+        return False
+
+    def reduce_gradients(self, weight: float = 1.0) -> None:  # noqa: B027 - nothing is an answer, too
+        """Combine gradients.
+
+        Args:
+            weight: this replica's in a mean: its samples over those of a full step; 0 if it had
+                none.
+        """
 
     def apply_gradients(self) -> None:
-        """Use the gradients."""
+        """Let the replica's own optimizer use the gradients."""
+        start = self._timeline.now()
+        self._updater.step()
+        self._timeline.add("compute", start)
 
     def after_step(self) -> None:
         """Advance the clock."""
+        self.step += 1
 
     def agree_to_stop(self, vote: bool) -> bool:
         """Whether to stop now; replicas in lockstep ask together and get the same answer."""
+        votes = torch.tensor([int(vote)], device=self._replica.device)
+        self.lockstep.all_reduce([votes], "max").wait()
+        return bool(votes.item())
+
+    @contextmanager
+    def consensus(self) -> Iterator[None]:
+        """Inside, the replica has the parameters that the run would end with now; to evaluate.
+
+        Replicas in lockstep enter together.
+        """
+        yield
 
     def settle(self) -> None:
         """The run is over: wait for the others, end with the same parameters everywhere."""
+        self._group.broadcast(self._replica.buffers)
 
     @property
-    def step(self) -> int:
-        """Updates that the parameters of this replica have received."""
-
-    @property
+    @abstractmethod
     def gradients_per_step(self) -> int:
         """How many replicas' gradients make one update."""
 
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-
-    @property
-    def staleness(self) -> int | None:
-        """Of this replica's last gradient that was judged; None where there is no such thing."""
+        return self._updater.learning_rate
 
     @property
     def lockstep(self) -> Group:
         """The replicas that are at the same step as this one at any time."""
+        return self._group
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the model's own state."""
+        """What a resumed run needs beyond the model's own state: here step and optimizer."""
+        return {"step": self.step, "updater": self._updater.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; after ``attach``."""
+        self.step = state["step"]
+        self._updater.load_state_dict(state["updater"])

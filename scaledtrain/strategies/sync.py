@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.replica import Replica
+from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["Sync"]
 
 
-class Sync:
+class Sync(Strategy):
     r"""Every step uses the mean gradient of all replicas: data-parallel training as it is known.
 
     g = sum_i w_i g_i / sum_i w_i over the replicas i, w_i their numbers of samples, so the update
@@ -41,43 +38,14 @@ class Sync:
         Goyal et al. 2017, Accurate, Large Minibatch SGD, arXiv 1706.02677.
     """
 
-    staleness = None
-
     def __init__(self) -> None:
-        self.step = 0
-        self._max_steps: int | None = None
+        super().__init__()
         self._some_missing = True  # until a step shows that no parameter is without a gradient
-
-    def attach(self, replica: Replica, link: Link) -> None:
-        """Give every replica rank 0's parameters and buffers."""
-        self._replica = replica
-        self._group = link.group
-        self._timeline = link.timeline
-        self._group.broadcast([*replica.parameters, *replica.frozen, *replica.buffers])
-        self._updater = replica.updater()
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the next update."""
-        return self._updater.learning_rate
 
     @property
     def gradients_per_step(self) -> int:
         """One of every replica."""
         return self._group.size
-
-    @property
-    def lockstep(self) -> Group:
-        """All replicas."""
-        return self._group
-
-    def start(self, max_steps: int | None) -> None:
-        """Remember when to end."""
-        self._max_steps = max_steps
-
-    def before_forward(self) -> bool:
-        """Go on until the last step; parameters are always current."""
-        return self._max_steps is None or self.step < self._max_steps
 
     def reduce_gradients(self, weight: float = 1.0) -> None:
         """Replace the gradients by their mean over the replicas.
@@ -102,32 +70,3 @@ class Sync:
         flags = torch.tensor(present, device=self._replica.device)
         self._group.all_reduce([flags], "max").wait()
         return [index for index, flag in enumerate(flags.tolist()) if not flag]
-
-    def apply_gradients(self) -> None:
-        """Let the replica's own optimizer update it."""
-        start = self._timeline.now()
-        self._updater.step()
-        self._timeline.add("compute", start)
-
-    def after_step(self) -> None:
-        """Count the step."""
-        self.step += 1
-
-    def agree_to_stop(self, vote: bool) -> bool:
-        """Stop if any replica wants to."""
-        votes = torch.tensor([int(vote)], device=self._replica.device)
-        self._group.all_reduce([votes], "max").wait()
-        return bool(votes.item())
-
-    def settle(self) -> None:
-        """Take rank 0's buffers; the parameters are equal."""
-        self._group.broadcast(self._replica.buffers)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Step and optimizer."""
-        return {"step": self.step, "updater": self._updater.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.step = state["step"]
-        self._updater.load_state_dict(state["updater"])
