@@ -15,36 +15,25 @@ import errno
 import os
 import re
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaledtrain.comm.host import DirectStore, ServerHost
 from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.point_to_point import TorchServerWire, TorchWorkerWire
 from scaledtrain.comm.process_group import TorchGroup
-from scaledtrain.comm.protocols import Group, Store
-from scaledtrain.comm.remote_store import RemoteStore, ServerWire, WorkerWire, serve_in_thread
+from scaledtrain.comm.protocols import Group, MakeServer, ServeOptions, Store
+from scaledtrain.comm.serving import Job, Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
-from scaledtrain.comm.shared_memory import SharedSegment
-from scaledtrain.comm.shared_wire import (
-    SharedServerWire,
-    SharedWorkerWire,
-    connect_mailboxes,
-)
 from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError
 from scaledtrain.timeline import Timeline
-
-if TYPE_CHECKING:
-    from scaledtrain.server import Server
 
 __all__ = ["Connection", "RankInfo", "Transport", "connect"]
 
@@ -207,6 +196,8 @@ class Connection:
         group: all replicas.
         timeline: what this rank spent its time on.
         store: the job's key-value store; None for a job of one process.
+        event_log: where the next server writes its events; None: nowhere.
+        attempt: how often this rank has come back to its job.
         transport: ``"local"``, ``"shared_memory"`` or ``"torch"``: how ``group`` moves its bytes.
     """
 
@@ -224,9 +215,11 @@ class Connection:
         self.group: Group = LocalGroup()
         self._owns_process_group = False
         self._shared: SharedMemoryGroup | None = None
-        self._stores: list[Store] = []
-        self._segments: list[SharedSegment] = []
-        self._threads: list[threading.Thread] = []
+        self._shares_memory = transport != "torch" and device.type == "cpu"
+        self._serving: list[Serving] = []
+        self._served = 0
+        self.event_log: Path | None = None
+        self.attempt = 0
         if info.size > 1 or dist.is_initialized():
             self._connect(transport)
 
@@ -268,42 +261,32 @@ class Connection:
             self.group = TorchGroup(world, self.store, self.timeline, self.timeout_seconds)
             self.transport = "torch"
 
-    def serve(self, like: Sequence[Tensor], make_server: Callable[[], Server]) -> Store:
-        """Start a server on rank 0 and connect every rank to it; all ranks call this together."""
-        host = ServerHost(make_server(), self.timeout_seconds) if self.info.rank == 0 else None
-        if self.store is None:
-            assert host is not None
-            return self._keep(DirectStore(host, 0, self.timeline))
-        others = range(1, self.info.size)
-        like = [torch.empty_like(t, device="cpu") for t in like]
-        segment: SharedSegment | None = None
-        if self._shared is not None:
-            segment = connect_mailboxes(
-                self.store, self.info.rank, self.info.size, like, 0, self.timeout_seconds
-            )
-        wires: list[ServerWire]
-        if segment is not None:
-            self._segments.append(segment)
-            if host is None:
-                wire: WorkerWire = SharedWorkerWire(segment, like, 0, self.timeout_seconds)
-                return self._keep(RemoteStore(wire, self.timeline))
-            wires = [SharedServerWire(segment, worker, like) for worker in others]
-        else:
-            # The server's threads wait for requests however long a worker computes; a dead one is
-            # noticed by its broken connection, not by time.
-            group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-            assert group is not None
-            if host is None:
-                wire = TorchWorkerWire(like, 0, group, self.store, self.timeout_seconds)
-                return self._keep(RemoteStore(wire, self.timeline))
-            wires = [TorchServerWire(like, worker, group) for worker in others]
-        for worker, server_wire in zip(others, wires, strict=True):
-            self._threads.append(serve_in_thread(host, worker, server_wire))
-        return self._keep(DirectStore(host, 0, self.timeline))
+    @property
+    def returned(self) -> bool:
+        """This rank came back to a job that had gone on without it."""
+        return self.attempt > 0
 
-    def _keep(self, store: Store) -> Store:
-        self._stores.append(store)
-        return store
+    def serve(
+        self, like: Sequence[Tensor], make_server: MakeServer, options: ServeOptions
+    ) -> Store:
+        """Start a server and connect every rank to it; all ranks call this together."""
+        self._served += 1
+        store = None
+        if self.store is not None:
+            store = dist.PrefixStore(f"server/{self._served}", self.store)
+        job = Job(
+            store,
+            self.info.rank,
+            self.info.size,
+            self._shares_memory,
+            self.device,
+            self.timeout_seconds,
+            self.attempt,
+        )
+        serving = serve(job, like, make_server, options, self.timeline, self.event_log)
+        self._serving.append(serving)
+        assert serving.store is not None
+        return serving.store
 
     def abandon(self) -> None:
         """Leave without waiting for anybody: after an error, or at the end of the process."""
@@ -311,18 +294,17 @@ class Connection:
 
     def close(self) -> None:
         """Leave the job: end servers, give back memory and connections. All ranks call it."""
-        for store in self._stores:
-            store.close()
+        for serving in self._serving:
+            assert serving.store is not None
+            serving.store.close()
         self._leave(self.timeout_seconds)
 
     def _leave(self, seconds: float) -> None:
         atexit.unregister(self.abandon)
         deadline = time.monotonic() + seconds
-        for thread in self._threads:  # a server's threads end when their workers have heard of it
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        for segment in self._segments:
-            segment.close()
-        self._stores, self._segments, self._threads = [], [], []
+        for serving in self._serving:
+            serving.end(deadline)
+        self._serving = []
         if self._shared is not None:
             self._shared.close()
             self._shared = None

@@ -120,10 +120,19 @@ class Replica:
         """Where the parameters are."""
         return self.parameters[0].device
 
-    def updater(self, parameters: Sequence[nn.Parameter] | None = None) -> Updater:
-        """Make the optimizer over this replica's parameters, or over a server's copy of them."""
+    def updater(
+        self,
+        parameters: Sequence[nn.Parameter] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Updater:
+        """Make the optimizer over this replica's parameters, or over a server's copy of them.
+
+        Args:
+            parameters: the copy; None: the replica's own.
+            names: of these, if they are not a copy of all.
+        """
         own = self.parameters if parameters is None else parameters
-        named = zip(self.names, own, strict=True)
+        named = zip(self.names if names is None else names, own, strict=True)
         return Updater(list(named), self._make_optimizer, self._make_scheduler)
 
     def zero_grad(self) -> None:

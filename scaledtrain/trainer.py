@@ -30,6 +30,8 @@ __all__ = ["FitResult", "Trainer"]
 
 Metric = Callable[[Any, Any], Tensor]
 
+EVENTS = "events.bin"  # of a server, in the folder of the run
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -136,6 +138,7 @@ class Trainer:
         self.strategy: Strategy = strategy or Sync()
         self.precision = precision or Precision()
         self.replica = Replica(self.model, optimizer, lr_scheduler)
+        self.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
         self.strategy.attach(self.replica, self.link)
         seed_everything(seed, self.link.group.rank)
         called = self.model if compile is None else torch.compile(self.model, backend=compile)
@@ -246,15 +249,15 @@ class Trainer:
             left = (max_epochs - self.epoch) * loader.steps_per_epoch - self.steps_in_epoch
             gradients = left * self.link.group.size
             total = self.step_count + gradients // self.strategy.gradients_per_step
-        # All begin now, so that times of different ranks are seconds since the same moment. If one
-        # of them may want to stop early, all must be ready to be asked.
+        # If one of those in lockstep may want to stop early, all must be ready to be asked.
         early = torch.tensor([int(run.may_stop)], device=self.link.device)
-        self.link.group.all_reduce([early], "max").wait()
+        self.strategy.lockstep.all_reduce([early], "max").wait()
         run.may_stop = bool(early.item())
+        # All begin at once, so times of different ranks are seconds since the same moment.
+        self.strategy.start(max_steps)
         self.metrics.start(self.step_count, total)
         try:
             self._call("on_fit_start")
-            self.strategy.start(max_steps)
             stopped_by = run.loop()
             self.strategy.settle()
             run.evaluate_at_end()

@@ -27,11 +27,19 @@ class FlatBuffer:
     Args:
         like: tensors whose shapes and dtypes are taken, in order.
         memory: uint8 tensor of at least ``flat_bytes(like)`` bytes to lie in; made if not given.
+        device: where to make it.
     """
 
-    def __init__(self, like: Sequence[Tensor], memory: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        like: Sequence[Tensor],
+        memory: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         needed = flat_bytes(like)
-        self.bytes = torch.empty(needed, dtype=torch.uint8) if memory is None else memory[:needed]
+        if memory is None:
+            memory = torch.empty(needed, dtype=torch.uint8, device=device)
+        self.bytes = memory[:needed]
         self.views: list[Tensor] = []
         offset = 0
         for t in like:

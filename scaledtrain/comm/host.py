@@ -1,4 +1,8 @@
-"""A server among threads: one lock, and a condition on which workers wait that may not go on."""
+"""A server among threads: one lock, a condition on which workers wait, and who is still alive.
+
+The order in which threads get the lock is the order of events: the server's shards on other ranks
+are told of each event in this order, and the event log writes it down.
+"""
 
 from __future__ import annotations
 
@@ -7,74 +11,143 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from scaledtrain.comm.event_log import EventLog
 from scaledtrain.comm.protocols import Pulled
+from scaledtrain.comm.requests import Request
+from scaledtrain.comm.wire import Wire
 from scaledtrain.errors import ClusterError, WaitTimeoutError
-from scaledtrain.server import Pushed, Server
-from scaledtrain.timeline import Timeline
+from scaledtrain.server import Server
+from scaledtrain.server.operations import Kind, Operation, Outcome, apply
 
-__all__ = ["DirectStore", "ServerHost"]
+__all__ = ["ServerHost", "Write"]
 
 _logger = logging.getLogger(__name__)
 
-_NO_PUSH = Pushed(False, -1)
+Write = Callable[[Sequence[Tensor]], object]
+"""Copies what a worker is given to where it goes."""
+
 _MAX_FAULTS = 100  # in a row: then no good gradient is to be expected any more
+_SIGNS_OF_LIFE = 4  # to a worker that waits, in the time after which it would give up
 
 
 class ServerHost:
     """Lets the threads that speak for the workers call one `Server`, each for its worker.
 
+    A worker that dies is forgotten, and nobody waits for it any more. So is one that shows no sign
+    of life for ``timeout_seconds`` while others wait for it; it takes part again when it pulls.
+
     Args:
         server: the pure state machine; nothing else may touch it.
-        timeout_seconds: the longest that a worker may be kept waiting.
+        timeout_seconds: the longest that workers wait for one that does nothing.
+        log: where events are written.
     """
 
-    def __init__(self, server: Server, timeout_seconds: float) -> None:
+    def __init__(self, server: Server, timeout_seconds: float, log: EventLog | None = None) -> None:
         self._server = server
         self._timeout_seconds = timeout_seconds
+        self._log = log
+        self._shards: list[Wire] = []
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._stopped = False
-        self._last_push = [_NO_PUSH] * server.n_workers
+        self._staleness = [-1] * server.n_workers
         self._faults = 0
+        self._alive = set(range(server.n_workers))
+        self._ever_lost = False
+        self._latecomers: set[int] = set()
+        self._waiting: set[int] = set()
+        self._speeds: dict[int, float] = {}
         self._here: set[int] = set()
         self._meetings = 0
 
-    def push(self, worker: int, gradient: Sequence[Tensor], version: int) -> None:
-        """Hand a gradient to the server; wakes the workers that it sets free."""
+    def add_shard(self, wire: Wire) -> None:
+        """Tell another shard of the server, at the end of this wire, everything from now on."""
+        self._shards.append(wire)
+
+    def push(
+        self, worker: int, gradient: Sequence[Tensor], version: int, speed: float = 0.0
+    ) -> None:
+        """Hand a finite gradient to the server; wakes the workers that it sets free."""
+        self._pushed(Operation(Kind.PUSH, worker, version), gradient, speed=speed)
+
+    def reject(self, worker: int, version: int, why: str) -> None:
+        """Count a gradient that the worker itself found unusable."""
+        self._pushed(Operation(Kind.REJECT, worker, version), why=why)
+
+    def _pushed(
+        self,
+        operation: Operation,
+        gradient: Sequence[Tensor] = (),
+        why: str = "",
+        speed: float = 0.0,
+    ) -> None:
         with self._changed:
             self._raise_failure()
-            try:
-                pushed = self._last_push[worker] = self._server.push(worker, gradient, version)
-            except Exception as error:
-                self.fail(error)
-                raise
-            if pushed.fault is None:
+            worker = operation.worker
+            if worker not in self._alive:  # it was given up; it takes part again when it pulls
+                if operation.kind == Kind.PUSH:
+                    for shard in self._shards:
+                        shard.send([Request.DISCARD, worker])
+                return
+            outcome = self._do(operation, gradient, why)
+            self._staleness[worker] = outcome.staleness
+            if speed > 0.0:
+                self._speeds[worker] = speed
+            if outcome.fault is None:
                 self._faults = 0
             else:
-                self._count_fault(pushed.fault)
+                self._count_fault(outcome.fault)
             self._changed.notify_all()
 
     def skip(self, worker: int) -> None:
         """Count a step of the worker that had no gradient."""
         with self._changed:
             self._raise_failure()
-            self._server.skip(worker)
-            self._changed.notify_all()
+            if worker in self._alive:
+                self._do(Operation(Kind.SKIP, worker))
+                self._changed.notify_all()
 
-    def pull(self, worker: int, into: Sequence[Tensor]) -> Pulled:
-        """Copy the parameters out as soon as the worker may go on."""
-        with self._changed:
-            self._wait(worker, "pull", lambda: self._stopped or self._server.may_go_on(worker))
-            return self._copy_out(worker, into, self._server.pull(worker))
+    def pull(self, worker: int, write: Write, still: Callable[[], object] | None = None) -> Pulled:
+        """Give out the parameters as soon as the worker may go on.
 
-    def limit(self, last_version: int | None) -> None:
-        """Make no update beyond this version."""
+        Args:
+            worker: who asks.
+            write: called once, with the parameters.
+            still: called now and then while the worker waits, so that it knows that it is not
+                forgotten.
+        """
         with self._changed:
-            self._server.last_version = last_version
-            self._changed.notify_all()
+            self._raise_failure()
+            if worker not in self._alive:
+                self.join(worker)
+            server = self._server
+            self._wait(worker, "pull", lambda: self._stopped or server.may_go_on(worker), still)
+            write(self._do(Operation(Kind.PULL, worker)).tensors)
+            return self._tell(worker)
+
+    def version(self) -> int:
+        """Updates made."""
+        with self._changed:
+            self._raise_failure()
+            return self._server.version
+
+    def start(
+        self, worker: int, last_version: int | None, still: Callable[[], object] | None = None
+    ) -> None:
+        """Wait for all workers; make no update beyond this version.
+
+        A worker that came back while the others are under way does not wait, nor set a limit.
+        """
+        with self._changed:
+            self._raise_failure()
+            if worker in self._latecomers:
+                return
+            if self._server.last_version != last_version:
+                limit = -1 if last_version is None else last_version
+                self._do(Operation(Kind.LIMIT, -1, limit))
+            self._meet(worker, "the start of fit", still)
 
     def stop(self) -> None:
         """Tell every worker at its next pull that the run is over."""
@@ -82,28 +155,70 @@ class ServerHost:
             self._stopped = True
             self._changed.notify_all()
 
-    def settle(self, worker: int, into: Sequence[Tensor]) -> Pulled:
-        """Wait until all workers are here, take the final parameters, go on when all have them."""
+    def settle(
+        self, worker: int, write: Write, still: Callable[[], object] | None = None
+    ) -> Pulled:
+        """Wait until all workers are here, give the final parameters, go on when all have them."""
         with self._changed:
-            self._server.remove(worker)  # those that still compute need not wait for it
+            self._raise_failure()
+            # Those that still compute need not wait for it.
+            self._do(Operation(Kind.REMOVE, worker))
             self._changed.notify_all()
-            self._meet(worker)
-            pulled = self._copy_out(worker, into, self._server.parameters)
-            self._stopped = False
-            self._server.add(worker)
+            self._meet(worker, "the end of fit", still)
+            write(self._do(Operation(Kind.READ, worker)).tensors)
+            pulled = self._tell(worker)
             # Else a fast worker could begin its next run while a slow one still copies.
-            self._meet(worker)
+            self._meet(worker, "the end of fit", still)
+            self._stopped = False
+            self._latecomers.discard(worker)
+            self._do(Operation(Kind.ADD, worker))
             return pulled
 
-    def _meet(self, worker: int) -> None:
-        """Return when all workers have called this equally often."""
-        self._here.add(worker)
-        mine = self._meetings
-        if len(self._here) == self._server.n_workers:
-            self._here.clear()
-            self._meetings += 1
+    def lose(self, worker: int, why: str) -> None:
+        """Forget a worker; those that wait for it go on."""
+        with self._changed:
+            if worker not in self._alive:
+                return
+            self._alive.discard(worker)
+            self._ever_lost = True
+            self._speeds.pop(worker, None)
+            if self._failure is None:
+                left = len(self._alive)
+                _logger.warning(
+                    "worker %d is lost, and the other %d go on without it: %s", worker, left, why
+                )
+                if worker in self._server.members:
+                    self._do(Operation(Kind.REMOVE, worker))
+                self._end_meeting()
             self._changed.notify_all()
-        self._wait(worker, "the end of fit", lambda: self._meetings > mine)
+
+    def join(self, worker: int) -> None:
+        """Let a worker that was lost take part again, level with the slowest."""
+        with self._changed:
+            _logger.warning("worker %d is back, and goes on from the current version", worker)
+            self._alive.add(worker)
+            self._latecomers.add(worker)
+            self._staleness[worker] = -1
+            self._do(Operation(Kind.ADD, worker))
+            self._changed.notify_all()
+
+    def replace(self, worker: int, attempt: int) -> None:
+        """A new process takes the worker's place; it takes part when it has joined."""
+        with self._changed:
+            self.lose(worker, "a new process has taken its place")
+            for shard in self._shards:
+                shard.send([Request.JOIN, worker, attempt])
+
+    def fail(self, error: BaseException) -> None:
+        """Every call from now on, and every waiting one, raises: the run cannot go on."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What `fail` was told first."""
+        return self._failure
 
     def state_dict(self) -> dict[str, Any]:
         """The server's state between two pushes."""
@@ -116,6 +231,35 @@ class ServerHost:
             self._server.load_state_dict(state)
             for worker in set(range(self._server.n_workers)) - self._server.members:
                 self._server.add(worker)
+
+    def close(self) -> None:
+        """End the log."""
+        if self._log is not None:
+            self._log.close()
+
+    def _do(self, operation: Operation, gradient: Sequence[Tensor] = (), why: str = "") -> Outcome:
+        """Let the server do it, then its other shards, and write it down."""
+        try:
+            outcome = apply(self._server, operation, gradient, why)
+            for shard in self._shards:
+                shard.send([*operation, outcome.accepted])
+        except Exception as error:
+            self.fail(error)
+            raise
+        if self._log is not None:
+            self._log.add(operation, outcome.accepted, outcome.staleness)
+        return outcome
+
+    def _tell(self, worker: int) -> Pulled:
+        staleness, self._staleness[worker] = self._staleness[worker], -1  # told once
+        return Pulled(
+            version=self._server.version,
+            staleness=staleness,
+            learning_rate=self._server.learning_rate,
+            stopped=self._stopped or self._server.finished,
+            fastest=max(self._speeds.values(), default=0.0),
+            complete=not self._ever_lost,
+        )
 
     def _count_fault(self, fault: str) -> None:
         self._faults += 1
@@ -130,36 +274,59 @@ class ServerHost:
             )
             self._raise_failure()
 
-    def fail(self, error: BaseException) -> None:
-        """Every call from now on, and every waiting one, raises: the run cannot go on."""
-        with self._changed:
-            self._failure = self._failure or error
+    def _meet(self, worker: int, what: str, still: Callable[[], object] | None) -> None:
+        """Return when all workers that are alive have called this equally often."""
+        self._here.add(worker)
+        mine = self._meetings
+        self._end_meeting()
+        self._wait(worker, what, lambda: self._meetings > mine, still)
+
+    def _end_meeting(self) -> None:
+        if self._here and self._here >= self._alive:
+            self._here.clear()
+            self._meetings += 1
             self._changed.notify_all()
 
-    def _copy_out(self, worker: int, into: Sequence[Tensor], values: Sequence[Tensor]) -> Pulled:
-        with torch.no_grad():
-            torch._foreach_copy_(list(into), list(values))
-        last, self._last_push[worker] = self._last_push[worker], _NO_PUSH  # told once
-        return Pulled(
-            version=self._server.version,
-            staleness=last.staleness,
-            learning_rate=self._server.learning_rate,
-            stopped=self._stopped or self._server.finished,
-        )
-
-    def _wait(self, worker: int, what: str, ready: Callable[[], bool]) -> None:
-        clocks = None
-        while not ready() and self._failure is None and clocks != list(self._server.clocks):
-            clocks = list(self._server.clocks)  # as long as others make steps, they are only slow
-            self._changed.wait_for(lambda: self._failure or ready(), self._timeout_seconds)
+    def _wait(
+        self,
+        worker: int,
+        what: str,
+        ready: Callable[[], bool],
+        still: Callable[[], object] | None,
+    ) -> None:
+        """Wait, as long as others make steps; those that do nothing for too long are given up."""
+        seconds = self._timeout_seconds / _SIGNS_OF_LIFE
+        self._waiting.add(worker)
+        try:
+            clocks, waited = list(self._server.clocks), 0
+            while not ready() and self._failure is None:
+                if self._changed.wait_for(lambda: self._failure or ready(), seconds):
+                    break
+                if still is not None:
+                    still()
+                waited += 1
+                if clocks != self._server.clocks:
+                    clocks, waited = list(self._server.clocks), 0
+                if waited >= _SIGNS_OF_LIFE:
+                    self._give_up_the_silent(worker, what)
+                    waited = 0
+        finally:
+            self._waiting.discard(worker)
         self._raise_failure()
-        if not ready():
+
+    def _give_up_the_silent(self, worker: int, what: str) -> None:
+        silent = self._alive - self._waiting
+        for one in sorted(silent):
+            self.lose(
+                one,
+                f"worker {worker} waited {self._timeout_seconds:g} s for it in {what}, and it did "
+                "nothing; it is stuck or too slow: look at it, or raise timeout_seconds",
+            )
+        if not silent:  # a policy that makes all wait for each other
             steps = ", ".join(f"worker {i}: {c}" for i, c in enumerate(self._server.clocks))
-            here = f"; arrived: workers {sorted(self._here)}" if self._here else ""
             raise WaitTimeoutError(
-                f"worker {worker} waited {self._timeout_seconds:g} s in {what} for the other "
-                f"workers (steps so far: {steps}{here}); one of them is stuck or too slow: "
-                "look at the one that is behind, or raise timeout_seconds"
+                f"worker {worker} waited {self._timeout_seconds:g} s in {what}, and so do all "
+                f"others (steps so far: {steps}): the admission policy lets nobody go on"
             )
 
     def _raise_failure(self) -> None:
@@ -167,61 +334,3 @@ class ServerHost:
             raise self._failure
         if self._failure is not None:
             raise ClusterError(f"the parameter server stopped: {self._failure}") from self._failure
-
-
-class DirectStore:
-    """The store of the worker that lives in the server's own process: plain calls.
-
-    Args:
-        host: the server.
-        worker: this worker's number.
-        timeline: where waiting and communication are recorded.
-    """
-
-    def __init__(self, host: ServerHost, worker: int, timeline: Timeline) -> None:
-        self._host = host
-        self._worker = worker
-        self._timeline = timeline
-
-    def push(self, update: Sequence[Tensor], version: int) -> None:
-        """Let the server take the gradient now."""
-        start = self._timeline.now()
-        self._host.push(self._worker, update, version)
-        self._timeline.add("communication", start)
-
-    def pull(self, into: Sequence[Tensor]) -> Pulled:
-        """Copy the parameters, when the admission policy says so."""
-        start = self._timeline.now()
-        pulled = self._host.pull(self._worker, into)
-        self._timeline.add("waiting", start)
-        return pulled
-
-    def skip(self) -> None:
-        """Let the server count a step without a gradient."""
-        self._host.skip(self._worker)
-
-    def limit(self, last_version: int | None) -> None:
-        """Make no update beyond this version."""
-        self._host.limit(last_version)
-
-    def stop(self) -> None:
-        """Ask that every worker ends."""
-        self._host.stop()
-
-    def settle(self, into: Sequence[Tensor]) -> Pulled:
-        """Wait for all workers, then pull."""
-        start = self._timeline.now()
-        pulled = self._host.settle(self._worker, into)
-        self._timeline.add("waiting", start)
-        return pulled
-
-    def state_dict(self) -> dict[str, Any]:
-        """The server's state."""
-        return self._host.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the server's state."""
-        self._host.load_state_dict(state)
-
-    def close(self) -> None:
-        """Nothing to do: the server needs no message to know."""

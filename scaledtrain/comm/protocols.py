@@ -8,16 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from scaledtrain.comm.compress import Codec
+    from scaledtrain.comm.partition import Piece
     from scaledtrain.server import Server
     from scaledtrain.timeline import Timeline
 
-__all__ = ["Group", "Handle", "Link", "Pulled", "ReduceOp", "Store"]
+__all__ = [
+    "Group",
+    "Handle",
+    "Link",
+    "MakeServer",
+    "Pulled",
+    "ReduceOp",
+    "ServeOptions",
+    "Store",
+]
 
 ReduceOp = Literal["sum", "mean", "max"]
 
@@ -72,42 +84,87 @@ class Pulled:
     """Of the server's next update."""
     stopped: bool
     """The run is over: some worker asked for the end, or the last update has been made."""
+    fastest: float = 0.0
+    """The largest speed that a worker still alive told last; 0 if none did."""
+    complete: bool = True
+    """No worker has been lost since the job began."""
 
 
 class Store(Protocol):
     """One worker's access to the server's parameters."""
 
-    def push(self, update: Sequence[Tensor], version: int) -> None:
-        """Hand over a gradient taken at ``version``. The tensors may be reused on return."""
+    def start(self, last_version: int | None) -> None:
+        """Wait until every worker has come here. No update is made beyond this version.
+
+        None: there is no limit.
+        """
+
+    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
+        """Hand over a gradient taken at ``version``. The tensors may be reused on return.
+
+        One that is not finite, or of other shapes, is counted and not sent.
+
+        Args:
+            update: one tensor for each parameter.
+            version: as the pull told it.
+            speed: of this worker, in any unit that all of them use, for ``Pulled.fastest``.
+        """
 
     def skip(self) -> None:
         """Say that this worker's step ended without a gradient."""
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:
-        """Copy the server's parameters into these; waits where the admission policy says so.
+        """Let these hold the server's parameters; waits where the admission policy says so.
+
+        Tensors on the CPU may be given other memory, which the store goes on using: do not keep
+        views of them.
 
         Raises:
             WaitTimeoutError: the policy, or the server, made this worker wait too long.
             PeerLostError: the rank that holds the server died.
         """
 
-    def limit(self, last_version: int | None) -> None:
-        """Let the server make no update beyond this version (None: no limit)."""
+    def version(self) -> int:
+        """Updates that the server's parameters have received by now."""
 
     def stop(self) -> None:
         """Ask that every worker ends: from now on every pull says ``stopped``."""
 
     def settle(self, into: Sequence[Tensor]) -> Pulled:
-        """Wait until every worker has come here, then pull; a stop that was asked for is over."""
+        """Wait until every worker has come here, then pull; a stop that was asked for is over.
+
+        The tensors are in memory of their own again.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """The server's state between two pushes, where it lives; empty elsewhere."""
+        """The state of the server's part that lives on this rank; empty if none does."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, before any worker pulls."""
 
     def close(self) -> None:
         """Tell the server that this worker leaves."""
+
+
+MakeServer = Callable[["Sequence[Piece]"], "Server"]
+"""From the pieces of the parameters that a shard holds to the server of this shard."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where a server lives, and how its workers reach it.
+
+    Args:
+        shards: ranks over which its parameters are divided.
+        cut: whether a tensor may be divided, too; see `Partition`.
+        overlap: pull while computing: a worker gets what it asked for one step earlier.
+        compression: of pushed gradients; None sends them as they are.
+    """
+
+    shards: int = 1
+    cut: bool = True
+    overlap: bool = False
+    compression: Codec | None = None
 
 
 class Link(Protocol):
@@ -129,10 +186,23 @@ class Link(Protocol):
     def device(self) -> torch.device:
         """Where this rank computes."""
 
-    def serve(self, like: Sequence[Tensor], make_server: Callable[[], Server]) -> Store:
+    event_log: Path | None
+    """Where the next server that is made writes its events; None: nowhere."""
+
+    @property
+    def returned(self) -> bool:
+        """This rank died, or was lost, and came back to a job that had gone on without it.
+
+        It has no group then; only strategies with a server can take it back.
+        """
+
+    def serve(
+        self, like: Sequence[Tensor], make_server: MakeServer, options: ServeOptions
+    ) -> Store:
         """Start one server, made where it will live, and connect this worker to it. Collective.
 
         Args:
             like: tensors with the shapes and dtypes of the server's parameters.
-            make_server: called on one rank only.
+            make_server: makes one shard of it.
+            options: where it lives, and how it is reached.
         """

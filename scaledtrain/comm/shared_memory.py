@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ _LINE = 64  # bytes: a cache line; one semaphore each, so that two never share o
 _PAGE = 4096
 _TOKEN_BYTES = 32
 _SPIN_SECONDS = 60e-6  # about twice what waking a sleeper costs: spinning longer cannot win
+_ASK_SECONDS = 0.002  # between two looks into the store
 _SLICE_SECONDS = 0.1  # so long at most until a death is noticed, or Ctrl-C heard
 _OPEN, _CLOSED, _FAILED = 0, 1, 2  # what each rank says of itself in the segment
 
@@ -202,6 +202,7 @@ class SharedSegment:
         n_semaphores: int,
         processes: Sequence[Process],
         cpus: int,
+        ranks: Sequence[int],
     ) -> None:
         with torch.inference_mode(False):  # else no tensor in it could be written outside of it
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -209,6 +210,7 @@ class SharedSegment:
         self.rank = rank
         self.size = size
         self.processes = list(processes)
+        self._called = list(ranks)
         self.memory = whole[layout.data :]
         self._whole = whole
         self._states = whole[layout.states : layout.states + size].numpy()
@@ -228,18 +230,21 @@ class SharedSegment:
         n_bytes: int,
         n_semaphores: int = 0,
         creator: int = 0,
+        ranks: Sequence[int] | None = None,
         timeout_seconds: float,
     ) -> SharedSegment | None:
         """Map the same new memory in every rank; every rank gets the same verdict. Collective.
 
         Args:
-            store: where the ranks meet. It must not be used by another thread meanwhile.
+            store: where the ranks meet.
             name: of this segment; the same name may be connected again, by all ranks.
             rank: this process's place, from 0.
             size: how many processes take part.
             n_bytes: size of the memory; pages that nobody touches cost nothing.
             n_semaphores: how many semaphores lie beside it, each of value 0.
             creator: the rank whose process makes the memory.
+            ranks: what they are called in messages, if that is not 0, 1, ... (of the job, where
+                only some of its ranks share the segment).
             timeout_seconds: the longest to wait for the other ranks.
 
         Returns:
@@ -249,7 +254,8 @@ class SharedSegment:
         Raises:
             RendezvousError: a rank did not come in time.
         """
-        meeting = _Meeting(store, name, rank, size, timeout_seconds)
+        called = list(range(size)) if ranks is None else list(ranks)
+        meeting = _Meeting(store, name, rank, called, timeout_seconds)
         layout = _Layout(size, n_semaphores, n_bytes)
         mapping: mmap.mmap | None = None
         fd, reason = -1, ""
@@ -258,14 +264,14 @@ class SharedSegment:
                 try:
                     fd, mapping, offer = _create(layout, n_semaphores)
                 except OSError as error:
-                    offer = {"reason": f"rank {rank} could not make shared memory: {error}"}
+                    offer = {"reason": f"rank {called[rank]} could not make shared memory: {error}"}
                 meeting.put("offer", offer)
                 reason = offer.get("reason", "")
             else:
                 try:
                     mapping = _open(meeting.get("offer", creator), layout)
                 except OSError as error:
-                    reason = f"rank {rank}: {error}"
+                    reason = f"rank {called[rank]}: {error}"
             meeting.put(f"verdict/{rank}", _introduction(reason))
             verdicts = [meeting.get(f"verdict/{r}", r) for r in range(size)]
         finally:
@@ -280,7 +286,7 @@ class SharedSegment:
         assert mapping is not None
         cpus: set[int] = set().union(*(v["cpus"] for v in verdicts))
         processes = [Process(v["pid"]) for v in verdicts]
-        return cls(mapping, rank, size, n_semaphores, processes, len(cpus))
+        return cls(mapping, rank, size, n_semaphores, processes, len(cpus), called)
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A view of the shared bytes.
@@ -352,7 +358,8 @@ class SharedSegment:
                 continue
             if semaphore.try_wait():  # posted after the slice, perhaps as the last thing it did
                 return
-            who = f"rank {self.rank} waited in {doing} for rank {on} (pid {self.processes[on].pid})"
+            mine, other = self._called[self.rank], self._called[on]
+            who = f"rank {mine} waited in {doing} for rank {other} (pid {self.processes[on].pid})"
             if lost is not None:
                 raise PeerLostError(f"{who}, which {lost}")
             raise WaitTimeoutError(
@@ -387,13 +394,14 @@ class SharedSegment:
         if states[rank] == _CLOSED:
             return "has left: it closed its side earlier. Every rank must make the same calls"
         dead = [r for r, process in enumerate(self.processes) if not process.alive()]
+        called = [self._called[r] for r in dead]
         if states[rank] == _FAILED:
-            also = f" (ranks that have died: {', '.join(map(str, dead))})" if dead else ""
+            also = f" (ranks that have died: {', '.join(map(str, called))})" if dead else ""
             return f"gave up after an error of its own; its message says why{also}"
         if rank in dead:
             return (
                 "has died; its own message says why, or the system's log if it was killed (out of "
-                "memory?). Restart the job, from its last checkpoint if it keeps any"
+                "memory?)"
             )
         return None
 
@@ -412,9 +420,10 @@ class _Meeting:
     """What the ranks tell each other, once each, before they share memory."""
 
     def __init__(
-        self, store: dist.Store, name: str, rank: int, size: int, timeout_seconds: float
+        self, store: dist.Store, name: str, rank: int, called: list[int], timeout_seconds: float
     ) -> None:
-        self._rank = rank
+        self._rank = called[rank]
+        self._called = called
         self._timeout_seconds = timeout_seconds
         self._deadline = time.monotonic() + timeout_seconds
         # All ranks connect the same names equally often, so all count to the same number.
@@ -425,17 +434,23 @@ class _Meeting:
         self._store.set(key, json.dumps(value))
 
     def get(self, key: str, from_rank: int) -> dict[str, Any]:
-        left = max(self._deadline - time.monotonic(), 0.01)
+        # Asked again and again, since the store's own waiting would keep out other threads.
+        why = ""
         try:
-            self._store.wait([key], timedelta(seconds=left))
-            value: dict[str, Any] = json.loads(self._store.get(key))
+            while not self._store.check([key]):
+                if time.monotonic() > self._deadline:
+                    break
+                time.sleep(_ASK_SECONDS)
+            else:
+                value: dict[str, Any] = json.loads(self._store.get(key))
+                return value
         except (RuntimeError, dist.DistError) as error:
-            raise RendezvousError(
-                f"rank {self._rank} waited {self._timeout_seconds:g} s to share memory with rank "
-                f"{from_rank}, which did not come. It failed to start, or is slow to: look at its "
-                f"output, or raise timeout_seconds ({str(error).splitlines()[0]})"
-            ) from error
-        return value
+            why = f" ({str(error).splitlines()[0]})"
+        raise RendezvousError(
+            f"rank {self._rank} waited {self._timeout_seconds:g} s to share memory with rank "
+            f"{self._called[from_rank]}, which did not come. It failed to start, or is slow to: "
+            f"look at its output, or raise timeout_seconds{why}"
+        )
 
 
 def _introduction(reason: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A wire through shared memory: a gradient or a set of parameters is one copy away."""
+"""A wire through memory that two processes of one host share: what is sent is one copy away."""
 
 from __future__ import annotations
 
@@ -10,153 +10,157 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaledtrain.comm.flat import FlatBuffer, flat_bytes
-from scaledtrain.comm.remote_store import HEADER_NUMBERS, Request
-from scaledtrain.comm.shared_memory import Semaphore, SharedSegment, aligned
+from scaledtrain.comm.shared_memory import SharedSegment, aligned
+from scaledtrain.comm.wire import NUMBERS, Message, padded
 
-__all__ = ["SharedServerWire", "SharedWorkerWire", "connect_mailboxes"]
+__all__ = ["SharedWire"]
 
-# At most a push and one other request are on their way, so a ring of two headers never overflows.
-_RING = 2
-_HEADER_BYTES = 64
-_SEMAPHORES = 3  # per worker: a request is there, an answer is there, the gradient's place is free
+_RING = 256  # messages on their way; more than one asks before it listens
+_LINE = 64
+_DOING = "a message"
+_SEMAPHORES = 3  # of a lane: a message is there, a place in the ring is free, a slot is free
 
 
-class _Mailbox:
-    """One worker's part of the segment: headers, answer, gradient, parameters."""
+class _Lane:
+    """One direction: a ring of numbers, and slots for tensors that are used in turn."""
 
-    def __init__(self, segment: SharedSegment, worker: int, like: Sequence[Tensor]) -> None:
+    def __init__(
+        self, segment: SharedSegment, first: int, start: int, like: Sequence[Tensor], slots: int
+    ) -> None:
+        self.sent, self.room, self.free = (segment.semaphore(first + i) for i in range(_SEMAPHORES))
+        ring = segment.tensor(start, [_RING, _LINE // 8], torch.float64)
+        self._ring = ring.numpy()  # a row of it costs less to read and write than a tensor's
+        self._at = 0
+        start += _RING * _LINE
         n_bytes = flat_bytes(like)
-        start = worker * _mailbox_bytes(like)
-        shape = [HEADER_NUMBERS]
-        self.requests = [
-            segment.tensor(start + i * _HEADER_BYTES, shape, torch.float64) for i in range(_RING)
+        self.slots = [
+            FlatBuffer(like, segment.tensor(start + i * n_bytes, [n_bytes], torch.uint8))
+            for i in range(slots)
         ]
-        start += _RING * _HEADER_BYTES
-        self.answer = segment.tensor(start, shape, torch.float64)
-        start += _HEADER_BYTES
-        self.gradient = FlatBuffer(like, segment.tensor(start, [n_bytes], torch.uint8))
-        start += n_bytes
-        self.parameters = FlatBuffer(like, segment.tensor(start, [n_bytes], torch.uint8))
-        first = worker * _SEMAPHORES
-        self.requested: Semaphore = segment.semaphore(first)
-        self.answered: Semaphore = segment.semaphore(first + 1)
-        self.free: Semaphore = segment.semaphore(first + 2)
+        self.slot = 0
+
+    @staticmethod
+    def n_bytes(like: Sequence[Tensor], slots: int) -> int:
+        return _RING * _LINE + aligned(slots * flat_bytes(like), 4096)
+
+    def put(self, numbers: Sequence[float], with_tensors: bool) -> None:
+        """The last place is for the mark of a message with tensors."""
+        row = padded(numbers)
+        row[-1] = float(with_tensors)
+        self._ring[self._at % _RING] = row
+        self._at += 1
+
+    def take(self) -> tuple[list[float], bool]:
+        row: list[float] = self._ring[self._at % _RING].tolist()
+        self._at += 1
+        return row, bool(row[-1])
+
+    def next_slot(self) -> FlatBuffer:
+        slot = self.slots[self.slot % len(self.slots)]
+        self.slot += 1
+        return slot
 
 
-def _mailbox_bytes(like: Sequence[Tensor]) -> int:
-    return aligned((_RING + 1) * _HEADER_BYTES + 2 * flat_bytes(like), 4096)
-
-
-def connect_mailboxes(
-    store: dist.Store,
-    rank: int,
-    size: int,
-    like: Sequence[Tensor],
-    server_rank: int,
-    timeout_seconds: float,
-) -> SharedSegment | None:
-    """Make the memory for all workers of one server; None on every rank if it cannot be shared."""
-    return SharedSegment.connect(
-        store,
-        "server",
-        rank,
-        size,
-        n_bytes=size * _mailbox_bytes(like),
-        n_semaphores=size * _SEMAPHORES,
-        creator=server_rank,
-        timeout_seconds=timeout_seconds,
-    )
-
-
-class SharedWorkerWire:
-    """The worker's end.
+class SharedWire:
+    """One end of a wire through shared memory; see `connect`.
 
     Args:
-        segment: from `connect_mailboxes`.
-        like: the parameters (their shapes and dtypes).
-        server_rank: where the server is.
-        timeout_seconds: the longest wait for an answer.
+        segment: that both ends have mapped; this end is its rank 0 or 1.
+        like: templates of the tensors that end 0 and end 1 receive.
+        slots: how many messages with tensors end 0 and end 1 may hold unreleased.
+        timeout_seconds: the longest to wait for a place at the other end.
     """
 
     def __init__(
         self,
         segment: SharedSegment,
-        like: Sequence[Tensor],
-        server_rank: int,
+        like: tuple[Sequence[Tensor], Sequence[Tensor]],
+        slots: tuple[int, int],
         timeout_seconds: float,
     ) -> None:
         self._segment = segment
-        self._mailbox = _Mailbox(segment, segment.rank, like)
-        self.parameters = self._mailbox.parameters
-        self._server_rank = server_rank
+        self._other = 1 - segment.rank
         self._timeout_seconds = timeout_seconds
-        self._sent = 0
-        self._pushed = False
+        middle = _Lane.n_bytes(like[0], slots[0])
+        lanes = [
+            _Lane(segment, _SEMAPHORES * end, middle * end, like[end], slots[end]) for end in (0, 1)
+        ]
+        self._incoming, self._outgoing = lanes[segment.rank], lanes[self._other]
+        self._written: FlatBuffer | None = None
+        for _ in range(_RING - 1):  # a sender waits for these, and a sender alone
+            self._outgoing.room.post()
+        for _ in self._outgoing.slots:
+            self._outgoing.free.post()
 
-    def push(self, gradient: Sequence[Tensor], version: int) -> None:
-        """Copy the gradient into the mailbox, once the one before has been used."""
-        if self._pushed:
-            self._wait(self._mailbox.free, Request.PUSH, self._timeout_seconds)
-        self._pushed = True
-        self._mailbox.gradient.write(gradient)
-        self._send(Request.PUSH, version)
+    @classmethod
+    def connect(
+        cls,
+        store: dist.Store,
+        name: str,
+        end: int,
+        like: tuple[Sequence[Tensor], Sequence[Tensor]],
+        slots: tuple[int, int],
+        ranks: tuple[int, int],
+        timeout_seconds: float,
+    ) -> SharedWire | None:
+        """Make the wire; None at both ends if they cannot share memory. Both ends call this.
 
-    def ask(self, kind: Request, number: float) -> Sequence[float]:
-        """Post a request and wait for the answer."""
-        self._send(kind, number)
-        # How long a worker may wait is the server's to judge; here only its death counts.
-        self._wait(self._mailbox.answered, kind, math.inf)
-        numbers: list[float] = self._mailbox.answer.tolist()
-        return numbers
+        Args:
+            store: where they meet.
+            name: of this wire.
+            end: 0 or 1.
+            like: see the class.
+            slots: see the class.
+            ranks: of the job, at end 0 and end 1; for messages.
+            timeout_seconds: the longest to wait, here and later.
+        """
+        segment = SharedSegment.connect(
+            store,
+            name,
+            end,
+            2,
+            n_bytes=sum(map(_Lane.n_bytes, like, slots)),
+            n_semaphores=2 * _SEMAPHORES,
+            timeout_seconds=timeout_seconds,
+            ranks=ranks,
+        )
+        return None if segment is None else cls(segment, like, slots, timeout_seconds)
 
-    def take_parameters(self) -> None:
-        """Nothing to do: they lie in the mailbox."""
+    def write(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Copy them to where the other end will find them."""
+        lane = self._outgoing
+        self._segment.wait(lane.free, self._other, _DOING, self._timeout_seconds)
+        slot = self._written = lane.next_slot()
+        slot.write(tensors)
+        return slot.views
+
+    def send(self, numbers: Sequence[float], tensors: Sequence[Tensor] | None = None) -> None:
+        """Let the other end see a message."""
+        if tensors is not None and (self._written is None or tensors is not self._written.views):
+            self.write(tensors)
+        self._written = None
+        self._segment.wait(self._outgoing.room, self._other, _DOING, self._timeout_seconds)
+        self._outgoing.put(numbers, tensors is not None)
+        self._outgoing.sent.post()
+
+    def receive(self, timeout_seconds: float | None) -> Message:
+        """Sleep until a message is there; spins briefly where one is expected at once."""
+        lane = self._incoming
+        seconds = math.inf if timeout_seconds is None else timeout_seconds
+        self._segment.wait(
+            lane.sent, self._other, _DOING, seconds, spin=timeout_seconds is not None
+        )
+        numbers, with_tensors = lane.take()
+        lane.room.post()
+        return Message(numbers, lane.next_slot().views if with_tensors else None)
+
+    def release(self) -> None:
+        """Let the other end write into the slot that was received first."""
+        self._incoming.free.post()
 
     def close(self) -> None:
-        """Say so."""
-        self._send(Request.CLOSE, 0.0)
-
-    def _send(self, kind: Request, number: float) -> None:
-        header = self._mailbox.requests[self._sent % _RING]
-        header[0], header[1] = float(kind), number
-        self._sent += 1
-        self._mailbox.requested.post()
-
-    def _wait(self, semaphore: Semaphore, kind: Request, seconds: float) -> None:
-        doing = f"{kind.name.lower()} (the server is on rank {self._server_rank})"
-        self._segment.wait(semaphore, self._server_rank, doing, seconds)
+        """Leave; the memory is given back when the tensors in it are."""
+        self._segment.close()
 
 
-class SharedServerWire:
-    """The server's end of one worker's mailbox.
-
-    Args:
-        segment: from `connect_mailboxes`.
-        worker: the rank at the other end.
-        like: the parameters.
-    """
-
-    def __init__(self, segment: SharedSegment, worker: int, like: Sequence[Tensor]) -> None:
-        self._segment = segment
-        self._worker = worker
-        self._mailbox = _Mailbox(segment, worker, like)
-        self.gradient = self._mailbox.gradient
-        self.parameters = self._mailbox.parameters
-        self._received = 0
-
-    def next_request(self) -> tuple[Request, float]:
-        """Sleep until the worker asks for something."""
-        segment, worker = self._segment, self._worker
-        segment.wait(self._mailbox.requested, worker, "serving", math.inf, spin=False)
-        kind, number = self._mailbox.requests[self._received % _RING].tolist()[:2]
-        self._received += 1
-        return Request(int(kind)), number
-
-    def handled_push(self) -> None:
-        """Let the worker write the next gradient."""
-        self._mailbox.free.post()
-
-    def answer(self, header: Sequence[float], with_parameters: bool) -> None:
-        """Write the header; the parameters are already there."""
-        self._mailbox.answer.copy_(torch.tensor(header, dtype=torch.float64))
-        self._mailbox.answered.post()
+assert _LINE // 8 == NUMBERS

@@ -151,7 +151,9 @@ class Server:
             self._sent.keep(worker, self.version, outgoing)
         return outgoing
 
-    def push(self, worker: int, gradient: Sequence[Tensor], version: int) -> Pushed:
+    def push(
+        self, worker: int, gradient: Sequence[Tensor], version: int, finite: bool = False
+    ) -> Pushed:
         """Take a worker's gradient.
 
         Args:
@@ -159,6 +161,7 @@ class Server:
             gradient: one tensor for each parameter, of its shape; read before the return. Another
                 floating dtype is cast.
             version: at which parameters it was computed.
+            finite: that it holds no NaN and no infinity is known, and need not be looked at.
 
         Returns:
             Whether it was accepted, and its staleness: the number of updates made between the pull
@@ -176,12 +179,24 @@ class Server:
         admitted = fault is None and self.ledger.admits(worker, staleness)
         if admitted:
             gradient = [g.to(p) for g, p in zip(gradient, self.parameters, strict=True)]
-            fault = _of(worker, find_not_finite(gradient))
+            fault = None if finite else _of(worker, find_not_finite(gradient))
         accepted = admitted and fault is None
         self.ledger.push(worker, version, accepted)
         if accepted:
             self._gather(Arrival(worker, gradient, staleness, sent or []))
         return Pushed(accepted, staleness, fault)
+
+    def reject(self, worker: int, version: int, why: str) -> Pushed:
+        """Count a worker's push of a gradient that was found unusable before it came here.
+
+        Raises:
+            ConfigError: there is no such worker.
+        """
+        staleness = self.version - version
+        if self._correction.needs_sent:
+            self._sent.take(worker, version)
+        self.ledger.push(worker, version, accepted=False)
+        return Pushed(False, staleness, f"worker {worker}: {why}")
 
     def skip(self, worker: int) -> None:
         """A worker's step ended without a gradient (no samples, an overflow): advance its clock."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from scaledtrain.comm.compress import Codec
 from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.protocols import Group, Link, Pulled
+from scaledtrain.comm.partition import Piece
+from scaledtrain.comm.protocols import Group, Link, Pulled, ServeOptions
+from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Replica
-from scaledtrain.server import Admission, Asynchronous, Correction, Server, Uncorrected
+from scaledtrain.server import Admission, Asynchronous, Correction, Ledger, Server, Uncorrected
 from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["ParameterServer"]
 
 _ALONE = LocalGroup()
+_ANCIENT = 2**40  # versions: older than any gradient is
 
 
 class ParameterServer(Strategy):
@@ -20,17 +26,40 @@ class ParameterServer(Strategy):
 
     Which gradients are accepted, how many make an update and who must wait is the admission
     policy's choice, what a stale gradient is worth the correction's; any policy goes with any
-    correction, and with any optimizer: see `scaledtrain.server`. The server lives on rank 0, beside
-    its worker.
+    correction, and with any optimizer: see `scaledtrain.server`.
+
+    The server lives on rank 0 beside its worker, or with ``shards`` on several ranks, each with an
+    equal part of the parameters, so that none of them carries the load alone. A push is accepted or
+    rejected whole, and a pull is of one version, however many shards there are: all of them do the
+    same in the order in which the first one decides, so the result is that of one server.
+
+    With ``overlap`` a worker asks for the next parameters when it begins a step instead of when it
+    has ended it: they come while it computes, and lack its own last gradient, so the staleness is
+    one more. ``Admission.releases`` is then asked one step earlier, too: under `StaleSynchronous` a
+    worker's lead may be one more than the bound.
 
     A parameter that a step gives no gradient counts as one of gradient zero.
 
-    Sent: parameters down and a gradient up, once per step and worker. Waits: only where the policy
-    says so. A crash of the server's rank loses parameters and optimizer (save ``state_dict``).
+    Sent: parameters down and a gradient up, once per step and worker, in memory that both ranks
+    share where they are on one host, else over gloo (NCCL between two GPUs). Waits: only where the
+    policy says so. A worker that dies loses the gradient it was computing: the others go on at
+    once where its process is seen to end, or after ``timeout_seconds`` of waiting for it; it may
+    come back, see `connect`. A gradient that is not finite, or of other shapes, is rejected, and
+    the log says whose it was. A crash of a rank that holds a shard ends the run, and loses
+    parameters and optimizer (save ``state_dict``).
 
     Args:
         admission: the policy; default `Asynchronous`.
         correction: of stale gradients; default none.
+        shards: ranks over which the parameters and the optimizer's state are divided, by bytes.
+        cut_tensors: let a shard hold a part of a tensor, if whole ones would leave them uneven.
+            Use False with an optimizer that looks at whole tensors (LARS, LAMB, Adafactor, Muon).
+        overlap: pull while computing.
+        compression: of the gradients that are pushed, e.g. ``TopK(0.01)``; default none.
+
+    Raises:
+        ConfigError: (from ``attach``) more shards than ranks, or an overlap with a policy that has
+            no use for gradients that are a version older.
 
     Example:
         >>> import torch
@@ -55,31 +84,56 @@ class ParameterServer(Strategy):
     """
 
     def __init__(
-        self, admission: Admission | None = None, correction: Correction | None = None
+        self,
+        admission: Admission | None = None,
+        correction: Correction | None = None,
+        *,
+        shards: int = 1,
+        cut_tensors: bool = True,
+        overlap: bool = False,
+        compression: Codec | None = None,
     ) -> None:
+        super().__init__()
         self.admission = admission if admission is not None else Asynchronous()
         self.correction = correction if correction is not None else Uncorrected()
-        super().__init__()
+        self._options = ServeOptions(shards, cut_tensors, overlap, compression)
         self._learning_rate = 0.0
         self._has_gradient = True
         self._pushed = False
+        self._may_abandon = self.admission.abandons(_ANCIENT)
+        if overlap:
+            self._check_overlap()
 
     def attach(self, replica: Replica, link: Link) -> None:
         """Start the server with rank 0's parameters."""
         self._replica = replica
-        link.group.broadcast([*replica.parameters, *replica.frozen, *replica.buffers])
+        self._group = link.group
+        if not link.returned:
+            link.group.broadcast([*replica.parameters, *replica.frozen, *replica.buffers])
 
-        def make_server() -> Server:
+        def make_server(pieces: Sequence[Piece]) -> Server:
+            names = [replica.names[piece.tensor] for piece in pieces]
             return Server(
-                replica.parameters,
-                replica.updater,
+                [piece.of(replica.parameters) for piece in pieces],
+                partial(replica.updater, names=names),
                 link.group.size,
                 self.admission,
                 self.correction,
             )
 
-        self._group = link.group
-        self._store = link.serve(replica.parameters, make_server)
+        self._store = link.serve(replica.parameters, make_server, self._options)
+
+    def _check_overlap(self) -> None:
+        if self._may_abandon or not self.admission.accepts(0, 1, Ledger(2, self.admission)):
+            raise ConfigError(
+                f"overlap makes every gradient one version older, but {self.admission} "
+                + (
+                    "stops work under way, for which a worker has to ask the server meanwhile"
+                    if self._may_abandon
+                    else "does not accept one that is"
+                )
+                + "; leave overlap out, or take another policy (Asynchronous, SoftSync)"
+            )
 
     @property
     def gradients_per_step(self) -> int:
@@ -87,8 +141,8 @@ class ParameterServer(Strategy):
         return self.admission.gradients_per_update(self._group.size)
 
     def start(self, max_steps: int | None) -> None:
-        """Let the server make no update beyond ``max_steps``."""
-        self._store.limit(max_steps)
+        """Wait for all workers; let the server make no update beyond ``max_steps``."""
+        self._store.start(max_steps)
 
     @property
     def learning_rate(self) -> float:
@@ -105,6 +159,10 @@ class ParameterServer(Strategy):
         pulled = self._store.pull(self._replica.parameters)
         self._note(pulled)
         return not pulled.stopped
+
+    def abandons(self) -> bool:
+        """Ask the server how old the work under way has become, if the policy may stop it."""
+        return self._may_abandon and self.admission.abandons(self._store.version() - self.step)
 
     def reduce_gradients(self, weight: float = 1.0) -> None:
         """Nothing is combined here; a replica without samples (weight 0) has nothing to push."""
@@ -129,9 +187,14 @@ class ParameterServer(Strategy):
         return vote
 
     def settle(self) -> None:
-        """Wait for all workers; take the final parameters, and rank 0's buffers."""
-        self._note(self._store.settle(self._replica.parameters))
-        self._group.broadcast(self._replica.buffers)
+        """Wait for all workers; take the final parameters, and rank 0's buffers.
+
+        After a worker was lost every rank keeps its own buffers, since there is no group any more.
+        """
+        pulled = self._store.settle(self._replica.parameters)
+        self._note(pulled)
+        if pulled.complete:
+            self._group.broadcast(self._replica.buffers)
 
     def _note(self, pulled: Pulled) -> None:
         self.step = pulled.version
@@ -139,7 +202,10 @@ class ParameterServer(Strategy):
         self.staleness = pulled.staleness if pulled.staleness >= 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and on rank 0 the server's state."""
+        """The step, and the state of the server's shard that lives on this rank.
+
+        With one shard at any time; with several when all workers have settled.
+        """
         return {"step": self.step, "server": self._store.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -53,8 +53,9 @@ class Strategy(ABC):
         self._updater = replica.updater()
 
     def start(self, max_steps: int | None) -> None:
-        """A run begins that ends when ``step`` reaches ``max_steps``."""
+        """A run begins, for all replicas at once, that ends when ``step`` reaches ``max_steps``."""
         self._max_steps = max_steps
+        self._group.all_reduce([torch.zeros(1, device=self._replica.device)], "max").wait()
 
     def before_forward(self, microbatches: int = 1, weight: float = 1.0) -> bool:
         """Whether to go on with this step.

@@ -1,0 +1,97 @@
+"""The order of events of an asynchronous run, on disk: with it the run can be made again.
+
+A file begins with `MAGIC`; then come records of 32 bytes, each with its own checksum. A record is
+written at once and whole, so a run that is killed leaves a log that can be read up to its last
+event; what a crash of the machine cuts in half is left out by the reader.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from scaledtrain.errors import ConfigError
+from scaledtrain.server.operations import Kind, Operation
+
+__all__ = ["MAGIC", "Event", "EventLog", "read_events"]
+
+MAGIC = b"scaledtrain events 1\n".ljust(32, b"\0")
+_RECORD = struct.Struct("<BBHiiqd")  # kind, accepted, unused, worker, staleness, version, seconds
+_CHECKSUM = struct.Struct("<I")
+_BYTES = _RECORD.size + _CHECKSUM.size
+_KINDS = {int(kind) for kind in Kind}
+
+
+class Event(NamedTuple):
+    """What happened to the server, and when."""
+
+    operation: Operation
+    seconds: float
+    """Since the log was begun."""
+    accepted: bool = False
+    """Whether a pushed gradient was used."""
+    staleness: int = -1
+    """Of a pushed gradient; -1 for other events."""
+
+
+class EventLog:
+    """Writes the events of one run; 32 bytes and one system call each.
+
+    Args:
+        path: a new file; an old one is replaced.
+
+    Raises:
+        ConfigError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"the event log {path} cannot be written: {error}; choose another run_dir"
+            ) from error
+        os.write(self._file, MAGIC)
+        self._begin = time.perf_counter()
+
+    def add(self, operation: Operation, accepted: bool = False, staleness: int = -1) -> None:
+        """Write one event down."""
+        kind, worker, version = operation
+        seconds = time.perf_counter() - self._begin
+        record = _RECORD.pack(kind, accepted, 0, worker, staleness, version, seconds)
+        os.write(self._file, record + _CHECKSUM.pack(zlib.crc32(record)))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of a log, in their order; a last one that was cut off is left out.
+
+    Raises:
+        ConfigError: the file is no event log, or one of its records is damaged.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ConfigError(f"{path} is no event log of this version; it begins with other bytes")
+        number = 0
+        while len(record := file.read(_BYTES)) == _BYTES:
+            number += 1
+            yield _parse(record, f"event {number} of {path}")
+
+
+def _parse(record: bytes, which: str) -> Event:
+    head, (checksum,) = record[: _RECORD.size], _CHECKSUM.unpack(record[_RECORD.size :])
+    kind, accepted, _, worker, staleness, version, seconds = _RECORD.unpack(head)
+    if zlib.crc32(head) != checksum or kind not in _KINDS:
+        raise ConfigError(f"{which} is damaged (wrong checksum); nothing after it can be used")
+    return Event(Operation(Kind(kind), worker, version), seconds, bool(accepted), staleness)

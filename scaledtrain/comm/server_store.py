@@ -1,0 +1,307 @@
+"""A worker's access to the server: over wires, or by plain calls where it lives in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scaledtrain.comm.host import ServerHost
+from scaledtrain.comm.partition import Partition
+from scaledtrain.comm.protocols import Pulled
+from scaledtrain.comm.requests import FAULTS, Request, pulled_from
+from scaledtrain.comm.wire import Message, Wire
+from scaledtrain.errors import ClusterError, ConfigError
+from scaledtrain.server.checks import find_misfit, find_not_finite
+from scaledtrain.timeline import Timeline
+
+__all__ = ["DirectStore", "Local", "WireStore"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Local(Protocol):
+    """The server's part that lives in this process: `ServerHost` or `ServerShard`."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore its state."""
+
+
+class DirectStore:
+    """The store of the worker in the process of a server of one shard: plain calls.
+
+    Args:
+        host: the server.
+        worker: this worker's number.
+        like: the parameters.
+        timeline: where waiting and communication are recorded.
+    """
+
+    def __init__(
+        self, host: ServerHost, worker: int, like: Sequence[Tensor], timeline: Timeline
+    ) -> None:
+        self._host = host
+        self._worker = worker
+        self._like = like
+        self._timeline = timeline
+
+    def start(self, last_version: int | None) -> None:
+        """Wait for all workers."""
+        start = self._timeline.now()
+        self._host.start(self._worker, last_version)
+        self._timeline.add("waiting", start)
+
+    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
+        """Let the server take the gradient now."""
+        start = self._timeline.now()
+        fault = _find_fault(self._worker, update, self._like)
+        if fault is None:
+            self._host.push(self._worker, update, version, speed)
+        else:
+            self._host.reject(self._worker, version, FAULTS[fault])
+        self._timeline.add("communication", start)
+
+    def pull(self, into: Sequence[Tensor]) -> Pulled:
+        """Copy the parameters, when the admission policy says so."""
+        start = self._timeline.now()
+        pulled = self._host.pull(self._worker, _copy_to(into))
+        self._timeline.add("waiting", start)
+        return pulled
+
+    def skip(self) -> None:
+        """Let the server count a step without a gradient."""
+        self._host.skip(self._worker)
+
+    def version(self) -> int:
+        """Updates that the server has made."""
+        return self._host.version()
+
+    def stop(self) -> None:
+        """Ask that every worker ends."""
+        self._host.stop()
+
+    def settle(self, into: Sequence[Tensor]) -> Pulled:
+        """Wait for all workers, then pull."""
+        start = self._timeline.now()
+        pulled = self._host.settle(self._worker, _copy_to(into))
+        self._timeline.add("waiting", start)
+        return pulled
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server's state."""
+        return self._host.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the server's state."""
+        self._host.load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing to do: the server needs no message to know."""
+
+
+class WireStore:
+    """The store of a worker that reaches the shards of the server over wires.
+
+    Args:
+        wires: to each shard.
+        partition: what each shard holds.
+        like: the parameters.
+        worker: this worker's number.
+        encode: turns a shard's part of a gradient into what is sent to it.
+        overlap: ask for the next parameters as soon as the last have come.
+        local: the server's part in this process, if there is one.
+        timeline: a push counts as communication; a pull as waiting until the first shard answers
+            (its queue and the admission policy cannot be told apart from here), then as
+            communication.
+        timeout_seconds: the longest to wait for a sign of life.
+    """
+
+    def __init__(
+        self,
+        wires: Sequence[Wire],
+        partition: Partition,
+        like: Sequence[Tensor],
+        worker: int,
+        encode: Callable[[Sequence[Tensor], int], Sequence[Tensor]],
+        overlap: bool,
+        local: Local | None,
+        timeline: Timeline,
+        timeout_seconds: float,
+    ) -> None:
+        self._wires = wires
+        self._partition = partition
+        self._like = like
+        self._worker = worker
+        self._encode = encode
+        self._overlap = overlap
+        self._local = local
+        self._timeline = timeline
+        self._timeout_seconds = timeout_seconds
+        self._asked = False
+        self._borrowed = False  # the model computes in memory of the wires
+        self._closed = False
+
+    def start(self, last_version: int | None) -> None:
+        """Wait for all workers."""
+        start = self._timeline.now()
+        self._wires[0].send([Request.START, -1 if last_version is None else last_version])
+        self._receive(0)
+        self._timeline.add("waiting", start)
+
+    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
+        """Send each shard its part; does not wait for the server to use it."""
+        start = self._timeline.now()
+        fault = _find_fault(self._worker, update, self._like)
+        if fault is None:
+            for shard in range(1, len(self._wires)):
+                self._wires[shard].send([Request.STAGE], self._part(update, shard))
+            self._wires[0].send([Request.PUSH, version, speed], self._part(update, 0))
+        else:
+            self._wires[0].send([Request.REJECT, version, fault])
+        self._timeline.add("communication", start)
+
+    def _part(self, update: Sequence[Tensor], shard: int) -> Sequence[Tensor]:
+        return self._encode(self._partition.part(update, shard), shard)
+
+    def pull(self, into: Sequence[Tensor]) -> Pulled:
+        """Take what was asked for, or ask now."""
+        if not self._asked:
+            self._ask(Request.PULL)
+        pulled = self._take(into)
+        if self._overlap and not pulled.stopped:
+            self._ask(Request.PULL)
+        return pulled
+
+    def settle(self, into: Sequence[Tensor]) -> Pulled:
+        """Wait for all workers, then take the parameters into memory of the tensors' own."""
+        if self._asked:
+            self._take(into)
+        self._ask(Request.SETTLE)
+        pulled = self._take(into)
+        self._return_borrowed(into)
+        return pulled
+
+    def skip(self) -> None:
+        """Let the server count a step without a gradient."""
+        self._wires[0].send([Request.SKIP])
+
+    def version(self) -> int:
+        """Ask the server.
+
+        Raises:
+            ConfigError: parameters have been asked for ahead, so that nothing else can be.
+        """
+        if self._asked:
+            raise ConfigError(
+                "a worker that pulls ahead (overlap) cannot ask for the version meanwhile; choose "
+                "a policy that does not stop work under way, or no overlap"
+            )
+        self._wires[0].send([Request.VERSION])
+        return int(self._receive(0).numbers[1])
+
+    def stop(self) -> None:
+        """Ask that every worker ends."""
+        self._wires[0].send([Request.STOP])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the server's part in this process; empty if there is none."""
+        return {} if self._local is None else self._local.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the server's part in this process."""
+        if self._local is not None:
+            self._local.load_state_dict(state)
+
+    def close(self) -> None:
+        """Leave; the server no longer answers this worker."""
+        if not self._closed:
+            self._closed = True
+            self._wires[0].send([Request.CLOSE])
+
+    def _ask(self, kind: Request) -> None:
+        if self._borrowed and not self._overlap:  # there is one place, which the model is in
+            self._release()
+        self._wires[0].send([kind])
+        self._asked = True
+
+    def _take(self, into: Sequence[Tensor]) -> Pulled:
+        start = self._timeline.now()
+        first = self._receive(0)
+        start = self._timeline.add("waiting", start)
+        others = [self._receive(shard) for shard in range(1, len(self._wires))]
+        self._asked = False
+        for shard, message in enumerate([first, *others]):
+            assert message.tensors is not None
+            self._bind(into, shard, message.tensors)
+        if self._borrowed:
+            self._release()
+        self._borrowed = True
+        self._timeline.add("communication", start)
+        return pulled_from(first.numbers)
+
+    @torch.no_grad()
+    def _bind(self, into: Sequence[Tensor], shard: int, tensors: Sequence[Tensor]) -> None:
+        """Whole tensors are used where they lie, which saves a copy; parts are copied together."""
+        for piece, value in zip(self._partition.pieces[shard], tensors, strict=True):
+            target = into[piece.tensor]
+            same = target.device == value.device and target.dtype == value.dtype
+            if piece.rows is None and same:
+                target.data = value
+            else:
+                piece.of(into).copy_(value)
+
+    @torch.no_grad()
+    def _return_borrowed(self, into: Sequence[Tensor]) -> None:
+        for pieces in self._partition.pieces:
+            for piece in pieces:
+                if piece.rows is None:
+                    into[piece.tensor].data = into[piece.tensor].data.clone()
+        self._release()
+
+    def _release(self) -> None:
+        for wire in self._wires:
+            wire.release()
+        self._borrowed = False
+
+    def _receive(self, shard: int) -> Message:
+        while True:
+            message = self._wires[shard].receive(self._timeout_seconds)
+            kind = message.numbers[0]
+            if kind == Request.FAILED:
+                failure = self._local.failure if self._local is not None else None
+                raise ClusterError(
+                    "the parameter server stopped; the rank that holds it says why"
+                    if failure is None
+                    else f"the parameter server stopped: {failure}"
+                ) from failure
+            if kind != Request.STILL:
+                return message
+
+
+def _copy_to(into: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
+    def copy(tensors: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(into), list(tensors))
+
+    return copy
+
+
+def _find_fault(worker: int, gradient: Sequence[Tensor], like: Sequence[Tensor]) -> int | None:
+    """Which of `FAULTS` it has; the log of this worker says where."""
+    why, fault = find_misfit(gradient, like), 1
+    if why is None:
+        why, fault = find_not_finite(gradient), 0
+    if why is None:
+        return None
+    _logger.warning("worker %d made a gradient that no server can use: %s", worker, why)
+    return fault

@@ -1,0 +1,316 @@
+"""Puts a server together: its shards on their ranks, and wires between them and the workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaledtrain.comm.answering import Decode, serve_worker
+from scaledtrain.comm.compress import Feedback
+from scaledtrain.comm.event_log import EventLog
+from scaledtrain.comm.host import ServerHost
+from scaledtrain.comm.partition import Partition
+from scaledtrain.comm.protocols import MakeServer, ServeOptions, Store
+from scaledtrain.comm.requests import Request
+from scaledtrain.comm.server_store import DirectStore, Local, WireStore
+from scaledtrain.comm.shard import ServerShard
+from scaledtrain.comm.shared_wire import SharedWire
+from scaledtrain.comm.torch_wire import TorchWire
+from scaledtrain.comm.wire import LocalWire, Wire, empty_like
+from scaledtrain.errors import ClusterError, ConfigError, RendezvousError
+from scaledtrain.server import Server
+from scaledtrain.timeline import Timeline
+
+__all__ = ["Job", "Serving", "serve"]
+
+_POLL_SECONDS = 0.002
+_LISTEN_SECONDS = 0.2  # between two looks for workers that come back
+
+
+@dataclass(frozen=True)
+class Job:
+    """What wires need to know of this rank and its job.
+
+    Args:
+        store: where ranks meet, of one server alone; None for a job of one process.
+        rank: this one.
+        size: of the job.
+        share_memory: try to, before torch.distributed is used.
+        device: where this rank computes.
+        timeout_seconds: the longest wait of one rank for another.
+        attempt: how often this rank has come back to its job.
+    """
+
+    store: dist.Store | None
+    rank: int
+    size: int
+    share_memory: bool
+    device: torch.device
+    timeout_seconds: float
+    attempt: int = 0
+
+
+@dataclass
+class Serving:
+    """What `serve` has started on this rank, to be ended again."""
+
+    store: Store | None = None
+    host: ServerHost | None = None
+    threads: list[threading.Thread] = field(default_factory=list)
+    wires: list[Wire] = field(default_factory=list)
+    shards: list[Wire] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def end(self, deadline: float) -> None:
+        """Wait for the threads, which end when their workers have left, then close everything."""
+        self.over.set()
+        first = [t for t in self.threads if t.name.startswith("server")]
+        for thread in first:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        for wire in self.shards:
+            with suppress(ClusterError):
+                wire.send([Request.CLOSE])
+        for thread in self.threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        if self.host is not None:
+            self.host.close()
+        for wire in [*self.wires, *self.shards]:
+            wire.close()
+
+
+def serve(
+    job: Job,
+    like: Sequence[Tensor],
+    make_server: MakeServer,
+    options: ServeOptions,
+    timeline: Timeline,
+    event_log: Path | None,
+) -> Serving:
+    """Start this rank's part of a server, and its worker's access to it. Collective.
+
+    Raises:
+        ConfigError: more shards than ranks.
+        ClusterError: a rank did not come.
+    """
+    if not 1 <= options.shards <= job.size:
+        raise ConfigError(
+            f"shards is {options.shards}; a server's shards live on ranks of the job, so it is 1 "
+            f"to {job.size} here"
+        )
+    return _Builder(job, like, options).build(make_server, timeline, event_log)
+
+
+class _Builder:
+    """Makes the parts of one server that this rank has."""
+
+    def __init__(self, job: Job, like: Sequence[Tensor], options: ServeOptions) -> None:
+        self._job = job
+        self._options = options
+        self._like = list(like)
+        self._partition = Partition(like, options.shards, options.cut)
+        self._parts = [
+            empty_like(self._partition.part(like, shard)) for shard in range(options.shards)
+        ]
+        codec = options.compression
+        self._sent = [part if codec is None else codec.room(part) for part in self._parts]
+        self._homes = [shard * job.size // options.shards for shard in range(options.shards)]
+        self._mine = self._homes.index(job.rank) if job.rank in self._homes else None
+
+    def build(self, make_server: MakeServer, timeline: Timeline, event_log: Path | None) -> Serving:
+        job, options = self._job, self._options
+        server = None if self._mine is None else make_server(self._partition.pieces[self._mine])
+        host: ServerHost | None = None
+        if self._mine == 0 and server is not None:
+            log = None if event_log is None else EventLog(event_log)
+            host = ServerHost(server, job.timeout_seconds, log)
+            if options.shards == 1 and not options.overlap:
+                serving = Serving(DirectStore(host, job.rank, self._like, timeline), host)
+                self._serve_others(serving, host, {})
+                return serving
+        serving = Serving(host=host)
+        ours: dict[int, Wire] = {}
+        local: dict[int, Wire] = {}
+        if self._mine is not None:  # the worker of this rank reaches it inside the process
+            local[job.rank], ours[self._mine] = LocalWire.pair(
+                (self._sent[self._mine], self._parts[self._mine]),
+                (1, self._slots),
+                (f"rank {job.rank}'s server", f"rank {job.rank}'s worker"),
+                job.timeout_seconds,
+            )
+        here: Local | None = None
+        if host is not None:
+            here = host
+            self._serve_others(serving, host, local)
+        elif server is not None:
+            here = self._start_shard(serving, server, local)
+        for shard, home in enumerate(self._homes):
+            if shard not in ours:
+                ours[shard] = self._wire_to(shard, home, job.rank, job.attempt, at_shard=False)
+        wires = [ours[shard] for shard in range(options.shards)]
+        serving.wires.extend(wires)
+        serving.store = WireStore(
+            wires,
+            self._partition,
+            self._like,
+            job.rank,
+            self._encoder(),
+            options.overlap,
+            here,
+            timeline,
+            job.timeout_seconds,
+        )
+        return serving
+
+    @property
+    def _slots(self) -> int:
+        """Sets of parameters that a worker holds at once."""
+        return 2 if self._options.overlap else 1
+
+    def _encoder(self) -> Callable[[Sequence[Tensor], int], Sequence[Tensor]]:
+        codec = self._options.compression
+        if codec is None:
+            return lambda part, shard: part
+        feedbacks = [Feedback(codec, part) for part in self._parts]
+        return lambda part, shard: feedbacks[shard].encode(part)
+
+    def _decoder(self, shard: int) -> Decode:
+        codec, part = self._options.compression, self._parts[shard]
+        return (lambda sent: sent) if codec is None else (lambda sent: codec.decode(sent, part))
+
+    def _serve_others(self, serving: Serving, host: ServerHost, local: dict[int, Wire]) -> None:
+        """Start the threads of the first shard: one for each worker, one for who comes back."""
+        job = self._job
+        for shard, home in enumerate(self._homes):
+            if shard > 0:
+                wire = self._open(f"shard/{shard}", 0, ([], []), (1, 1), (job.rank, home))
+                host.add_shard(wire)
+                serving.shards.append(wire)
+        for worker in range(job.size):
+            if worker in local or worker != job.rank:
+                self._serve_in_thread(serving, host, worker, 0, local.get(worker))
+        if job.store is not None:
+            self._start(serving, "listener", self._listen, serving, host)
+
+    def _serve_in_thread(
+        self, serving: Serving, host: ServerHost, worker: int, attempt: int, wire: Wire | None
+    ) -> None:
+        def run() -> None:
+            try:
+                end = wire or self._wire_to(0, self._job.rank, worker, attempt, at_shard=True)
+            except ClusterError as error:
+                host.lose(worker, str(error))
+                return
+            serving.wires.append(end)
+            if attempt > 0:
+                host.join(worker)
+            serve_worker(host, worker, end, self._decoder(0))
+
+        self._start(serving, f"server-for-worker-{worker}", run)
+
+    def _listen(self, serving: Serving, host: ServerHost) -> None:
+        """Let workers take part again that come back as new processes."""
+        store, number = self._job.store, 1
+        assert store is not None
+        while not serving.over.wait(_LISTEN_SECONDS):
+            if not store.check([f"return/{number}"]):
+                continue
+            worker, attempt = map(int, store.get(f"return/{number}").split())
+            number += 1
+            host.replace(worker, attempt)
+            self._serve_in_thread(serving, host, worker, attempt, None)
+
+    def _start_shard(self, serving: Serving, server: Server, local: dict[int, Wire]) -> ServerShard:
+        job, shard = self._job, self._mine
+        assert shard is not None
+
+        def connect(worker: int, attempt: int) -> Wire:
+            wire = self._wire_to(shard, job.rank, worker, attempt, at_shard=True)
+            serving.wires.append(wire)
+            return wire
+
+        part = ServerShard(server, connect, self._decoder(shard), job.timeout_seconds)
+
+        def run() -> None:
+            ranks = (self._homes[0], job.rank)
+            first = self._open(f"shard/{shard}", 1, ([], []), (1, 1), ranks)
+            serving.wires.append(first)
+            workers = range(job.size)
+            part.run(first, {w: local.get(w) or connect(w, 0) for w in workers})
+
+        self._start(serving, "shard", part.guarded, run)
+        return part
+
+    def _start(
+        self, serving: Serving, name: str, what: Callable[..., None], *arguments: object
+    ) -> None:
+        thread = threading.Thread(target=what, args=arguments, name=name, daemon=True)
+        serving.threads.append(thread)
+        thread.start()
+
+    def _wire_to(self, shard: int, home: int, worker: int, attempt: int, at_shard: bool) -> Wire:
+        """The wire between a shard and a worker, as one of them sees it."""
+        likes = self._sent[shard], self._parts[shard]
+        name = f"worker/{worker}/{attempt}/{shard}"
+        slots = (1, self._slots)
+        # Only the first shard judges a push, so the others have to have their parts before.
+        ahead = shard > 0
+        end = 0 if at_shard else 1
+        return self._open(name, end, likes, slots, (home, worker), ahead and at_shard, ahead)
+
+    def _open(
+        self,
+        name: str,
+        end: int,
+        like: tuple[Sequence[Tensor], Sequence[Tensor]],
+        slots: tuple[int, int],
+        ranks: tuple[int, int],
+        reads_ahead: bool = False,
+        has_receipts: bool = False,
+    ) -> Wire:
+        job = self._job
+        assert job.store is not None
+        store = dist.PrefixStore(name, job.store)
+        if job.share_memory:
+            wire = SharedWire.connect(store, "memory", end, like, slots, ranks, job.timeout_seconds)
+            if wire is not None:
+                return wire
+        return TorchWire(
+            store,
+            end,
+            like,
+            slots,
+            ranks,
+            job.timeout_seconds,
+            _device(store, end, ranks, job),
+            reads_ahead,
+            has_receipts and not reads_ahead,
+        )
+
+
+def _device(store: dist.Store, end: int, ranks: tuple[int, int], job: Job) -> torch.device:
+    """Where the tensors of a wire lie: on the GPUs at both ends if they are two."""
+    mine = "cpu"
+    if job.device.type == "cuda":
+        mine = str(torch.cuda.get_device_properties(job.device).uuid)
+    store.set(f"device/{end}", mine)
+    other = f"device/{1 - end}"
+    deadline = time.monotonic() + job.timeout_seconds
+    while not store.check([other]):
+        if time.monotonic() > deadline:
+            raise RendezvousError(
+                f"rank {ranks[end]} waited {job.timeout_seconds:g} s to be connected with rank "
+                f"{ranks[1 - end]}, which did not come; look at its output, or raise "
+                "timeout_seconds"
+            )
+        time.sleep(_POLL_SECONDS)
+    theirs = store.get(other).decode()
+    two_gpus = "cpu" not in (mine, theirs) and mine != theirs
+    return job.device if two_gpus else torch.device("cpu")
