@@ -144,6 +144,7 @@ class ServerHost:
             self._raise_failure()
             if worker in self._latecomers:
                 return
+            self._stopped = False
             if self._server.last_version != last_version:
                 limit = -1 if last_version is None else last_version
                 self._do(Operation(Kind.LIMIT, -1, limit))
@@ -158,7 +159,10 @@ class ServerHost:
     def settle(
         self, worker: int, write: Write, still: Callable[[], object] | None = None
     ) -> Pulled:
-        """Wait until all workers are here, give the final parameters, go on when all have them."""
+        """Wait until all workers are here, then give the final parameters.
+
+        They stay as they are until all workers have called `start`.
+        """
         with self._changed:
             self._raise_failure()
             # Those that still compute need not wait for it.
@@ -167,9 +171,6 @@ class ServerHost:
             self._meet(worker, "the end of fit", still)
             write(self._do(Operation(Kind.READ, worker)).tensors)
             pulled = self._tell(worker)
-            # Else a fast worker could begin its next run while a slow one still copies.
-            self._meet(worker, "the end of fit", still)
-            self._stopped = False
             self._latecomers.discard(worker)
             self._do(Operation(Kind.ADD, worker))
             return pulled

@@ -261,9 +261,18 @@ class _Builder:
         name = f"worker/{worker}/{attempt}/{shard}"
         slots = (1, self._slots)
         # Only the first shard judges a push, so the others have to have their parts before.
-        ahead = shard > 0
-        end = 0 if at_shard else 1
-        return self._open(name, end, likes, slots, (home, worker), ahead and at_shard, ahead)
+        receipts = shard > 0
+        return self._open(
+            name,
+            0 if at_shard else 1,
+            likes,
+            slots,
+            (home, worker),
+            # A shard must not wait until a worker comes to it, with others in the queue.
+            reads_ahead=receipts if at_shard else self._options.overlap or len(self._parts) > 1,
+            gives_receipts=receipts and at_shard,
+            wants_receipts=receipts and not at_shard,
+        )
 
     def _open(
         self,
@@ -273,11 +282,14 @@ class _Builder:
         slots: tuple[int, int],
         ranks: tuple[int, int],
         reads_ahead: bool = False,
-        has_receipts: bool = False,
+        gives_receipts: bool = False,
+        wants_receipts: bool = False,
     ) -> Wire:
         job = self._job
         assert job.store is not None
-        store = dist.PrefixStore(name, job.store)
+        # Threads do this at once, and waiting in one client of the store keeps out others of it.
+        client: dist.Store = job.store.clone()  # type: ignore[attr-defined]
+        store = dist.PrefixStore(name, client)
         if job.share_memory:
             wire = SharedWire.connect(store, "memory", end, like, slots, ranks, job.timeout_seconds)
             if wire is not None:
@@ -291,7 +303,8 @@ class _Builder:
             job.timeout_seconds,
             _device(store, end, ranks, job),
             reads_ahead,
-            has_receipts and not reads_ahead,
+            gives_receipts,
+            wants_receipts,
         )
 
 

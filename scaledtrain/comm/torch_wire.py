@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = ["TorchWire"]
 _FOREVER = 365 * 24 * 3600.0
 _SMALL_BYTES = 64 * 1024  # a tensor up to this size travels with the others in one message
 _MESSAGE, _RECEIPT = 0, 1  # tags
+_BYE = -1.0  # in the last place of a message
+_BYE_SECONDS = 0.2
 
 
 class _Slot:
@@ -70,8 +73,10 @@ class TorchWire:
         ranks: of the job, at end 0 and end 1; for messages.
         timeout_seconds: the longest that the other end may take to accept what is sent.
         device: where the tensors of messages lie; a CUDA device at both ends: they go over NCCL.
-        reads_ahead: this end takes tensors in, and gives a receipt, before anybody asks for them.
-        wants_receipts: the other end reads ahead; tensors count as sent when it has them.
+        reads_ahead: this end takes in what comes before anybody asks for it, as far as it has
+            slots; without, a message waits at the other end until somebody does.
+        gives_receipts: this end reads ahead, and says when it has the tensors of a message.
+        wants_receipts: the other end gives receipts; tensors count as sent when it has them.
     """
 
     def __init__(
@@ -84,11 +89,13 @@ class TorchWire:
         timeout_seconds: float,
         device: torch.device,
         reads_ahead: bool = False,
+        gives_receipts: bool = False,
         wants_receipts: bool = False,
     ) -> None:
         self._other = 1 - end
         self._me, self._peer = ranks[end], ranks[1 - end]
         self._timeout_seconds = timeout_seconds
+        self._gives_receipts = gives_receipts
         self._wants_receipts = wants_receipts
         make: Any = dist.ProcessGroupGloo
         timeout = timedelta(seconds=timeout_seconds)
@@ -148,8 +155,14 @@ class TorchWire:
 
     def close(self) -> None:
         """Break the connection, which wakes whoever waits at the other end."""
-        for group in {self._numbers, self._tensors}:
-            group.abort()
+        if self._numbers is None:
+            return
+        if self._wants_receipts or self._gives_receipts:
+            # Both ends read ahead, and a thread that reads keeps its end of the connection open.
+            with suppress(RuntimeError):
+                bye = torch.full((NUMBERS,), _BYE, dtype=torch.float64)
+                work = self._numbers.send([bye], self._other, _MESSAGE)
+                work.wait(timedelta(seconds=_BYE_SECONDS))
         self._numbers = self._tensors = None
 
     def _receive(self, timeout_seconds: float | None) -> Message:
@@ -157,6 +170,8 @@ class TorchWire:
         seconds = _FOREVER if timeout_seconds is None else timeout_seconds
         self._move(self._numbers.recv, head, _MESSAGE, seconds)
         row: list[float] = head.tolist()
+        if row[-1] == _BYE:
+            raise PeerLostError(f"rank {self._peer} has left")
         if not row[-1]:
             return Message(row, None)
         slot = self._free.get()
@@ -170,10 +185,10 @@ class TorchWire:
         while True:
             try:
                 message = self._receive(None)
-                if message.tensors is not None:
+                if self._gives_receipts and message.tensors is not None:
                     receipt = torch.zeros(NUMBERS, dtype=torch.float64)
                     self._move(self._numbers.send, receipt, _RECEIPT, self._timeout_seconds)
-            except Exception as error:  # told to who receives
+            except Exception as error:  # told to whoever receives
                 self._ahead.put(error)
                 return
             self._ahead.put(message)

@@ -25,19 +25,18 @@ class Sent:
         """Remember that the worker was sent this version."""
         if version not in self._copies:
             self._copies[version] = [p.detach().clone() for p in parameters]
-        held = self._held.setdefault(worker, [])
-        if version not in held:
-            held.append(version)
-            self._hold(worker, held[-2:])
+        self._hold(worker, [*self._held.get(worker, ()), version][-2:])
 
     def take(self, worker: int, version: int) -> list[Tensor] | None:
         """The parameters of a version whose gradient has come; None if they are not known.
 
-        This version and older ones are forgotten: nothing more comes of them.
+        What it was sent before that is forgotten: nothing more comes of it.
         """
         held = self._held.get(worker, [])
-        copy = self._copies[version] if version in held else None
-        self._hold(worker, [v for v in held if v > version])
+        if version not in held:
+            return None
+        copy = self._copies[version]
+        self._hold(worker, held[held.index(version) + 1 :])  # it may hold the same version twice
         return copy
 
     def forget(self, worker: int) -> None:
