@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from scaledtrain.errors import ClusterError, ConfigError, RendezvousError, ScaledTrainError
-from scaledtrain.rendezvous import RankInfo
+from scaledtrain.ranks import RankInfo
 
 __all__ = ["Interrupted", "guarded", "start_workers", "workers_to_start"]
 
@@ -204,7 +204,7 @@ def _tell(error: BaseException) -> None:
         first = not (is_theirs or _is_consequence(error))
     if first:
         _write(_describe(error, info))
-    if info.rank == 0 and info.size > 1 and not _has_agent():
+    if info.rank == 0 and info.size > 1 and not info.has_agent:
         time.sleep(_ROOT_CAUSE_SECONDS)  # this process has the store that the others ask
 
 
@@ -214,11 +214,10 @@ def _is_first(info: RankInfo) -> bool | None:
 
     def ask() -> None:
         address = (info.master_address, info.master_port)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         with suppress(OSError, RuntimeError):
             socket.create_connection(address, _STORE_SECONDS).close()  # or torch writes warnings
             store = dist.TCPStore(*address, wait_for_workers=False)
-            first = store.compare_set(f"scaledtrain/{attempt}/told", "", str(info.rank))
+            first = store.compare_set(f"scaledtrain/{info.life}/told", "", str(info.rank))
             answers.append(int(first) == info.rank)
 
     # In a thread, since there is no limit to the wait if another program listens on that port.
@@ -226,10 +225,6 @@ def _is_first(info: RankInfo) -> bool | None:
     thread.start()
     thread.join(_STORE_SECONDS)
     return answers[0] if answers else None
-
-
-def _has_agent() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _describe(error: BaseException, info: RankInfo) -> str:

@@ -11,13 +11,9 @@ that fails names the ranks that are missing.
 from __future__ import annotations
 
 import atexit
-import errno
-import os
-import re
-import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -27,82 +23,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaledtrain.comm.local import LocalGroup
+from scaledtrain.comm.local import AbsentGroup, LocalGroup
 from scaledtrain.comm.process_group import TorchGroup
 from scaledtrain.comm.protocols import Group, MakeServer, ServeOptions, Store
 from scaledtrain.comm.serving import Job, Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
-from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError
+from scaledtrain.errors import ConfigError
+from scaledtrain.ranks import RankInfo, meet
 from scaledtrain.timeline import Timeline
 
-__all__ = ["Connection", "RankInfo", "Transport", "connect"]
+__all__ = ["Connection", "Transport", "connect"]
 
-_POLL_SECONDS = 0.02
 _ABANDON_SECONDS = 3.0  # for workers to hear from the server; longer than they compare notes
 
 Transport = Literal["auto", "shared_memory", "torch"]
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """Which process of the job this one is, and where all meet."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    master_address: str = "127.0.0.1"
-    master_port: int = 29500
-
-    @classmethod
-    def from_environment(cls, env: Mapping[str, str] = os.environ) -> RankInfo:
-        """Read torchrun's variables, else those of a Slurm step (srun), else: one process.
-
-        Raises:
-            ConfigError: the variables contradict each other.
-        """
-        try:
-            info = cls._read(env)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                f"the environment of this rank is incomplete or wrong ({error!r}); torchrun sets "
-                "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, srun sets SLURM_*: "
-                "start the job with one of them, or set all by hand"
-            ) from error
-        if not 0 <= info.rank < info.size:
-            raise ConfigError(
-                f"rank {info.rank} of {info.size} cannot be: ranks go from 0 to {info.size - 1}; "
-                "check RANK and WORLD_SIZE"
-            )
-        return info
-
-    @classmethod
-    def _read(cls, env: Mapping[str, str]) -> RankInfo:
-        if "RANK" in env and "WORLD_SIZE" in env:
-            return cls(
-                int(env["RANK"]),
-                int(env["WORLD_SIZE"]),
-                int(env.get("LOCAL_RANK", "0")),
-                env.get("MASTER_ADDR", "127.0.0.1"),
-                int(env.get("MASTER_PORT", "29500")),
-            )
-        if "SLURM_STEP_NUM_TASKS" in env:
-            return cls(
-                int(env["SLURM_PROCID"]),
-                int(env["SLURM_STEP_NUM_TASKS"]),
-                int(env["SLURM_LOCALID"]),
-                env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
-                # Jobs that share a node differ in their id, so they get different ports.
-                int(env.get("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 10000))),
-            )
-        return cls()
-
-
-def _first_host(nodes: str) -> str:
-    """First name of a Slurm node list: ``gpu[03-07,12],login1`` -> ``gpu03``."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    if match is None:
-        raise ConfigError(f"cannot read the Slurm node list {nodes!r}; set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
 
 
 def _choose_device(info: RankInfo, device: str | torch.device | None) -> torch.device:
@@ -110,81 +44,6 @@ def _choose_device(info: RankInfo, device: str | torch.device | None) -> torch.d
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", info.local_rank % torch.cuda.device_count())
     return chosen
-
-
-def _meet(info: RankInfo, timeout_seconds: float) -> dist.Store:
-    """The key-value store of the job, once every rank has come to it."""
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    where = f"{info.master_address}:{info.master_port}"
-    deadline = time.monotonic() + timeout_seconds
-    is_master = info.rank == 0 and not agent
-    if is_master:
-        _check_port(info)
-    else:
-        _wait_for_port(info, deadline, timeout_seconds)
-    try:
-        store: dist.Store = dist.TCPStore(
-            info.master_address,
-            info.master_port,
-            info.size,
-            is_master=is_master,
-            timeout=timedelta(seconds=timeout_seconds),
-            wait_for_workers=False,
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"scaledtrain/{attempt}", store)
-        store.set(f"here/{info.rank}", "1")
-        missing = list(range(info.size))
-        while missing and time.monotonic() < deadline:
-            missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
-            time.sleep(_POLL_SECONDS if missing else 0.0)
-    except (RuntimeError, dist.DistError) as error:
-        raise PeerLostError(
-            f"rank 0 at {where} left while rank {info.rank} met the others; its own message says "
-            f"why ({str(error).splitlines()[0]})"
-        ) from error
-    if missing:
-        raise RendezvousError(
-            f"rank {info.rank} waited {timeout_seconds:g} s at {where} for rank"
-            f"{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {info.size}, "
-            "which did not come; see whether it started (its own output, or the scheduler's), that "
-            "WORLD_SIZE is the number of processes, and that no firewall is between"
-        )
-    return store
-
-
-def _wait_for_port(info: RankInfo, deadline: float, timeout_seconds: float) -> None:
-    """Return when rank 0 listens; torch's own waiting would write warnings meanwhile."""
-    address = (info.master_address, info.master_port)
-    while True:
-        try:
-            socket.create_connection(address, timeout=1.0).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise RendezvousError(
-                    f"rank {info.rank} of {info.size} found no rank 0 at {address[0]}:{address[1]} "
-                    f"within {timeout_seconds:g} s; start it, or check MASTER_ADDR, MASTER_PORT "
-                    f"and firewalls ({error})"
-                ) from error
-        time.sleep(_POLL_SECONDS)
-
-
-def _check_port(info: RankInfo) -> None:
-    """Find out whether rank 0 can listen, since the store's own error does not say what to do."""
-    family = socket.AF_INET6 if ":" in info.master_address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", info.master_port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                return
-            raise RendezvousError(
-                f"port {info.master_port} on {info.master_address} is in use by another program, "
-                "so rank 0 cannot be met there; set MASTER_PORT (torchrun: --master-port) to a "
-                "free port, or use torchrun --standalone, which finds one"
-            ) from error
 
 
 class Connection:
@@ -229,7 +88,10 @@ class Connection:
         if dist.is_initialized():
             self.store = dist.PrefixStore("scaledtrain", dist.distributed_c10d._get_default_store())
         else:
-            self.store = _meet(info, self.timeout_seconds)
+            self.store, self.attempt = meet(info, self.timeout_seconds)
+            if self.attempt > 0:
+                self.group, self.transport = AbsentGroup(info.rank, info.size), "server"
+                return
             cuda = self.device.type == "cuda"
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -337,6 +199,11 @@ def connect(
 
     Who takes part is read from the environment (torchrun's or Slurm's); without either the job is
     this process alone. An already initialised torch.distributed is used as it is.
+
+    Ranks may also be launched one by one, each by a torchrun of its own, with SCALEDTRAIN_RANK,
+    SCALEDTRAIN_WORLD_SIZE, SCALEDTRAIN_MASTER_ADDR and SCALEDTRAIN_MASTER_PORT (a free port of rank
+    0's host) set for each. A rank other than 0 that died may then be launched again, and takes part
+    from the current version on if the job's strategy has a server: `ParameterServer`.
 
     Args:
         device: where this rank computes; default: its own GPU if there is one, else the CPU.

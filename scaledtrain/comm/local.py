@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from scaledtrain.comm.protocols import Handle, ReduceOp
+from scaledtrain.errors import ClusterError
 
-__all__ = ["Done", "LocalGroup"]
+__all__ = ["AbsentGroup", "Done", "LocalGroup"]
 
 
 class Done:
@@ -32,3 +33,33 @@ class LocalGroup:
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
         """Leave the tensors as they are."""
+
+
+class AbsentGroup:
+    """The group as a rank sees it that came back: the others went on without it.
+
+    Args:
+        rank: this rank.
+        size: of the job.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def all_reduce(
+        self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
+    ) -> Handle:
+        """Raise ClusterError."""
+        raise self._error()
+
+    def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
+        """Raise ClusterError."""
+        raise self._error()
+
+    def _error(self) -> ClusterError:
+        return ClusterError(
+            f"rank {self.rank} came back to a job that had gone on without it, and its strategy "
+            "needs all ranks together; only ParameterServer takes a rank back: restart the whole "
+            "job, from its last checkpoint if it keeps any"
+        )

@@ -126,6 +126,8 @@ class _Builder:
 
     def build(self, make_server: MakeServer, timeline: Timeline, event_log: Path | None) -> Serving:
         job, options = self._job, self._options
+        if job.attempt > 0:
+            self._announce_return()
         server = None if self._mine is None else make_server(self._partition.pieces[self._mine])
         host: ServerHost | None = None
         if self._mine == 0 and server is not None:
@@ -168,6 +170,17 @@ class _Builder:
             job.timeout_seconds,
         )
         return serving
+
+    def _announce_return(self) -> None:
+        job = self._job
+        if self._mine is not None:
+            raise ClusterError(
+                f"rank {job.rank} came back, but it held a shard of the server, whose parameters "
+                "died with it; restart the whole job, from its last checkpoint if it keeps any"
+            )
+        assert job.store is not None
+        number = job.store.add("returns", 1)
+        job.store.set(f"return/{number}", f"{job.rank} {job.attempt}")
 
     @property
     def _slots(self) -> int:

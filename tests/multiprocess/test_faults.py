@@ -147,7 +147,7 @@ def test_missing_rank_is_named() -> None:
 
 
 def test_environment_of_slurm() -> None:
-    from scaledtrain.rendezvous import RankInfo
+    from scaledtrain.ranks import RankInfo
 
     env = {
         "SLURM_STEP_NUM_TASKS": "8",

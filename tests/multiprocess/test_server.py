@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from scaledtrain.comm.protocols import Store
 from scaledtrain.rendezvous import Transport
 from scaledtrain.server import (
     AdaptiveDelayCompensated,
+    BackupWorkers,
     Dana,
     Ringmaster,
     Server,
@@ -135,3 +138,76 @@ def test_shards_and_overlap_are_one_server_bit_for_bit(
                 assert torch.equal(mine, theirs), name
         told = [s for r in results for s in r["staleness"] if s is not None]
         assert max(told) >= 1, name
+
+
+class Fuse:
+    """kill -9 for this process at a random moment, whatever it is doing then."""
+
+    def __init__(self, seed: int, earliest: float, latest: float) -> None:
+        seconds = random.Random(seed).uniform(earliest, latest)
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+DEADLY = {
+    "asynchronous": (Asynchronous(), 2),
+    "stale synchronous": (StaleSynchronous(2), 1),
+    "synchronous": (Synchronous(), 1),
+    "backup workers": (BackupWorkers(3), 2),
+}
+
+
+def outlive_all(transport: Transport, name: str, seed: int) -> dict[str, Any]:
+    """Ranks 3, 2 and 1 die, one after another, at random moments; rank 0 goes on to the end."""
+    logging.basicConfig(level=logging.WARNING)
+    policy, shards = DEADLY[name]
+    link = connect(transport=transport, timeout_seconds=20)
+    rank = link.group.rank
+    model = net()
+    replica = Replica(model, SGD)
+    # With two shards the second is on rank 2, which therefore lives.
+    strategy = ParameterServer(policy, shards=shards, overlap=name == "asynchronous")
+    strategy.attach(replica, link)
+    strategy.start(None)
+    victims = [3, 1] if shards == 2 else [3, 2, 1]
+    if rank in victims:
+        Fuse(seed + rank, 0.3 * victims.index(rank), 0.3 * victims.index(rank) + 0.6)
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        assert strategy.before_forward()
+        x = torch.randn(8, 20)
+        replica.zero_grad()
+        F.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
+        strategy.apply_gradients()
+        strategy.after_step()
+        time.sleep(0.001)
+    alone = strategy.step
+    for _ in range(20):
+        assert strategy.before_forward()
+        replica.zero_grad()
+        F.cross_entropy(model(x), (x.sum(1) > 0).long()).backward()
+        strategy.apply_gradients()
+        strategy.after_step()
+    strategy.settle()
+    final = [p.detach().clone() for p in model.parameters()]
+    link.close()
+    return {"alone": alone, "step": strategy.step, "final": final}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("name", DEADLY)
+def test_workers_killed_at_random_moments_do_not_stop_the_others(
+    name: str, transport: Transport, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)  # shown if it fails
+    victims = [3, 1] if DEADLY[name][1] == 2 else [3, 2, 1]
+    results = run_ranks(outlive_all, 4, transport, name, seed, killed=victims)
+    survivors = [result for result in results if result is not None]
+    assert len(survivors) == 4 - len(victims)
+    for result in survivors:
+        assert result["step"] > result["alone"]
+        assert all(p.isfinite().all() for p in result["final"])
+        assert all(map(torch.equal, result["final"], survivors[0]["final"]))
+    told = capfd.readouterr().err
+    for victim in victims:
+        assert f"worker {victim} is lost" in told

@@ -1,0 +1,192 @@
+"""Which rank of its job a process is, and how it finds the others: torchrun, Slurm, or by hand."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError
+
+__all__ = ["RankInfo", "meet"]
+
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Which process of the job this one is, and where all meet."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    master_address: str = "127.0.0.1"
+    master_port: int = 29500
+    single: bool = False
+    """Each rank was launched by itself, so one that died may come back while the others go on."""
+
+    @property
+    def life(self) -> str:
+        """Of the job: a launcher of all ranks restarts all, who then meet anew."""
+        return "0" if self.single else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    @property
+    def has_agent(self) -> bool:
+        """Whether the launcher keeps the job's store, so that no rank does."""
+        return not self.single and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> RankInfo:
+        """Read our own variables, else torchrun's, else those of a Slurm step: who takes part.
+
+        Without any of them the job is this process. Our own are SCALEDTRAIN_RANK, _WORLD_SIZE,
+        _MASTER_ADDR and _MASTER_PORT: for ranks that are launched one by one.
+
+        Raises:
+            ConfigError: the variables contradict each other.
+        """
+        try:
+            info = cls._read(env)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"the environment of this rank is incomplete or wrong ({error!r}); torchrun sets "
+                "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, srun sets SLURM_*: "
+                "start the job with one of them, or set all by hand; or, for ranks launched one by "
+                "one, SCALEDTRAIN_RANK, _WORLD_SIZE, _MASTER_ADDR and _MASTER_PORT"
+            ) from error
+        if not 0 <= info.rank < info.size:
+            raise ConfigError(
+                f"rank {info.rank} of {info.size} cannot be: ranks go from 0 to {info.size - 1}; "
+                "check RANK and WORLD_SIZE"
+            )
+        return info
+
+    @classmethod
+    def _read(cls, env: Mapping[str, str]) -> RankInfo:
+        if "SCALEDTRAIN_RANK" in env:
+            return cls(
+                int(env["SCALEDTRAIN_RANK"]),
+                int(env["SCALEDTRAIN_WORLD_SIZE"]),
+                int(env.get("SCALEDTRAIN_LOCAL_RANK", env.get("LOCAL_RANK", "0"))),
+                env["SCALEDTRAIN_MASTER_ADDR"],
+                int(env["SCALEDTRAIN_MASTER_PORT"]),
+                single=True,
+            )
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return cls(
+                int(env["RANK"]),
+                int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", "0")),
+                env.get("MASTER_ADDR", "127.0.0.1"),
+                int(env.get("MASTER_PORT", "29500")),
+            )
+        if "SLURM_STEP_NUM_TASKS" in env:
+            return cls(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_STEP_NUM_TASKS"]),
+                int(env["SLURM_LOCALID"]),
+                env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+                # Jobs that share a node differ in their id, so they get different ports.
+                int(env.get("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 10000))),
+            )
+        return cls()
+
+
+def _first_host(nodes: str) -> str:
+    """First name of a Slurm node list: ``gpu[03-07,12],login1`` -> ``gpu03``."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise ConfigError(f"cannot read the Slurm node list {nodes!r}; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+def meet(info: RankInfo, timeout_seconds: float) -> tuple[dist.Store, int]:
+    """Come to the key-value store of the job, and wait for every other rank.
+
+    Returns:
+        The store, and how often this rank has come back to a job that went on without it.
+
+    Raises:
+        RendezvousError: a rank did not come.
+        PeerLostError: rank 0, which has the store, left.
+    """
+    where = f"{info.master_address}:{info.master_port}"
+    deadline = time.monotonic() + timeout_seconds
+    is_master = info.rank == 0 and not info.has_agent
+    if is_master:
+        _check_port(info)
+    else:
+        _wait_for_port(info, deadline, timeout_seconds)
+    try:
+        store: dist.Store = dist.TCPStore(
+            info.master_address,
+            info.master_port,
+            info.size,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+        )
+        store = dist.PrefixStore(f"scaledtrain/{info.life}", store)
+        attempt = store.add(f"attempts/{info.rank}", 1) - 1
+        if store.check(["met"]):
+            return store, attempt
+        store.set(f"here/{info.rank}", "1")
+        missing = list(range(info.size))
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
+            time.sleep(_POLL_SECONDS if missing else 0.0)
+    except (RuntimeError, dist.DistError) as error:
+        raise PeerLostError(
+            f"rank 0 at {where} left while rank {info.rank} met the others; its own message says "
+            f"why ({str(error).splitlines()[0]})"
+        ) from error
+    if missing:
+        raise RendezvousError(
+            f"rank {info.rank} waited {timeout_seconds:g} s at {where} for rank"
+            f"{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {info.size}, "
+            "which did not come; see whether it started (its own output, or the scheduler's), that "
+            "WORLD_SIZE is the number of processes, and that no firewall is between"
+        )
+    store.set("met", "1")
+    return store, 0
+
+
+def _wait_for_port(info: RankInfo, deadline: float, timeout_seconds: float) -> None:
+    """Return when rank 0 listens; torch's own waiting would write warnings meanwhile."""
+    address = (info.master_address, info.master_port)
+    while True:
+        try:
+            socket.create_connection(address, timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RendezvousError(
+                    f"rank {info.rank} of {info.size} found no rank 0 at {address[0]}:{address[1]} "
+                    f"within {timeout_seconds:g} s; start it, or check MASTER_ADDR, MASTER_PORT "
+                    f"and firewalls ({error})"
+                ) from error
+        time.sleep(_POLL_SECONDS)
+
+
+def _check_port(info: RankInfo) -> None:
+    """Find out whether rank 0 can listen, since the store's own error does not say what to do."""
+    family = socket.AF_INET6 if ":" in info.master_address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", info.master_port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return
+            raise RendezvousError(
+                f"port {info.master_port} on {info.master_address} is in use by another program, "
+                "so rank 0 cannot be met there; set MASTER_PORT (torchrun: --master-port) to a "
+                "free port, or use torchrun --standalone, which finds one"
+            ) from error
