@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class ServerHost:
         self._ever_lost = False
         self._latecomers: set[int] = set()
         self._waiting: set[int] = set()
+        self._heard = dict.fromkeys(range(server.n_workers), time.monotonic())
         self._speeds: dict[int, float] = {}
         self._here: set[int] = set()
         self._meetings = 0
@@ -86,6 +88,7 @@ class ServerHost:
         with self._changed:
             self._raise_failure()
             worker = operation.worker
+            self._heard[worker] = time.monotonic()
             if worker not in self._alive:  # it was given up; it takes part again when it pulls
                 if operation.kind == Kind.PUSH:
                     for shard in self._shards:
@@ -105,6 +108,7 @@ class ServerHost:
         """Count a step of the worker that had no gradient."""
         with self._changed:
             self._raise_failure()
+            self._heard[worker] = time.monotonic()
             if worker in self._alive:
                 self._do(Operation(Kind.SKIP, worker))
                 self._changed.notify_all()
@@ -199,6 +203,7 @@ class ServerHost:
             _logger.warning("worker %d is back, and goes on from the current version", worker)
             self._alive.add(worker)
             self._latecomers.add(worker)
+            self._heard[worker] = time.monotonic()
             self._staleness[worker] = -1
             self._do(Operation(Kind.ADD, worker))
             self._changed.notify_all()
@@ -295,35 +300,44 @@ class ServerHost:
         ready: Callable[[], bool],
         still: Callable[[], object] | None,
     ) -> None:
-        """Wait, as long as others make steps; those that do nothing for too long are given up."""
+        """Wait; those that show no sign of life for too long meanwhile are given up."""
         seconds = self._timeout_seconds / _SIGNS_OF_LIFE
         self._waiting.add(worker)
         try:
-            clocks, waited = list(self._server.clocks), 0
+            begin, before = time.monotonic(), self._standing()
             while not ready() and self._failure is None:
                 if self._changed.wait_for(lambda: self._failure or ready(), seconds):
                     break
                 if still is not None:
                     still()
-                waited += 1
-                if clocks != self._server.clocks:
-                    clocks, waited = list(self._server.clocks), 0
-                if waited >= _SIGNS_OF_LIFE:
-                    self._give_up_the_silent(worker, what)
-                    waited = 0
+                self._give_up_the_silent(worker, what)
+                if before != self._standing():
+                    begin, before = time.monotonic(), self._standing()
+                if time.monotonic() - begin >= self._timeout_seconds:
+                    self._raise_if_all_wait(worker, what)
         finally:
             self._waiting.discard(worker)
+            self._heard[worker] = time.monotonic()
         self._raise_failure()
 
+    def _standing(self) -> tuple[list[int], set[int]]:
+        """What changes whenever anybody gets on."""
+        return list(self._server.clocks), set(self._alive)
+
     def _give_up_the_silent(self, worker: int, what: str) -> None:
-        silent = self._alive - self._waiting
-        for one in sorted(silent):
-            self.lose(
-                one,
-                f"worker {worker} waited {self._timeout_seconds:g} s for it in {what}, and it did "
-                "nothing; it is stuck or too slow: look at it, or raise timeout_seconds",
-            )
-        if not silent:  # a policy that makes all wait for each other
+        now = time.monotonic()
+        for one in sorted(self._alive - self._waiting):
+            if now - self._heard[one] >= self._timeout_seconds:
+                self.lose(
+                    one,
+                    f"worker {worker} waited for it in {what}, and it showed no sign of life for "
+                    f"{self._timeout_seconds:g} s; it is stuck or too slow: look at it, or raise "
+                    "timeout_seconds",
+                )
+
+    def _raise_if_all_wait(self, worker: int, what: str) -> None:
+        """A policy may make all wait for each other."""
+        if self._alive <= self._waiting:
             steps = ", ".join(f"worker {i}: {c}" for i, c in enumerate(self._server.clocks))
             raise WaitTimeoutError(
                 f"worker {worker} waited {self._timeout_seconds:g} s in {what}, and so do all "

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -126,15 +126,15 @@ class TorchWire:
         row = padded(numbers)
         row[-1] = float(tensors is not None)
         head = torch.tensor(row, dtype=torch.float64)
-        self._move(self._numbers.send, head, _MESSAGE, self._timeout_seconds)
+        self._move("send", head, _MESSAGE, self._timeout_seconds)
         if tensors is None:
             return
         out = self._outgoing
         written = tensors is out.views
         for message in out.messages() if written else out.messages_of(tensors):
-            self._move(self._tensors.send, message, _MESSAGE, self._timeout_seconds)
+            self._move("send", message, _MESSAGE, self._timeout_seconds, self._tensors)
         if self._wants_receipts:
-            self._move(self._numbers.recv, head, _RECEIPT, self._timeout_seconds)
+            self._move("recv", head, _RECEIPT, self._timeout_seconds)
 
     def receive(self, timeout_seconds: float | None) -> Message:
         """Receive numbers, then the tensors that follow."""
@@ -168,7 +168,7 @@ class TorchWire:
     def _receive(self, timeout_seconds: float | None) -> Message:
         head = torch.zeros(NUMBERS, dtype=torch.float64)
         seconds = _FOREVER if timeout_seconds is None else timeout_seconds
-        self._move(self._numbers.recv, head, _MESSAGE, seconds)
+        self._move("recv", head, _MESSAGE, seconds)
         row: list[float] = head.tolist()
         if row[-1] == _BYE:
             raise PeerLostError(f"rank {self._peer} has left")
@@ -177,7 +177,7 @@ class TorchWire:
         slot = self._free.get()
         self._lent.put(slot)
         for message in slot.messages():
-            self._move(self._tensors.recv, message, _MESSAGE, self._timeout_seconds)
+            self._move("recv", message, _MESSAGE, self._timeout_seconds, self._tensors)
         return Message(row, slot.views)
 
     def _read_ahead(self) -> None:
@@ -187,7 +187,7 @@ class TorchWire:
                 message = self._receive(None)
                 if self._gives_receipts and message.tensors is not None:
                     receipt = torch.zeros(NUMBERS, dtype=torch.float64)
-                    self._move(self._numbers.send, receipt, _RECEIPT, self._timeout_seconds)
+                    self._move("send", receipt, _RECEIPT, self._timeout_seconds)
             except Exception as error:  # told to whoever receives
                 self._ahead.put(error)
                 return
@@ -195,13 +195,17 @@ class TorchWire:
 
     def _move(
         self,
-        how: Callable[[list[Tensor], int, int], Any],
+        how: Literal["send", "recv"],
         message: Tensor,
         tag: int,
         seconds: float,
+        group: Any = None,
     ) -> None:
+        group = group or self._numbers
+        if group is None:
+            raise PeerLostError(f"rank {self._me} has closed its connection to rank {self._peer}")
         try:
-            work = how([message], self._other, tag)
+            work = getattr(group, how)([message], self._other, tag)
             if message.is_cuda:
                 work.wait()
                 torch.cuda.current_stream(message.device).synchronize()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from torch.nn import functional as F
 
 import scaledtrain
 from scaledtrain import Asynchronous, ConfigError, ParameterServer, Replica, connect
-from scaledtrain.comm.event_log import read_events
+from scaledtrain.comm.event_log import Event, read_events
 from scaledtrain.comm.protocols import Store
 from scaledtrain.rendezvous import Transport
 from scaledtrain.server import (
@@ -33,7 +37,7 @@ from scaledtrain.server import (
     Synchronous,
 )
 from scaledtrain.server.operations import Kind, apply
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -86,9 +90,7 @@ CASES = {
     "three shards": (partial(ParameterServer, shards=3), SGD),
     "overlap": (partial(ParameterServer, overlap=True), SGD),
     "all": (
-        partial(
-            ParameterServer, SoftSync(2), AdaptiveDelayCompensated(), shards=3, overlap=True
-        ),
+        partial(ParameterServer, SoftSync(2), AdaptiveDelayCompensated(), shards=3, overlap=True),
         partial(torch.optim.Adam, lr=1e-3),
     ),
     "dana": (partial(ParameterServer, StaleSynchronous(1), Dana(), shards=2), PLAIN),
@@ -108,9 +110,7 @@ def replay(log: Path, name: str, pushed: list[list[list[Tensor]]]) -> tuple[Serv
     """One server in one process is told what the log says; returns it, and the accepted."""
     make, optimizer = CASES[name]
     replica, strategy = Replica(net(), optimizer), make()
-    server = Server(
-        replica.parameters, replica.updater, 3, strategy.admission, strategy.correction
-    )
+    server = Server(replica.parameters, replica.updater, 3, strategy.admission, strategy.correction)
     waiting = [iter(gradients) for gradients in pushed]
     accepted = 0
     for event in read_events(log):
@@ -211,3 +211,173 @@ def test_workers_killed_at_random_moments_do_not_stop_the_others(
     told = capfd.readouterr().err
     for victim in victims:
         assert f"worker {victim} is lost" in told
+
+
+def misbehave(transport: Transport) -> dict[str, Any]:
+    """Rank 1 pushes NaN, then a wrong shape; rank 2 is stuck for longer than anybody waits."""
+    logging.basicConfig(level=logging.WARNING)
+    link = connect(transport=transport, timeout_seconds=30)
+    rank = link.group.rank
+    model = nn.Linear(2, 2, bias=False)  # a row on each shard
+    replica = Replica(model, PLAIN)
+    strategy = ParameterServer(StaleSynchronous(0), shards=2)
+    strategy.attach(replica, link)
+    if rank == 0:  # starting may take longer
+        host = link._serving[0].host
+        assert host is not None
+        host._timeout_seconds = 4.0
+    strategy.start(None)
+    steps = good = 0
+    end = time.monotonic() + 10.0
+    while time.monotonic() < end and strategy.before_forward():
+        time.sleep(8.0 if rank == 2 and steps == 1 else 0.02)
+        gradient = torch.full((2, 2), 0.01)
+        if rank == 1 and steps == 0:
+            gradient[0, 1] = torch.nan
+        if rank == 1 and steps == 1:
+            strategy._store.push([torch.ones(3)], strategy.step)
+        else:
+            model.weight.grad = gradient
+            strategy.apply_gradients()
+        strategy.after_step()
+        steps += 1
+    strategy.agree_to_stop(True)
+    strategy.settle()
+    weight = model.weight.detach().clone()
+    link.close()
+    return {"steps": steps, "version": strategy.step, "weight": weight}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_unusable_gradients_are_rejected_and_a_stuck_worker_is_given_up_and_taken_back(
+    transport: Transport, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = run_ranks(misbehave, 3, transport)
+    # Each step is an update, but for two of rank 1, and the one of rank 2 that came after it had
+    # been given up.
+    assert {r["version"] for r in results} == {sum(r["steps"] for r in results) - 2 - 1}
+    assert all(torch.equal(r["weight"], results[0]["weight"]) for r in results)
+    assert results[0]["weight"].isfinite().all()
+    told = capfd.readouterr().err
+    assert "worker 1: its gradient holds NaN or infinity" in told
+    assert "its gradient of parameter 0 holds NaN or infinity" in told
+    assert "worker 1: its gradient does not fit the parameters" in told
+    assert "its gradient of parameter 0 has shape (3,), not (2, 2)" in told
+    assert "worker 2 is lost" in told
+    assert "waited for it in pull, and it showed no sign of life for 4 s" in told
+    assert "worker 2 is back" in told
+
+
+class Watched(nn.Linear):
+    """Counts forward passes, and makes rank 1 slow between forward and backward."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return super().forward(x)
+
+
+def stop_old_work(transport: Transport) -> dict[str, Any]:
+    with connect(transport=transport, timeout_seconds=20) as link:
+        model = Watched(2, 1)
+        trainer = scaledtrain.Trainer(
+            model,
+            F.mse_loss,
+            PLAIN,
+            strategy=ParameterServer(Ringmaster(delay_threshold=2, stop=True)),
+            slowdown=scaledtrain.Slowdown({1: 50.0}, min_compute_seconds=0.02),
+            console=False,
+            link=link,
+        )
+        result = trainer.fit([(torch.ones(4, 2), torch.ones(4, 1))] * 4, max_steps=60)
+        return {"step": result.step, "passes": model.passes, "seconds": result.seconds}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_work_that_has_become_too_old_is_stopped_and_begun_anew(transport: Transport) -> None:
+    """Rank 1 takes 1 s for what rank 0 does in 20 ms: after two of its updates it begins anew."""
+    zero, one = run_ranks(stop_old_work, 2, transport)
+    assert zero["step"] == one["step"] == 60
+    assert zero["passes"] == 60  # all updates are rank 0's
+    assert one["passes"] >= 10  # about 60 / 2 times begun; without stopping once or twice
+
+
+def test_overlap_is_refused_where_it_could_not_work() -> None:
+    with pytest.raises(ConfigError, match="does not accept one that is"):
+        ParameterServer(Synchronous(), overlap=True)
+    with pytest.raises(ConfigError, match="stops work under way"):
+        ParameterServer(Ringmaster(2, stop=True), overlap=True)
+    with connect() as link, pytest.raises(ConfigError, match="it is 1 to 1 here"):
+        ParameterServer(shards=2).attach(Replica(net(), SGD), link)
+
+
+def launch(folder: Path, rank: int, port: int, *command: str) -> subprocess.Popen[bytes]:
+    environment = {
+        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+        "SCALEDTRAIN_RANK": str(rank),
+        "SCALEDTRAIN_WORLD_SIZE": "3",
+        "SCALEDTRAIN_MASTER_ADDR": "127.0.0.1",
+        "SCALEDTRAIN_MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    arguments = [
+        "-m", "scaledtrain.train", "strategy=async", "max_steps=null", "max_seconds=14",
+        "slowdown.min_compute_seconds=0.01", "log_every=5", "console=false",
+        f"run_dir={folder / 'run'}", "timeout_seconds=30",
+    ]  # fmt: skip
+    with (folder / f"rank-{rank}").open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *command, *arguments], env=environment, stderr=output, stdout=output
+        )
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_comes_back_under_its_own_torchrun(tmp_path: Path) -> None:
+    """Three ranks launched one by one; torchrun starts the killed one again."""
+    port = free_port()
+    torchrun = [
+        "-m", "torch.distributed.run", "--nproc-per-node", "1", "--max-restarts", "2",
+        "--master-port", str(free_port()),
+    ]  # fmt: skip
+    ranks = [launch(tmp_path, rank, port) for rank in (0, 1)]
+    ranks.append(launch(tmp_path, 2, port, *torchrun))
+    metrics = tmp_path / "run" / "metrics-rank2.jsonl"
+    try:
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "rank 2 began")
+        (child,) = [
+            int(pid)
+            for pid in Path(f"/proc/{ranks[2].pid}/task/{ranks[2].pid}/children")
+            .read_text()
+            .split()
+        ]
+        os.kill(child, signal.SIGKILL)
+        first_life = metrics.read_text().count("\n")
+        assert [rank.wait(90) for rank in ranks] == [0, 0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    told = (tmp_path / "rank-0").read_text()
+    assert "worker 2 is lost, and the other 2 go on without it" in told
+    assert "worker 2 is back" in told
+    assert metrics.read_text().count("\n") > first_life
+    events = list(read_events(tmp_path / "run" / "events.bin"))
+    of_two = [e.operation.kind for e in events if e.operation.worker == 2]
+    back = of_two.index(Kind.ADD)
+    assert of_two[back - 1] == Kind.REMOVE
+    assert Kind.PUSH in of_two[back:]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["result"]["step"] == events_accepted(events)
+
+
+def events_accepted(events: Sequence[Event]) -> int:
+    return sum(event.accepted for event in events)
