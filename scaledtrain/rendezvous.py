@@ -26,8 +26,9 @@ from torch import Tensor
 from scaledtrain.comm.local import AbsentGroup, LocalGroup
 from scaledtrain.comm.process_group import TorchGroup
 from scaledtrain.comm.protocols import Group, MakeServer, ServeOptions, Store
-from scaledtrain.comm.serving import Job, Serving, serve
+from scaledtrain.comm.serving import Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
+from scaledtrain.comm.wiring import Job
 from scaledtrain.errors import ConfigError
 from scaledtrain.ranks import RankInfo, meet
 from scaledtrain.timeline import Timeline

@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from scaledtrain.comm.answering import Decode, serve_worker
@@ -22,40 +20,15 @@ from scaledtrain.comm.protocols import MakeServer, ServeOptions, Store
 from scaledtrain.comm.requests import Request
 from scaledtrain.comm.server_store import DirectStore, Local, WireStore
 from scaledtrain.comm.shard import ServerShard
-from scaledtrain.comm.shared_wire import SharedWire
-from scaledtrain.comm.torch_wire import TorchWire
 from scaledtrain.comm.wire import LocalWire, Wire, empty_like
-from scaledtrain.errors import ClusterError, ConfigError, RendezvousError
+from scaledtrain.comm.wiring import Job, open_wire
+from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.server import Server
 from scaledtrain.timeline import Timeline
 
-__all__ = ["Job", "Serving", "serve"]
+__all__ = ["Serving", "serve"]
 
-_POLL_SECONDS = 0.002
 _LISTEN_SECONDS = 0.2  # between two looks for workers that come back
-
-
-@dataclass(frozen=True)
-class Job:
-    """What wires need to know of this rank and its job.
-
-    Args:
-        store: where ranks meet, of one server alone; None for a job of one process.
-        rank: this one.
-        size: of the job.
-        share_memory: try to, before torch.distributed is used.
-        device: where this rank computes.
-        timeout_seconds: the longest wait of one rank for another.
-        attempt: how often this rank has come back to its job.
-    """
-
-    store: dist.Store | None
-    rank: int
-    size: int
-    share_memory: bool
-    device: torch.device
-    timeout_seconds: float
-    attempt: int = 0
 
 
 @dataclass
@@ -203,7 +176,7 @@ class _Builder:
         job = self._job
         for shard, home in enumerate(self._homes):
             if shard > 0:
-                wire = self._open(f"shard/{shard}", 0, ([], []), (1, 1), (job.rank, home))
+                wire = open_wire(self._job, f"shard/{shard}", 0, ([], []), (1, 1), (job.rank, home))
                 host.add_shard(wire)
                 serving.shards.append(wire)
         for worker in range(job.size):
@@ -253,7 +226,7 @@ class _Builder:
 
         def run() -> None:
             ranks = (self._homes[0], job.rank)
-            first = self._open(f"shard/{shard}", 1, ([], []), (1, 1), ranks)
+            first = open_wire(job, f"shard/{shard}", 1, ([], []), (1, 1), ranks)
             serving.wires.append(first)
             workers = range(job.size)
             part.run(first, {w: local.get(w) or connect(w, 0) for w in workers})
@@ -275,7 +248,8 @@ class _Builder:
         slots = (1, self._slots)
         # Only the first shard judges a push, so the others have to have their parts before.
         receipts = shard > 0
-        return self._open(
+        return open_wire(
+            self._job,
             name,
             0 if at_shard else 1,
             likes,
@@ -286,57 +260,3 @@ class _Builder:
             gives_receipts=receipts and at_shard,
             wants_receipts=receipts and not at_shard,
         )
-
-    def _open(
-        self,
-        name: str,
-        end: int,
-        like: tuple[Sequence[Tensor], Sequence[Tensor]],
-        slots: tuple[int, int],
-        ranks: tuple[int, int],
-        reads_ahead: bool = False,
-        gives_receipts: bool = False,
-        wants_receipts: bool = False,
-    ) -> Wire:
-        job = self._job
-        assert job.store is not None
-        # Threads do this at once, and waiting in one client of the store keeps out others of it.
-        client: dist.Store = job.store.clone()  # type: ignore[attr-defined]
-        store = dist.PrefixStore(name, client)
-        if job.share_memory:
-            wire = SharedWire.connect(store, "memory", end, like, slots, ranks, job.timeout_seconds)
-            if wire is not None:
-                return wire
-        return TorchWire(
-            store,
-            end,
-            like,
-            slots,
-            ranks,
-            job.timeout_seconds,
-            _device(store, end, ranks, job),
-            reads_ahead,
-            gives_receipts,
-            wants_receipts,
-        )
-
-
-def _device(store: dist.Store, end: int, ranks: tuple[int, int], job: Job) -> torch.device:
-    """Where the tensors of a wire lie: on the GPUs at both ends if they are two."""
-    mine = "cpu"
-    if job.device.type == "cuda":
-        mine = str(torch.cuda.get_device_properties(job.device).uuid)
-    store.set(f"device/{end}", mine)
-    other = f"device/{1 - end}"
-    deadline = time.monotonic() + job.timeout_seconds
-    while not store.check([other]):
-        if time.monotonic() > deadline:
-            raise RendezvousError(
-                f"rank {ranks[end]} waited {job.timeout_seconds:g} s to be connected with rank "
-                f"{ranks[1 - end]}, which did not come; look at its output, or raise "
-                "timeout_seconds"
-            )
-        time.sleep(_POLL_SECONDS)
-    theirs = store.get(other).decode()
-    two_gpus = "cpu" not in (mine, theirs) and mine != theirs
-    return job.device if two_gpus else torch.device("cpu")

@@ -157,8 +157,9 @@ class TorchWire:
         """Break the connection, which wakes whoever waits at the other end."""
         if self._numbers is None:
             return
-        if self._wants_receipts or self._gives_receipts:
-            # Both ends read ahead, and a thread that reads keeps its end of the connection open.
+        if self._ahead is not None:
+            # The thread that reads here keeps this end of the connection open. Another one may do
+            # so at the other end; it ends when it reads this, and then this one does, too.
             with suppress(RuntimeError):
                 bye = torch.full((NUMBERS,), _BYE, dtype=torch.float64)
                 work = self._numbers.send([bye], self._other, _MESSAGE)

@@ -1,0 +1,164 @@
+"""Messages between any two ranks, taken in by a thread while the rank itself computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from scaledtrain.comm.protocols import Handle, Peer
+from scaledtrain.comm.wire import Wire, empty_like
+from scaledtrain.comm.wiring import Job, open_wire
+from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
+
+__all__ = ["WirePeers"]
+
+
+class _Kind(IntEnum):
+    CALL = 1
+    ANSWER = 2
+
+
+class WirePeers:
+    """One rank's way to the peers of all others: a wire to each, and a thread that listens to it.
+
+    Memory: for every other rank twice the size of a message, where messages between the two have
+    been sent.
+
+    Args:
+        job: what this rank is. Every rank makes its own, at the same time.
+        like: templates of the tensors of every message.
+        peer: takes in what comes.
+        answers: whether messages are answered with tensors, too.
+
+    Raises:
+        ClusterError: a rank did not come.
+    """
+
+    def __init__(self, job: Job, like: Sequence[Tensor], peer: Peer, answers: bool) -> None:
+        self._peer = peer
+        self._answers = answers
+        self._timeout_seconds = job.timeout_seconds
+        self._lock = threading.Lock()
+        self._ends: dict[int, _End] = {}
+        like = empty_like(like)
+        others = [rank for rank in range(job.size) if rank != job.rank]
+        for other in others:  # every rank takes the others in the same order, so none blocks
+            low, high = sorted((job.rank, other))
+            # On their way may be a call and an answer each way.
+            wire = open_wire(
+                job,
+                f"peers/{low}/{high}",
+                0 if job.rank == low else 1,
+                (like, like),
+                (2, 2),
+                (low, high),
+                reads_ahead=True,
+            )
+            self._ends[other] = _End(other, wire)
+        self.threads = [
+            threading.Thread(
+                target=self._listen, args=(end,), name=f"listens-to-rank-{rank}", daemon=True
+            )
+            for rank, end in self._ends.items()
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def lock(self) -> AbstractContextManager[bool]:
+        """While it is held, no message reaches this rank's own peer."""
+        return self._lock
+
+    def call(self, rank: int, tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> Handle:
+        """Begin to send a message; it is received when the handle's ``wait`` returns."""
+        end = self._ends[rank]
+        call = _Call(rank, into, self._timeout_seconds)
+        with end.sending:
+            if end.lost is not None:
+                raise PeerLostError(end.lost)
+            end.call = call
+            end.wire.send([_Kind.CALL], tensors)
+        return call
+
+    def close(self) -> None:
+        """Leave: messages of others are no longer taken in."""
+        for end in self._ends.values():
+            end.wire.close()
+
+    def _listen(self, end: _End) -> None:
+        try:
+            while True:
+                kind, *_ = (message := end.wire.receive(None)).numbers
+                if kind == _Kind.CALL:
+                    assert message.tensors is not None
+                    with self._lock:
+                        answer = self._peer.receive(end.rank, message.tensors)
+                        with end.sending:
+                            written = end.wire.write(answer) if self._answers else None
+                            end.wire.release()
+                            end.wire.send([_Kind.ANSWER], written)
+                else:
+                    end.answered(message.tensors)
+                    if message.tensors is not None:
+                        end.wire.release()
+        except ClusterError as error:
+            end.lose(str(error))
+        except Exception as error:  # of the peer itself
+            end.lose(f"rank {end.rank}'s message could not be taken in: {error!r}")
+
+
+class _End:
+    """What this rank knows of one other."""
+
+    def __init__(self, rank: int, wire: Wire) -> None:
+        self.rank = rank
+        self.wire = wire
+        self.sending = threading.Lock()  # this rank's calls, and its thread's answers
+        self.call: _Call | None = None
+        self.lost: str | None = None
+
+    def answered(self, tensors: Sequence[Tensor] | None) -> None:
+        call, self.call = self.call, None
+        if call is not None:
+            call.end(tensors)
+
+    def lose(self, why: str) -> None:
+        self.lost = why
+        call, self.call = self.call, None
+        if call is not None:
+            call.fail(why)
+
+
+class _Call:
+    """A message under way."""
+
+    def __init__(self, rank: int, into: Sequence[Tensor], timeout_seconds: float) -> None:
+        self._rank = rank
+        self._into = list(into)
+        self._timeout_seconds = timeout_seconds
+        self._over = threading.Event()
+        self._why: str | None = None
+
+    @torch.no_grad()
+    def end(self, tensors: Sequence[Tensor] | None) -> None:
+        if self._into and tensors is not None:
+            torch._foreach_copy_(self._into, list(tensors))
+        self._over.set()
+
+    def fail(self, why: str) -> None:
+        self._why = why
+        self._over.set()
+
+    def wait(self) -> None:
+        """Return when the message has been received, and the answer is there."""
+        if not self._over.wait(self._timeout_seconds):
+            raise WaitTimeoutError(
+                f"rank {self._rank} did not take a message within {self._timeout_seconds:g} s; it "
+                "is stuck, or too slow: look at it, or raise timeout_seconds"
+            )
+        if self._why is not None:
+            raise PeerLostError(self._why)
