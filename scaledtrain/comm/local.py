@@ -23,6 +23,8 @@ class LocalGroup:
 
     rank = 0
     size = 1
+    overlaps = False
+    bytes_sent = 0
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
@@ -32,3 +34,7 @@ class LocalGroup:
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
         """Leave the tensors as they are."""
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """These tensors alone."""
+        return [list(tensors)]
