@@ -1,6 +1,7 @@
 """scaledtrain: distributed training from synchronous to asynchronous, behind one Trainer."""
 
 from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.drop_compute import DropCompute, choose_threshold
 from scaledtrain.errors import (
     ClusterError,
     ConfigError,
@@ -27,6 +28,7 @@ __all__ = [
     "Callback",
     "ClusterError",
     "ConfigError",
+    "DropCompute",
     "FitResult",
     "Mesh",
     "NonFiniteLossError",
@@ -43,6 +45,7 @@ __all__ = [
     "Sync",
     "Trainer",
     "WaitTimeoutError",
+    "choose_threshold",
     "connect",
     "seed_everything",
 ]

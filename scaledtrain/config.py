@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.precision import Precision
@@ -108,6 +109,7 @@ class TrainConfig:
     target: Target
     gradient_accumulation_steps: int
     max_grad_norm: float | None
+    drop_compute: DropCompute
     seed: int
     deterministic: bool
     compile: str | None

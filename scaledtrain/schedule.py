@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.precision import Precision
 
@@ -18,9 +20,9 @@ __all__ = [
     "Computed",
     "LossFn",
     "MicrobatchLoop",
+    "Pace",
     "Schedule",
     "Slowdown",
-    "SlowedSchedule",
     "call_model",
 ]
 
@@ -105,30 +107,94 @@ def _describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast a device pretends to compute.
+
+    Args:
+        factor: how many times longer everything takes, >= 1.
+        min_compute_seconds: a whole step takes at least so long, before the factor.
+    """
+
+    factor: float = 1.0
+    min_compute_seconds: float = 0.0
+
+    @property
+    def is_real(self) -> bool:
+        """Whether nothing is pretended."""
+        return self.factor == 1.0 and self.min_compute_seconds == 0.0
+
+    def rest(self, start: float, share: float, abandon: Callable[[], bool]) -> bool:
+        """Sleep for the rest of the pretended time.
+
+        Args:
+            start: when computing began, by ``time.perf_counter``.
+            share: of a step that was computed since.
+            abandon: asked now and then.
+
+        Returns:
+            Whether the work is still wanted.
+        """
+        elapsed = time.perf_counter() - start
+        end = start + self.factor * max(elapsed, self.min_compute_seconds * share)
+        while (left := end - time.perf_counter()) > 0:
+            if abandon():
+                return False
+            time.sleep(min(left, _NAP_SECONDS))
+        return True
+
+
 class MicrobatchLoop:
     """Microbatches one after another on one device: plain training and gradient accumulation.
 
     The gradient is that of the mean loss over all samples of the step, also when the last
-    microbatch is smaller: loss i counts n_i / sum_j n_j.
+    microbatch is smaller: loss i counts n_i / sum_j n_j. Where `DropCompute` ends a step early it
+    is that of the mean over the samples that were computed with.
 
     Args:
         model: called as ``model(inputs)``, or as ``model(**batch)`` when there is no ``loss_fn``.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over the microbatch's samples, a scalar.
         precision: its ``autocast`` and ``scale`` are used.
+        parameters: whose gradients are computed.
+        drop_compute: when to begin no further microbatch.
+        pace: how fast to compute, for experiments.
+
+    Attributes:
+        microbatch_seconds: what each microbatch of the last step took, in order. On CUDA the time
+            of the device if there is a threshold or a pace, else that of the host.
     """
 
     def __init__(
-        self, model: Callable[..., Any], loss_fn: LossFn | None, precision: Precision
+        self,
+        model: Callable[..., Any],
+        loss_fn: LossFn | None,
+        precision: Precision,
+        parameters: Sequence[nn.Parameter],
+        *,
+        drop_compute: DropCompute | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.model = model
+        self.microbatch_seconds: list[float] = []
         self._loss_fn = loss_fn
         self._precision = precision
+        self._parameters = parameters
+        self._drop_compute = drop_compute or DropCompute()
+        self._pace = pace or Pace()
+        # Else the clock would show when kernels were launched.
+        may_drop = math.isfinite(self._drop_compute.threshold_seconds)
+        self._waits_for_device = may_drop or not self._pace.is_real
 
     def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
         """Run forward and backward for each microbatch; asks ``abandon`` between the two."""
         total: Tensor | None = None
         samples = batch.samples
+        computed = 0
+        self.microbatch_seconds = []
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
+            if computed and self._drop_compute.is_over(sum(self.microbatch_seconds)):
+                break
+            start = time.perf_counter()
             with self._precision.autocast():
                 # The outputs are let go of before backward, which can use their memory.
                 loss = call_model(self.model, microbatch, self._loss_fn)[1]
@@ -139,9 +205,19 @@ class MicrobatchLoop:
             self._precision.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss = loss.detach()
             total = loss if total is None else total + loss
+            computed += size
+            if self._waits_for_device and loss.is_cuda:
+                torch.cuda.synchronize(loss.device)
+            if not self._pace.rest(start, size / samples, abandon):
+                return None
+            self.microbatch_seconds.append(time.perf_counter() - start)
         if total is None:  # this replica has no samples left in a step that others still make
             total = torch.zeros(())
-        return Computed(total, samples)
+        if computed < samples:
+            total = total * (samples / computed)
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, samples / computed)
+        return Computed(total, computed)
 
 
 @dataclass(frozen=True)
@@ -171,34 +247,6 @@ class Slowdown:
         if self.min_compute_seconds < 0:
             raise ConfigError(f"min_compute_seconds is {self.min_compute_seconds}; it is >= 0")
 
-    def wrap(self, schedule: Schedule, rank: int) -> Schedule:
-        """The schedule as this rank is to run it."""
-        factor = self.factors.get(rank, 1.0)
-        if factor == 1.0 and self.min_compute_seconds == 0.0:
-            return schedule
-        return SlowedSchedule(schedule, factor, self.min_compute_seconds)
-
-
-class SlowedSchedule:
-    """Sleeps after each step, so that computing takes ``factor`` times as long as it really did."""
-
-    def __init__(self, schedule: Schedule, factor: float, min_compute_seconds: float) -> None:
-        self._schedule = schedule
-        self._factor = factor
-        self._min_compute_seconds = min_compute_seconds
-
-    def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
-        """Run, then sleep for the rest of the pretended time, or until it is to be abandoned."""
-        start = time.perf_counter()
-        computed = self._schedule.run(batch, abandon)
-        if computed is None:
-            return None
-        if computed.loss.is_cuda:
-            torch.cuda.synchronize(computed.loss.device)
-        elapsed = time.perf_counter() - start
-        end = start + self._factor * max(elapsed, self._min_compute_seconds)
-        while (left := end - time.perf_counter()) > 0:
-            if abandon():
-                return None
-            time.sleep(min(left, _NAP_SECONDS))
-        return computed
+    def pace(self, rank: int) -> Pace:
+        """How fast that rank is to compute."""
+        return Pace(self.factors.get(rank, 1.0), self.min_compute_seconds)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 
 __all__ = ["Phase", "Span", "Timeline"]
+
+_MAX_INSIDE = 4096  # spans that one span can hold; forgetting more keeps memory bounded
 
 Phase = Literal["data", "compute", "communication", "waiting", "evaluation"]
 
@@ -24,8 +27,10 @@ class Span(NamedTuple):
 class Timeline:
     """Collects what this rank did and when.
 
-    Recording a span costs well under a microsecond: nothing is written, synchronised or resolved
-    before ``drain``. On one host all ranks share the clock, so their spans lie on one axis.
+    Recording a span costs about a microsecond: nothing is written, synchronised or resolved
+    before ``drain``. The time of a span that lies inside another one, as communication begun
+    during the backward pass, counts to the inner phase only. On one host all ranks share the
+    clock, so their spans lie on one axis.
 
     Args:
         device: kernels on CUDA return before they are done. A timeline that keeps spans therefore
@@ -40,6 +45,8 @@ class Timeline:
         self._device = device if device is not None and device.type == "cuda" else None
         self._spans: list[Span] = []
         self._seconds: dict[Phase, float] = {}
+        # Start and length of the last spans that lie in no other one so far.
+        self._outermost: deque[tuple[float, float]] = deque(maxlen=_MAX_INSIDE)
 
     def add(self, phase: Phase, start: float, end: float | None = None) -> float:
         """Record a span that ends now, or at ``end``; returns its end, where the next may start."""
@@ -47,7 +54,11 @@ class Timeline:
             if self.keep and self._device is not None:
                 torch.cuda.synchronize(self._device)
             end = self.now()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + (end - start)
+        seconds = end - start
+        while self._outermost and self._outermost[-1][0] >= start:  # it lies inside this one
+            seconds -= self._outermost.pop()[1]
+        self._outermost.append((start, end - start))
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
         if self.keep:
             self._spans.append(Span(phase, start, end))
         return end

@@ -267,6 +267,7 @@ def _assemble(
         precision=config.precision,
         gradient_accumulation_steps=accumulation,
         max_grad_norm=config.max_grad_norm,
+        drop_compute=config.drop_compute,
         eval_metrics=task.metrics,
         callbacks=callbacks,
         seed=config.seed,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from scaledtrain.callbacks import Callback
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
@@ -66,6 +67,7 @@ class Trainer:
         precision: default fp32.
         gradient_accumulation_steps: batches of the loader per step on each replica.
         max_grad_norm: clip the gradient to this 2-norm.
+        drop_compute: leave out the last batches of a step that takes too long.
         eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
         callbacks: called in order.
         seed: of data order, dropout and every other generator; each rank's differ where they
@@ -108,6 +110,7 @@ class Trainer:
         precision: Precision | None = None,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
+        drop_compute: DropCompute | None = None,
         eval_metrics: Mapping[str, Metric] | None = None,
         callbacks: Sequence[Callback] = (),
         seed: int = 0,
@@ -142,8 +145,14 @@ class Trainer:
         self.strategy.attach(self.replica, self.link)
         seed_everything(seed, self.link.group.rank)
         called = self.model if compile is None else torch.compile(self.model, backend=compile)
-        schedule = MicrobatchLoop(called, loss_fn, self.precision)
-        self.schedule = (slowdown or Slowdown({})).wrap(schedule, self.link.group.rank)
+        self.schedule = MicrobatchLoop(
+            called,
+            loss_fn,
+            self.precision,
+            self.replica.parameters,
+            drop_compute=drop_compute,
+            pace=(slowdown or Slowdown({})).pace(self.link.group.rank),
+        )
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(

@@ -7,13 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FlatBuffer", "flat_bytes"]
+__all__ = ["FlatBuffer", "bytes_of", "flat_bytes"]
 
 _ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the tensors' values, without what lies between them.
+
+    Example:
+        >>> bytes_of([torch.zeros(3), torch.zeros(2, dtype=torch.int8)])  # 3 x 4 + 2 x 1
+        14
+    """
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def flat_bytes(like: Sequence[Tensor]) -> int:

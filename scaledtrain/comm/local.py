@@ -24,6 +24,8 @@ class LocalGroup:
 
     rank = 0
     size = 1
+    overlaps = False
+    bytes_sent = 0
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
@@ -33,6 +35,10 @@ class LocalGroup:
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
         """Leave the tensors as they are."""
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """These tensors alone."""
+        return [list(tensors)]
 
 
 class AbsentGroup:
@@ -47,6 +53,9 @@ class AbsentGroup:
         self.rank = rank
         self.size = size
 
+    overlaps = False
+    bytes_sent = 0
+
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
     ) -> Handle:
@@ -54,6 +63,10 @@ class AbsentGroup:
         raise self._error()
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
+        """Raise ClusterError."""
+        raise self._error()
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """Raise ClusterError."""
         raise self._error()
 

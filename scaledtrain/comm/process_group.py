@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaledtrain.comm.flat import FlatBuffer, bytes_of, flat_bytes
 from scaledtrain.comm.protocols import Handle, ReduceOp
 from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 from scaledtrain.timeline import Timeline
@@ -33,6 +34,8 @@ class TorchGroup:
         timeout_seconds: only for messages; the process group has its own, equal one.
     """
 
+    overlaps = True
+
     def __init__(
         self,
         process_group: dist.ProcessGroup,
@@ -46,12 +49,14 @@ class TorchGroup:
         self._timeout_seconds = timeout_seconds
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
+        self.bytes_sent = 0
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
     ) -> Handle:
         """Begin to reduce; the sums' order is the backend's, so results may differ by rounding."""
         start = self._timeline.now()
+        self.bytes_sent += bytes_of(tensors)
         with clear_errors("all_reduce", self.rank, self.size, self._store, self._timeout_seconds):
             pending = _Pending(self, tensors, op, weight)
         self._timeline.add("communication", start)
@@ -60,6 +65,8 @@ class TorchGroup:
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
         """Copy rank ``src``'s values to all."""
         start = self._timeline.now()
+        if src == self.rank:
+            self.bytes_sent += bytes_of(tensors)
         with clear_errors("broadcast", self.rank, self.size, self._store, self._timeout_seconds):
             for tensor in tensors:
                 value = tensor.detach().contiguous()
@@ -67,6 +74,20 @@ class TorchGroup:
                 if value.data_ptr() != tensor.data_ptr():
                     tensor.detach().copy_(value)
         self._timeline.add("communication", start)
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every rank's tensors, by rank, in one message from each."""
+        start = self._timeline.now()
+        self.bytes_sent += bytes_of(tensors)
+        device = tensors[0].device if tensors else None
+        rows = torch.empty(self.size, flat_bytes(tensors), dtype=torch.uint8, device=device)
+        views = [FlatBuffer(tensors, row).views for row in rows]
+        torch._foreach_copy_(views[self.rank], [t.detach() for t in tensors])
+        with clear_errors("all_gather", self.rank, self.size, self._store, self._timeout_seconds):
+            dist.all_gather(list(rows), rows[self.rank].clone(), group=self._process_group)
+        views[self.rank] = list(tensors)
+        self._timeline.add("communication", start)
+        return views
 
 
 class _Pending:

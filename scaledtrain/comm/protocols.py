@@ -52,6 +52,19 @@ class Group(Protocol):
     def size(self) -> int:
         """How many ranks take part."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether an all-reduce goes on by itself before ``wait``, while this rank computes."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that this rank has handed to the transport so far.
+
+        An all-reduce and an all-gather count as the bytes of this rank's tensors, a broadcast as
+        those of the tensors on rank ``src`` and as none elsewhere. What the transport makes of it
+        is not in it: to all-reduce B bytes a ring of n ranks sends 2 (n - 1) / n B from each.
+        """
+
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
     ) -> Handle:
@@ -70,6 +83,14 @@ class Group(Protocol):
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
         """Replace every tensor, in place, by rank ``src``'s; returns when it is there."""
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every rank's tensors, by rank; returns when all are there.
+
+        Args:
+            tensors: contiguous tensors, the same shapes and dtypes in the same order on every rank.
+                They are this rank's entry of the result, not copied.
+        """
 
 
 @dataclass(frozen=True)

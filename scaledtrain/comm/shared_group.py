@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from scaledtrain.comm.flat import bytes_of
 from scaledtrain.comm.protocols import ReduceOp
 from scaledtrain.comm.shared_memory import SharedSegment, aligned
 from scaledtrain.errors import ClusterError, ConfigError
@@ -81,7 +82,10 @@ class SharedMemoryGroup:
         rank: this rank's place, from 0.
         size: how many ranks there are.
         observe: as given; may be replaced.
+        bytes_sent: bytes of the tensors that this rank has handed over, as `Group` counts them.
     """
+
+    overlaps = False
 
     def __init__(
         self, segment: SharedSegment, timeout_seconds: float, observe: Observe | None = None
@@ -90,6 +94,7 @@ class SharedMemoryGroup:
         self.rank = rank
         self.size = size
         self.observe = observe
+        self.bytes_sent = 0
         self._segment = segment
         self._timeout_seconds = timeout_seconds
         others = [r for r in range(size) if r != rank]
@@ -181,6 +186,7 @@ class SharedMemoryGroup:
             raise ConfigError(f"op={op!r} is none of 'sum', 'mean', 'max'")
         tensors = list(tensors)
         pending = _Pending(self, tensors, self._plan(tensors, op, 0), weight)
+        self.bytes_sent += bytes_of(tensors)
         self._pending.append(pending)
         return pending
 
@@ -202,8 +208,26 @@ class SharedMemoryGroup:
             raise ConfigError(f"src={src} is no rank of a group of {self.size}")
         tensors = list(tensors)
         pending = _Pending(self, tensors, self._plan(tensors, "broadcast", src), 1.0)
+        if src == self.rank:
+            self.bytes_sent += bytes_of(tensors)
         self._pending.append(pending)
         pending.wait()
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every rank's tensors, by rank: each rank broadcasts its own in turn.
+
+        Args:
+            tensors: on the CPU, of any dtype; the same shapes and dtypes on every rank.
+
+        Raises:
+            ConfigError, ClusterError, PeerLostError, WaitTimeoutError: as `broadcast`.
+        """
+        gathered = []
+        for src in range(self.size):
+            own = src == self.rank
+            gathered.append(list(tensors) if own else [torch.empty_like(t) for t in tensors])
+            self.broadcast(gathered[src], src)
+        return gathered
 
     def close(self) -> None:
         """Give the memory back; ranks that still wait for this one learn that it left."""

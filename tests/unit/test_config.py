@@ -23,6 +23,7 @@ COMPANIONS = {
     "model/gpt": ["data=stdlib_text"],
     "data/stdlib_text": ["model=gpt"],
     "strategy/admission": ["strategy=async"],
+    "strategy/compression": ["strategy=sync"],
     "strategy/correction": ["strategy=async"],
     "strategy/correction/dana": ["optimizer=plain_sgd"],  # it has the momentum
 }
@@ -142,7 +143,10 @@ def test_train_yaml_has_exactly_the_keys_of_the_config() -> None:
         (["slowdown.factors={3: 0.5}"], ["slowdown of rank 3 is 0.5"]),
         (["strategy=async", "strategy.admission=x"], ["to choose one write strategy/admission=x"]),
         (["strategy/admission=asynchronous"], ["strategy has no part 'admission'"]),
-        (["strategy.admission=x"], ["Sync takes no arguments"]),
+        (["strategy.admission=x"], ["Sync takes: overlap, bucket_bytes, compression"]),
+        (["strategy=async", "strategy.correction.x=1"], ["Uncorrected takes no arguments"]),
+        (["strategy/compression=topk"], ["did you mean 'top_k'?", "bf16, fp16, none, power_sgd"]),
+        (["strategy/compression=top_k", "strategy.compression.fraction=x"], ["a number"]),
         (["precision.name=fp7"], ["'fp7'", "'fp32'"]),
         (["model=nowhere.Net"], ["'nowhere.Net'", "No module named 'nowhere'", "PYTHONPATH"]),
         (["model=torch.nn.Linea"], ["no attribute 'Linea'"]),
@@ -324,7 +328,7 @@ class TestCommands:
         assert "train " in capsys.readouterr().out
         assert self.call(monkeypatch, "train", "--help") == 0
         shown = capsys.readouterr().out
-        assert "strategy/admission   asynchronous, backup_workers" in shown
+        assert "strategy/admission asynchronous, backup_workers" in " ".join(shown.split())
         assert "--config-dir" in shown
         assert "$" not in shown
         lines = [line.strip() for line in shown.splitlines()]

@@ -1,0 +1,77 @@
+"""Error feedback: what a codec left out is sent later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scaledtrain.comm.compress.codec import Codec
+
+__all__ = ["Feedback", "keep_if_finite"]
+
+
+class Feedback:
+    """Encodes one list of tensors again and again, and keeps what was left out.
+
+        p = g + e,  sent: C(p),  e <- p - C(p)
+
+    So sent + kept = gradient + kept before, and every bit of gradient is sent in the end. A codec
+    that needs no feedback is used as it is. Where a gradient is not finite, C(p) shows it and e
+    stays as it was: such a step is skipped.
+
+    A crash loses e, about as much as a few gradients.
+
+    Args:
+        codec: C.
+        like: tensors like those to come; e begins at zero.
+
+    Example:
+        >>> from scaledtrain.comm.compress import TopK
+        >>> codec, g = TopK(fraction=0.5), torch.tensor([3.0, 2.0])
+        >>> feedback = Feedback(codec, [g])
+        >>> [codec.decode(feedback.encode([g]), [g])[0].tolist() for _ in range(3)]
+        [[3.0, 0.0], [0.0, 4.0], [6.0, 0.0]]
+
+    References:
+        Seide et al. 2014; Karimireddy et al. 2019, Error Feedback Fixes SignSGD, arXiv 1901.09847.
+    """
+
+    def __init__(self, codec: Codec, like: Sequence[Tensor]) -> None:
+        self._codec = codec
+        self._kept: list[Tensor] = []
+        if codec.needs_feedback:
+            self._kept = [torch.zeros_like(t, requires_grad=False) for t in like]
+        self._empty: list[dict[str, Tensor]] = [{} for _ in like]
+
+    @torch.no_grad()
+    def encode(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """C(g + e); the gradients are not changed."""
+        if not self._kept:
+            return self._codec.encode(gradients)
+        wanted = torch._foreach_add(list(gradients), self._kept)
+        encoded = self._codec.encode(wanted)
+        sent = self._codec.decode(encoded, wanted)
+        for kept, rest in zip(self._kept, torch._foreach_sub(wanted, sent), strict=True):
+            keep_if_finite(kept, rest)
+        return encoded
+
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """A copy of e, a dictionary for each tensor."""
+        return [{"kept": kept.clone()} for kept in self._kept] or self._empty
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Tensor]]) -> None:
+        """Restore what ``state_dict`` returned; where that was without feedback, e is zero."""
+        for kept, saved in zip(self._kept, state, strict=bool(self._kept)):
+            kept.copy_(saved["kept"]) if saved else kept.zero_()
+
+
+def keep_if_finite(kept: Tensor, new: Tensor) -> None:
+    """Replace a tensor's values, in place, unless one of the new is infinite or NaN.
+
+    A remainder of an overflow would come back in every later step.
+    """
+    torch.where(new.isfinite().all(), new, kept, out=kept)

@@ -1,0 +1,117 @@
+"""What all compressing groups have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from scaledtrain.comm.protocols import Group, Handle, ReduceOp
+from scaledtrain.errors import ConfigError
+
+__all__ = ["CompressedGroup", "Later", "PlainGroup"]
+
+
+class Later:
+    """A handle whose ``wait`` does what is left, once."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish: Callable[[], None] | None = finish
+
+    def wait(self) -> None:
+        """Do it."""
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
+
+
+class CompressedGroup(ABC):
+    """A `Group` whose sums and means of one list of tensors are taken of fewer bytes.
+
+    It belongs to one list of tensors (a bucket of gradients, a fragment of parameters), since what
+    a compression remembers of the last call is about them: make one for each with `compressed`. All
+    other calls (``"max"``, whole numbers, broadcasts) go to the group below as they are.
+
+    Args:
+        group: what moves the bytes.
+        like: tensors like those that will be reduced.
+    """
+
+    def __init__(self, group: Group, like: Sequence[Tensor]) -> None:
+        self._group = group
+        self._shapes = [tuple(t.shape) for t in like]
+
+    @property
+    def rank(self) -> int:
+        """Of the group below."""
+        return self._group.rank
+
+    @property
+    def size(self) -> int:
+        """Of the group below."""
+        return self._group.size
+
+    @property
+    def overlaps(self) -> bool:
+        """False where the exchange has more than one part: ``wait`` then does all of it."""
+        return False
+
+    @property
+    def bytes_sent(self) -> int:
+        """Of the group below, which counts what is sent instead of the tensors."""
+        return self._group.bytes_sent
+
+    def all_reduce(
+        self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
+    ) -> Handle:
+        """Begin to replace every tensor by about its reduction, the same values on every rank.
+
+        Handles must be waited for in the same order on every rank.
+
+        Raises:
+            ConfigError: floating tensors of other shapes than this group was made for.
+        """
+        if op == "max" or not all(t.is_floating_point() for t in tensors):
+            return self._group.all_reduce(tensors, op, weight)
+        shapes = [tuple(t.shape) for t in tensors]
+        if shapes != self._shapes:
+            raise ConfigError(
+                f"this compressed group was made for tensors of shapes {self._shapes}, but got "
+                f"{shapes}; what it remembers belongs to its tensors: make one for each list of "
+                "tensors with compressed(group, compression, tensors)"
+            )
+        return self._reduce([t.detach() for t in tensors], op, weight)
+
+    @abstractmethod
+    def _reduce(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> Handle:
+        """``all_reduce`` for ``"sum"`` and ``"mean"`` of the tensors this group is made for."""
+
+    def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
+        """Exactly, as the group below."""
+        self._group.broadcast(tensors, src)
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Exactly, as the group below."""
+        return self._group.all_gather(tensors)
+
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """A copy of what this rank remembers, a dictionary for each tensor."""
+        return [{} for _ in self._shapes]
+
+    def load_state_dict(  # noqa: B027 - there may be nothing to remember
+        self, state: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Restore what ``state_dict`` returned; empty dictionaries: begin anew."""
+
+
+class PlainGroup(CompressedGroup):
+    """No compression."""
+
+    @property
+    def overlaps(self) -> bool:
+        """As the group below."""
+        return self._group.overlaps
+
+    def _reduce(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> Handle:
+        return self._group.all_reduce(tensors, op, weight)
