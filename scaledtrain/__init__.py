@@ -17,7 +17,7 @@ from scaledtrain.replica import Replica
 from scaledtrain.schedule import Slowdown
 from scaledtrain.seeding import seed_everything
 from scaledtrain.server import Asynchronous, Server
-from scaledtrain.strategies import ParameterServer, Strategy, Sync
+from scaledtrain.strategies import DiLoCo, LocalSGD, ParameterServer, Strategy, Sync
 from scaledtrain.trainer import FitResult, Trainer
 
 __version__ = "0.1.0"
@@ -27,7 +27,9 @@ __all__ = [
     "Callback",
     "ClusterError",
     "ConfigError",
+    "DiLoCo",
     "FitResult",
+    "LocalSGD",
     "Mesh",
     "NonFiniteLossError",
     "ParameterServer",
