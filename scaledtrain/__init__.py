@@ -18,7 +18,7 @@ from scaledtrain.replica import Replica
 from scaledtrain.schedule import Slowdown
 from scaledtrain.seeding import seed_everything
 from scaledtrain.server import Asynchronous, Server
-from scaledtrain.strategies import ParameterServer, Strategy, Sync
+from scaledtrain.strategies import DiLoCo, LocalSGD, ParameterServer, Strategy, Sync
 from scaledtrain.trainer import FitResult, Trainer
 
 __version__ = "0.1.0"
@@ -29,7 +29,9 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "DropCompute",
+    "DiLoCo",
     "FitResult",
+    "LocalSGD",
     "Mesh",
     "NonFiniteLossError",
     "ParameterServer",

@@ -19,6 +19,9 @@ class Callback:
     def on_fit_start(self, trainer: Trainer) -> None:
         """Called before the first step."""
 
+    def on_gradients(self, trainer: Trainer) -> None:
+        """Called in each step when the gradients are computed, before they are used or sent."""
+
     def on_step_end(self, trainer: Trainer) -> None:
         """Called after each step; ``trainer.step_count`` says which."""
 

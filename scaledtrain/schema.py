@@ -2,6 +2,8 @@
 
 A `Node` is a part of a config that names a callable as ``_target_``; the keys beside it are checked
 against that callable's own signature, so that a new class is usable without a schema beside it.
+With ``_partial_: true`` it makes no object but a factory, for an argument that wants one: as in
+Hydra, a ``functools.partial`` of the callable, whose other arguments are given when it is called.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +23,7 @@ from scaledtrain.errors import ConfigError
 __all__ = ["Kind", "Misfit", "Node", "complete", "did_you_mean", "make", "parse"]
 
 LEFT_OUT = "???"  # as OmegaConf writes a value that is still to be given
+_SPECIAL = ("_target_", "_partial_")  # keys of a node that are no arguments
 _PART = "a part"
 
 _WORDS = {
@@ -34,7 +38,7 @@ _WORDS = {
 
 
 class Node(dict[str, Any]):
-    """The name of a callable (``_target_``) and its arguments; `make` calls it."""
+    """The name of a callable (``_target_``) and its arguments; `make` calls it, or binds them."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,18 @@ def parse(key: str, value: Any, hint: Any) -> Any:
 
 
 def make(node: Node, *given: Any) -> Any:
-    """Call what a parsed node names, first the nodes among its arguments."""
-    arguments = {key: _made(value) for key, value in node.items() if key != "_target_"}
-    return _find("_target_", node["_target_"])(*given, **arguments)
+    """Call what a parsed node names, first the nodes among its arguments.
+
+    Example:
+        >>> halve = make(Node(_target_="builtins.divmod", _partial_=True), 7)
+        >>> halve(2)
+        (3, 1)
+    """
+    arguments = {key: _made(value) for key, value in node.items() if key not in _SPECIAL}
+    target = _find("_target_", node["_target_"])
+    if node.get("_partial_", False):
+        return partial(target, *given, **arguments)
+    return target(*given, **arguments)
 
 
 def _made(value: Any) -> Any:
@@ -228,8 +241,11 @@ def _node(key: str, value: Any, kind: Kind) -> Node:
         for name, hint in get_type_hints(kind.besides).items():
             known[name] = _Argument(hint, required=False)
     node = Node(_target_=path)
+    is_factory = parse(f"{key}._partial_", value.get("_partial_", False), bool)
+    if is_factory:
+        node["_partial_"] = True
     for name, item in value.items():
-        if name == "_target_":
+        if name in _SPECIAL:
             continue
         if name not in known and not open_ended:
             raise ConfigError(
@@ -242,7 +258,7 @@ def _node(key: str, value: Any, kind: Kind) -> Node:
     if kind.besides is not None:  # it may refuse them
         kind.besides(**{f.name: node[f.name] for f in fields(kind.besides) if f.name in node})
     for name, argument in known.items():
-        if argument.required and name not in node and not kind.incomplete:
+        if argument.required and name not in node and not kind.incomplete and not is_factory:
             wanted = _describe(argument.hint)
             raise ConfigError(f"{target.__name__} needs {key}.{name}; give it a value ({wanted})")
     return node

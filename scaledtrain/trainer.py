@@ -191,6 +191,7 @@ class Trainer:
             start = self.timeline.now()
             computed = self.schedule.run(batch, self.strategy.abandons)
             self.timeline.add("compute", start)
+        self._call("on_gradients")
         self.strategy.reduce_gradients(batch.weight * _share(computed.samples, batch.samples))
         finite, norm = self.precision.unscale_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()

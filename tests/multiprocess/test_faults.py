@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from scaledtrain import (
-    Callback,
     ClusterError,
     ConfigError,
     ParameterServer,
@@ -24,6 +22,7 @@ from scaledtrain import (
     Trainer,
     connect,
 )
+from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Transport
 from tests.ranks import run_ranks
 
@@ -32,24 +31,13 @@ BATCHES = [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))] * 8
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-class KillAt(Callback):
-    """kill -9 for one rank at one step of its own."""
-
-    def __init__(self, rank: int, step: int) -> None:
-        self._rank, self._left = rank, step
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        self._left -= 1
-        if self._left == 0 and trainer.link.group.rank == self._rank:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train_with_a_victim(name: str, transport: Transport, victim: int) -> tuple[str, str, float]:
     """Returns the error of a survivor, and the seconds it took after the victim's last step."""
     strategy: Strategy = Sync() if name == "sync" else ParameterServer()
     link = connect(transport=transport, timeout_seconds=20)
     trainer = Trainer(
-        nn.Linear(3, 2), F.cross_entropy, SGD, strategy=strategy, callbacks=[KillAt(victim, 20)],
+        nn.Linear(3, 2), F.cross_entropy, SGD, strategy=strategy,
+        callbacks=[FaultInjector().fail_at(victim, 20)],
         slowdown=Slowdown({}, min_compute_seconds=0.01), log_every=1000, console=False, link=link,
     )  # fmt: skip
     start = time.monotonic()

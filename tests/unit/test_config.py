@@ -125,7 +125,7 @@ def test_train_yaml_has_exactly_the_keys_of_the_config() -> None:
         (["global_batch_size=64"], ["did you mean 'data.global_batch_size'?"]),
         (["slowdown.factor={3: 4.0}"], ["'slowdown.factor'", "'factors'?"]),
         (["strategy/admision=asynchronous"], ["did you mean 'strategy/admission'?"]),
-        (["strategy=asinc"], ["strategy is 'asinc'", "did you mean 'async'?", "async, sync"]),
+        (["strategy=asinc"], ["strategy is 'asinc'", "did you mean 'async'?", "can be: async"]),
         (
             ["model=resnet"],
             ["model is 'resnet'", "can be: convnet, gpt, mlp", "package.module.Class"],
@@ -189,6 +189,7 @@ def test_a_config_that_is_not_there_is_told() -> None:
             ["did you mean 'accuracy'?", "loss, accuracy"],
         ),
         (["optimizer.lr=-1"], ["optimizer SGD: Invalid learning rate: -1"]),
+        (["strategy=streaming_diloco", "strategy.fragments=9"], ["fragments is 9", "only 4 "]),
         (["lr_schedule=cosine", "max_steps=null"], ["needs T_max", "set one"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
@@ -236,6 +237,21 @@ def test_an_experiment_gives_way_to_the_command_line() -> None:
     config = compose(["experiment=digits_convnet", "optimizer=sgd", "max_steps=3"])
     assert (config.optimizer.lr, config.max_steps, config.model.width) == (0.1, 3, 16)
     assert config.name == "digits_convnet-sync"
+
+
+def test_a_part_can_be_a_factory_whose_arguments_are_set_like_any_other(link: Connection) -> None:
+    config = compose([*SMALL, "strategy=diloco", "strategy.outer_optimizer.lr=0.5"])
+    trainer, train, _ = build(config, link)
+    assert trainer.fit(train, max_steps=50).step == 50
+    outer = trainer.strategy.state_dict()["outer"][0]["updater"]["optimizer"]
+    (settings,) = outer["param_groups"]
+    assert (settings["lr"], settings["momentum"], settings["nesterov"]) == (0.5, 0.9, True)
+    assert len(outer["state"]) == 4  # a momentum of each tensor: the one outer step was made
+    assert check(OmegaConf.create(to_yaml(check(config)))) == check(config)
+    trainer.close()
+    assert "'strategy.outer_optimizer.lrr' (did you mean 'lr'?)" in message(
+        "strategy=diloco", "+strategy.outer_optimizer.lrr=0.5"
+    )
 
 
 class TestOwnClasses:
