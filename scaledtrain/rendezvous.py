@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaledtrain.comm.flat import FlatBuffer, flat_bytes
 from scaledtrain.comm.host import DirectStore, ServerHost
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.point_to_point import TorchServerWire, TorchWorkerWire
@@ -300,6 +301,36 @@ class Connection:
         for worker, server_wire in zip(others, wires, strict=True):
             self._threads.append(serve_in_thread(host, worker, server_wire))
         return self._keep(DirectStore(host, 0, self.timeline))
+
+    def share(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Make tensors in memory of which every rank sees the same; all ranks call this together.
+
+        Raises:
+            ConfigError: they are not on the CPU, or the ranks not on one host.
+        """
+        if any(t.device.type != "cpu" for t in like):
+            raise ConfigError(
+                "only the CPU's memory can be shared by ranks as if it were their own, but the "
+                f"parameters are on {like[0].device}; use device=cpu, or a strategy whose ranks "
+                "send each other messages"
+            )
+        if self.store is None:
+            return [torch.zeros_like(t, requires_grad=False) for t in like]
+        segment = SharedSegment.connect(
+            self.store,
+            "shared_tensors",
+            self.info.rank,
+            self.info.size,
+            n_bytes=flat_bytes(like),
+            timeout_seconds=self.timeout_seconds,
+        )
+        if segment is None:
+            raise ConfigError(
+                "the ranks cannot share memory: they are not all on one Linux host (or in one "
+                "container); start them all on one, or use a strategy whose ranks send messages"
+            )
+        self._segments.append(segment)
+        return FlatBuffer(like, segment.memory).views
 
     def _keep(self, store: Store) -> Store:
         self._stores.append(store)

@@ -38,14 +38,18 @@ class ServerHost:
         self._failure: BaseException | None = None
         self._stopped = False
         self._last_push = [_NO_PUSH] * server.n_workers
+        self._speeds = [0.0] * server.n_workers
         self._faults = 0
         self._here: set[int] = set()
         self._meetings = 0
 
-    def push(self, worker: int, gradient: Sequence[Tensor], version: int) -> None:
+    def push(
+        self, worker: int, gradient: Sequence[Tensor], version: int, speed: float = 0.0
+    ) -> None:
         """Hand a gradient to the server; wakes the workers that it sets free."""
         with self._changed:
             self._raise_failure()
+            self._speeds[worker] = speed
             try:
                 pushed = self._last_push[worker] = self._server.push(worker, gradient, version)
             except Exception as error:
@@ -145,6 +149,7 @@ class ServerHost:
             staleness=last.staleness,
             learning_rate=self._server.learning_rate,
             stopped=self._stopped or self._server.finished,
+            fastest=max((self._speeds[w] for w in self._server.members), default=0.0),
         )
 
     def _wait(self, worker: int, what: str, ready: Callable[[], bool]) -> None:
@@ -183,10 +188,10 @@ class DirectStore:
         self._worker = worker
         self._timeline = timeline
 
-    def push(self, update: Sequence[Tensor], version: int) -> None:
+    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
         """Let the server take the gradient now."""
         start = self._timeline.now()
-        self._host.push(self._worker, update, version)
+        self._host.push(self._worker, update, version, speed)
         self._timeline.add("communication", start)
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:

@@ -1,12 +1,13 @@
-"""What a strategy may ask of the outside world: a `Group` of peers, a `Store` of parameters.
+"""What a strategy may ask of the outside world: a `Group`, a `Store` of parameters, its `Peers`.
 
-Both are small on purpose: everything that costs communication goes through these few calls, so that
+All are small on purpose: everything that costs communication goes through these few calls, so that
 another world (shared memory, gloo, NCCL, a simulator) is one more implementation and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
     from scaledtrain.server import Server
     from scaledtrain.timeline import Timeline
 
-__all__ = ["Group", "Handle", "Link", "Pulled", "ReduceOp", "Store"]
+__all__ = ["Group", "Handle", "Link", "Peer", "Peers", "Pulled", "ReduceOp", "Store"]
 
 ReduceOp = Literal["sum", "mean", "max"]
 
 
 class Handle(Protocol):
-    """A collective that has begun."""
+    """A collective, or a message, that has begun."""
 
     def wait(self) -> None:
         """Return when the result is in the tensors."""
@@ -72,13 +73,21 @@ class Pulled:
     """Of the server's next update."""
     stopped: bool
     """The run is over: some worker asked for the end, or the last update has been made."""
+    fastest: float = 0.0
+    """The largest speed that a worker taking part last told with a push; 0 if none told any."""
 
 
 class Store(Protocol):
     """One worker's access to the server's parameters."""
 
-    def push(self, update: Sequence[Tensor], version: int) -> None:
-        """Hand over a gradient taken at ``version``. The tensors may be reused on return."""
+    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
+        """Hand over a gradient taken at ``version``. The tensors may be reused on return.
+
+        Args:
+            update: one tensor for each parameter.
+            version: of the parameters that it belongs to.
+            speed: of this worker, in whatever unit all of them use; all learn the largest.
+        """
 
     def skip(self) -> None:
         """Say that this worker's step ended without a gradient."""
@@ -110,6 +119,56 @@ class Store(Protocol):
         """Tell the server that this worker leaves."""
 
 
+class Peer(Protocol):
+    """What one rank keeps for the others to reach: pure, no clock, no threads, no I/O."""
+
+    def receive(self, sender: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Take a message whole.
+
+        Called by whatever carries messages, one at a time, never while the rank holds its lock.
+
+        Args:
+            sender: the rank that it is from.
+            tensors: valid only until the return.
+
+        Returns:
+            The answer, read before the next call; empty where messages have none.
+        """
+
+
+class Peers(Protocol):
+    """One rank's way to the others' peers; nobody's computing is waited for."""
+
+    def lock(self) -> AbstractContextManager[None]:
+        """While it is held, no message reaches this rank's own peer; hold it briefly.
+
+        Never hold it while waiting for a call: two ranks that call each other would be stuck.
+        """
+
+    def call(self, rank: int, tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> Handle:
+        """Begin to send a message to another rank's peer; one at a time.
+
+        The returned handle's ``wait`` returns once that peer has received it, so that a message is
+        in flight only as long as somebody has to wait for it.
+
+        Args:
+            rank: not this one.
+            tensors: the message; left alone until ``wait`` has returned.
+            into: where the answer is written before ``wait`` returns; empty if there is none.
+
+        Raises:
+            WaitTimeoutError: (here or in ``Handle.wait``) that rank is there, but no answer came.
+            PeerLostError: (here or in ``Handle.wait``) that rank died. Whether it received the
+                message is not known.
+        """
+
+    def say(self, word: int) -> None:
+        """Make a number known to all ranks; it replaces the one before, and begins as 0."""
+
+    def heard(self) -> Sequence[int]:
+        """By rank, the last word that is known here; it never waits, and may lag a little."""
+
+
 class Link(Protocol):
     """The world a strategy is attached to: its peers, and a place where a server can live."""
 
@@ -135,4 +194,26 @@ class Link(Protocol):
         Args:
             like: tensors with the shapes and dtypes of the server's parameters.
             make_server: called on one rank only.
+        """
+
+    def share(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors, zero at first, in memory that is the same for all ranks. Collective.
+
+        They stay valid for as long as they are kept, also when the link is closed. Nothing orders
+        what several ranks read and write at the same time.
+
+        Args:
+            like: tensors whose shapes and dtypes are taken.
+
+        Raises:
+            ConfigError: they are not on the CPU, or the ranks not on one host.
+        """
+
+    def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
+        """Let all ranks send messages to each other's peers from now on. Collective.
+
+        Args:
+            like: tensors with the shapes and dtypes of every message, and of every answer.
+            peer: this rank's.
+            answers: whether messages are answered.
         """
