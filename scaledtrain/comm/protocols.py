@@ -1,4 +1,4 @@
-"""What a strategy may ask of the outside world: a `Group`, a `Store` of parameters, its `Peers`.
+"""What a strategy may ask of the outside world: a group, a store, peers, a board.
 
 All are small on purpose: everything that costs communication goes through these few calls, so that
 another world (shared memory, gloo, NCCL, a simulator) is one more implementation and nothing else.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from scaledtrain.server import Server
     from scaledtrain.timeline import Timeline
 
-__all__ = ["Group", "Handle", "Link", "Peer", "Peers", "Pulled", "ReduceOp", "Store"]
+__all__ = ["Board", "Group", "Handle", "Link", "Peer", "Peers", "Pulled", "ReduceOp", "Store"]
 
 ReduceOp = Literal["sum", "mean", "max"]
 
@@ -162,11 +162,32 @@ class Peers(Protocol):
                 message is not known.
         """
 
-    def say(self, word: int) -> None:
-        """Make a number known to all ranks; it replaces the one before, and begins as 0."""
 
-    def heard(self) -> Sequence[int]:
-        """By rank, the last word that is known here; it never waits, and may lag a little."""
+class Board(Protocol):
+    """Where each rank writes one number for all to read: what it does, and that it still does it.
+
+    For a number now and then, not for data.
+    """
+
+    def write(self, word: int) -> None:
+        """Replace this rank's word, 0 at first, by another one, >= 0 and below 2^53."""
+
+    def read(self) -> Sequence[int]:
+        """By rank, the last word that is known here, or -1: the rank died. It never waits.
+
+        This rank's own is always the last one; others' may lag a little.
+        """
+
+    def wait(self, until: Callable[[Sequence[int]], bool], doing: str) -> None:
+        """Return as soon as the words, as ``read`` gives them, are such that ``until`` is true.
+
+        Args:
+            until: asked when a word has changed, or now and then.
+            doing: what this rank is in, for the message.
+
+        Raises:
+            WaitTimeoutError: no word changed for too long; those that change only are slow.
+        """
 
 
 class Link(Protocol):
@@ -208,6 +229,9 @@ class Link(Protocol):
         Raises:
             ConfigError: they are not on the CPU, or the ranks not on one host.
         """
+
+    def board(self) -> Board:
+        """A board of its own for the caller. Collective."""
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
         """Let all ranks send messages to each other's peers from now on. Collective.
