@@ -1,7 +1,21 @@
 """Strategies: what replicas tell each other, and when."""
 
+from scaledtrain.strategies.async_local_sgd import AsyncLocalSGD
+from scaledtrain.strategies.easgd import EASGD
+from scaledtrain.strategies.gossip import Gossip
+from scaledtrain.strategies.hogwild import Hogwild
 from scaledtrain.strategies.parameter_server import ParameterServer
+from scaledtrain.strategies.push_sum import PushSum
 from scaledtrain.strategies.strategy import Strategy
 from scaledtrain.strategies.sync import Sync
 
-__all__ = ["ParameterServer", "Strategy", "Sync"]
+__all__ = [
+    "EASGD",
+    "AsyncLocalSGD",
+    "Gossip",
+    "Hogwild",
+    "ParameterServer",
+    "PushSum",
+    "Strategy",
+    "Sync",
+]
