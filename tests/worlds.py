@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from scaledtrain import Replica, Strategy
 from scaledtrain.comm.host import DirectStore, ServerHost
 from scaledtrain.comm.local import Done
 from scaledtrain.comm.protocols import Handle, Peer, ReduceOp
@@ -195,3 +197,57 @@ class Message:
 
     def wait(self) -> None:
         self.deliver()
+
+
+class Value(nn.Module):
+    """One number w; the loss of x is (w - x)^2 / 2, its gradient w - x."""
+
+    def __init__(self, w: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([w], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.w - x) ** 2).sum() / 2
+
+
+class Worker:
+    """A strategy over one `Value`, which begins at 0, stepped by hand with plain SGD."""
+
+    def __init__(self, link: Any, strategy: Strategy, lr: float = 0.5) -> None:
+        self.model = Value(0.0)
+        self.replica = Replica(self.model, partial(torch.optim.SGD, lr=lr))
+        self.strategy = strategy
+        strategy.attach(self.replica, link)
+        strategy.start(None)
+
+    def step(self, x: float) -> bool:
+        """One step towards x; False if the strategy says that the run is over."""
+        if not self.compute(x):
+            return False
+        self.update()
+        return True
+
+    def compute(self, x: float) -> bool:
+        """The first half of a step: the gradient."""
+        if not self.strategy.before_forward():
+            return False
+        self.replica.zero_grad()
+        self.model(torch.tensor([x], dtype=torch.float64)).backward()
+        return True
+
+    def update(self) -> None:
+        """The second half."""
+        self.strategy.reduce_gradients()
+        self.strategy.apply_gradients()
+        self.strategy.after_step()
+
+    @property
+    def w(self) -> float:
+        """Of the replica."""
+        return self.model.w.item()
+
+    @property
+    def agreed(self) -> float:
+        """Of what is evaluated."""
+        with self.strategy.consensus():
+            return self.model.w.item()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AveragingPeer"]
+__all__ = ["AveragingPeer", "averaging_neighbours"]
 
 
 class AveragingPeer:
@@ -58,3 +58,24 @@ class AveragingPeer:
     def write(self, parameters: Sequence[Tensor]) -> None:
         """Let x be these."""
         torch._foreach_copy_(self.tensors, list(parameters))
+
+
+def averaging_neighbours(rank: int, present: Sequence[int]) -> list[int]:
+    """Whom a rank calls: of those present every other one, the first included, calls the rest.
+
+    Were two ranks to call each other at the same time, each would go half way to where the other
+    was, and half a way more by the answer: they would only swap their parameters. Between a half
+    that calls and a half that is called that cannot be.
+
+    Args:
+        rank: one of ``present``.
+        present: the ranks that take part, in order.
+
+    Returns:
+        Ranks, empty for one that is called.
+
+    Example:
+        >>> averaging_neighbours(0, [0, 1, 2, 3]), averaging_neighbours(1, [0, 1, 2, 3])
+        ([1, 3], [])
+    """
+    return list(present[1::2]) if present.index(rank) % 2 == 0 else []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.peers import AveragingPeer
+from scaledtrain.peers import AveragingPeer, averaging_neighbours
 from scaledtrain.replica import Replica
 from scaledtrain.strategies.courier import Courier
 from scaledtrain.strategies.roster import Roster
@@ -28,15 +28,16 @@ class Gossip(Strategy):
     optimizer, though g is of x_i before averaging. Both additions are made to whatever x is at that
     moment, so that the mean over all replicas moves by gradients alone.
 
-    j is uniform over the others that still take part, a function of (seed, rank, step). A replica
-    evaluates its own parameters; at the end all have the mean of all replicas' parameters.
+    Every other replica calls, the rest are called: two that call each other would swap, not
+    average. j is uniform over the called ones that still take part, by (seed, rank, step). A
+    replica evaluates its own parameters; at the end all have the mean of all replicas' parameters.
 
     ``step`` and ``max_steps`` count this replica's own steps, also those without an update.
 
-    Sent: the parameters to one other replica per step, and half the difference back. Waits: never
-    for another one's computing, only for the answer; at the end for all. The other replicas leave
-    out one that died, and end with parameters of their own then: no mean of all can be taken.
-    A crash loses what the replica had not yet passed on. Memory: two more copies of the parameters.
+    Sent: the parameters to another replica, and half the difference back, once in a step of each
+    that calls. Waits: for that answer alone, for nobody's computing; at the end for all. A crash
+    loses what the replica had not yet passed on; the others leave it out, and each ends with its
+    own parameters, as no mean of all can be taken. Memory: two more copies of the parameters.
 
     For a state that is exact for several replicas save it between two runs; saved in the middle,
     each replica's is of another moment.
@@ -98,15 +99,15 @@ class Gossip(Strategy):
         self._roster.begin()
 
     def before_forward(self, microbatches: int = 1, weight: float = 1.0) -> bool:
-        """Begin to average with a neighbour; False if the run is over for this replica."""
+        """Begin to average if this replica calls; False if the run is over for it."""
         self._end_exchange()
         if self._roster.stopped or not super().before_forward(microbatches, weight):
             return False
-        others = [rank for rank in self._roster.present() if rank != self._group.rank]
-        if others:
+        neighbours = averaging_neighbours(self._group.rank, self._roster.present())
+        if neighbours:
             draw = random.Random(f"{self.seed} {self._group.rank} {self.step}")
             sent = [p.detach() for p in self._replica.parameters]
-            self._courier.begin(draw.choice(others), sent, self._answer)
+            self._courier.begin(draw.choice(neighbours), sent, self._answer)
         return True
 
     def reduce_gradients(self, weight: float = 1.0) -> None:
