@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from scaledtrain.comm.protocols import Board
 
@@ -64,8 +64,7 @@ class Roster:
 
     def present(self) -> list[int]:
         """The ranks that take part in this run or will, this one included, in order."""
-        words = enumerate(self._board.read())
-        return [r for r, word in words if not self._has_left(word) and r not in self._dead]
+        return self._present(self._board.read())
 
     def lost(self, rank: int) -> None:
         """That rank died, as a message to it has shown."""
@@ -93,8 +92,12 @@ class Roster:
         """
         self._state |= _LEFT
         self._write()
-        self._board.wait(lambda words: all(map(self._has_left, words)), doing)
+        self._board.wait(lambda words: not self._present(words), doing)
         return not self.dead
+
+    def _present(self, words: Sequence[int]) -> list[int]:
+        ranks = enumerate(words)
+        return [r for r, word in ranks if not self._has_left(word) and r not in self._dead]
 
     def _has_left(self, word: int) -> bool:
         if word < 0:
