@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,11 +23,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaledtrain.comm.local import AbsentGroup, LocalGroup
+from scaledtrain.comm.boards import SharedBoard, StoreBoard
+from scaledtrain.comm.flat import FlatBuffer, flat_bytes
+from scaledtrain.comm.local import AbsentGroup, LocalBoard, LocalGroup, LocalPeers
 from scaledtrain.comm.process_group import TorchGroup
-from scaledtrain.comm.protocols import Group, MakeServer, ServeOptions, Store
+from scaledtrain.comm.protocols import (
+    Board,
+    Group,
+    MakeServer,
+    Peer,
+    Peers,
+    ServeOptions,
+    Store,
+)
 from scaledtrain.comm.serving import Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
+from scaledtrain.comm.shared_memory import SharedSegment
+from scaledtrain.comm.wire_peers import WirePeers
 from scaledtrain.comm.wiring import Job
 from scaledtrain.errors import ConfigError
 from scaledtrain.ranks import RankInfo, meet
@@ -77,7 +89,8 @@ class Connection:
         self._shared: SharedMemoryGroup | None = None
         self._shares_memory = transport != "torch" and device.type == "cpu"
         self._serving: list[Serving] = []
-        self._served = 0
+        self._made: dict[str, int] = {}
+        self._closing: list[Callable[[], None]] = []
         self.event_log: Path | None = None
         self.attempt = 0
         if info.size > 1 or dist.is_initialized():
@@ -133,11 +146,79 @@ class Connection:
         self, like: Sequence[Tensor], make_server: MakeServer, options: ServeOptions
     ) -> Store:
         """Start a server and connect every rank to it; all ranks call this together."""
-        self._served += 1
-        store = None
-        if self.store is not None:
-            store = dist.PrefixStore(f"server/{self._served}", self.store)
-        job = Job(
+        job = self._job(self._store_of_new("server"))
+        serving = serve(job, like, make_server, options, self.timeline, self.event_log)
+        self._serving.append(serving)
+        assert serving.store is not None
+        return serving.store
+
+    def share(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Make tensors in memory of which every rank sees the same; all ranks call this together.
+
+        Raises:
+            ConfigError: they are not on the CPU, or the ranks not on one host.
+        """
+        if self.device.type != "cpu":
+            raise ConfigError(
+                "only the CPU's memory can be shared by ranks as if it were their own, but the "
+                f"parameters are on {self.device}; use device=cpu, or a strategy whose ranks send "
+                "each other messages"
+            )
+        store = self._store_of_new("shared_tensors")
+        if store is None:
+            return [torch.zeros_like(t, requires_grad=False) for t in like]
+        segment = self._share(store, flat_bytes(like))
+        if segment is None:
+            raise ConfigError(
+                "the ranks cannot share memory: they are not all on one Linux host (or in one "
+                "container); start them all on one, or use a strategy whose ranks send messages"
+            )
+        self._closing.append(segment.close)
+        return FlatBuffer(like, segment.memory).views
+
+    def board(self) -> Board:
+        """Make a board; all ranks call this together."""
+        store = self._store_of_new("board")
+        if store is None:
+            return LocalBoard()
+        board: SharedBoard | StoreBoard
+        rank, size, seconds = self.info.rank, self.info.size, self.timeout_seconds
+        segment = self._share(store, 8 * size) if self._shares_memory else None
+        if segment is not None:
+            board = SharedBoard(segment, seconds)
+        else:
+            board = StoreBoard(store, rank, size, seconds)
+        self._closing.append(board.close)
+        return board
+
+    def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
+        """Let all ranks send messages to each other's peers; all ranks call this together."""
+        store = self._store_of_new("peers")
+        if store is None:
+            return LocalPeers()
+        peers = WirePeers(self._job(store), like, peer, answers)
+        self._closing.append(peers.close)
+        return peers
+
+    def _share(self, store: dist.Store, n_bytes: int) -> SharedSegment | None:
+        return SharedSegment.connect(
+            store,
+            "memory",
+            self.info.rank,
+            self.info.size,
+            n_bytes=n_bytes,
+            timeout_seconds=self.timeout_seconds,
+        )
+
+    def _store_of_new(self, what: str) -> dist.Store | None:
+        """Where all ranks meet for something that they make together, for the n-th time."""
+        number = self._made[what] = self._made.get(what, 0) + 1
+        if self.store is None:
+            return None
+        return dist.PrefixStore(f"{what}/{number}", self.store)
+
+    def _job(self, store: dist.Store | None) -> Job:
+        return Job(
             store,
             self.info.rank,
             self.info.size,
@@ -146,10 +227,6 @@ class Connection:
             self.timeout_seconds,
             self.attempt,
         )
-        serving = serve(job, like, make_server, options, self.timeline, self.event_log)
-        self._serving.append(serving)
-        assert serving.store is not None
-        return serving.store
 
     def abandon(self) -> None:
         """Leave without waiting for anybody: after an error, or at the end of the process."""
@@ -167,7 +244,9 @@ class Connection:
         deadline = time.monotonic() + seconds
         for serving in self._serving:
             serving.end(deadline)
-        self._serving = []
+        for close in self._closing:
+            close()
+        self._serving, self._closing = [], []
         if self._shared is not None:
             self._shared.close()
             self._shared = None

@@ -1,15 +1,16 @@
-"""The group of one: what a job on a single device talks to."""
+"""The group, the board and the peers of one: what a job on a single device talks to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
 from scaledtrain.comm.protocols import Handle, ReduceOp
-from scaledtrain.errors import ClusterError
+from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 
-__all__ = ["AbsentGroup", "Done", "LocalGroup"]
+__all__ = ["AbsentGroup", "Done", "LocalBoard", "LocalGroup", "LocalPeers"]
 
 
 class Done:
@@ -76,3 +77,35 @@ class AbsentGroup:
             "needs all ranks together; only ParameterServer takes a rank back: restart the whole "
             "job, from its last checkpoint if it keeps any"
         )
+
+
+class LocalBoard:
+    """The board of a rank that is alone."""
+
+    def __init__(self) -> None:
+        self._word = 0
+
+    def write(self, word: int) -> None:
+        """Keep the word."""
+        self._word = word
+
+    def read(self) -> Sequence[int]:
+        """This rank's own word."""
+        return [self._word]
+
+    def wait(self, until: Callable[[Sequence[int]], bool], doing: str) -> None:
+        """Return at once; nobody else can write, so that to wait would be for ever."""
+        if not until(self.read()):
+            raise WaitTimeoutError(f"{doing} waits for another rank, but this job is one process")
+
+
+class LocalPeers:
+    """The peers of a rank that is alone: there is nobody to call, and nobody calls."""
+
+    def lock(self) -> AbstractContextManager[object]:
+        """Nothing to keep out."""
+        return nullcontext()
+
+    def call(self, rank: int, tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> Handle:
+        """Fail: there is no such rank."""
+        raise PeerLostError(f"there is no rank {rank}: this job is one process")

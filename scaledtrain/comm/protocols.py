@@ -1,12 +1,13 @@
-"""What a strategy may ask of the outside world: a `Group` of peers, a `Store` of parameters.
+"""What a strategy may ask of the outside world: a group, a store, peers, a board.
 
-Both are small on purpose: everything that costs communication goes through these few calls, so that
+All are small on purpose: everything that costs communication goes through these few calls, so that
 another world (shared memory, gloo, NCCL, a simulator) is one more implementation and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
     from scaledtrain.timeline import Timeline
 
 __all__ = [
+    "Board",
     "Group",
     "Handle",
     "Link",
     "MakeServer",
+    "Peer",
+    "Peers",
     "Pulled",
     "ReduceOp",
     "ServeOptions",
@@ -35,7 +39,7 @@ ReduceOp = Literal["sum", "mean", "max"]
 
 
 class Handle(Protocol):
-    """A collective that has begun."""
+    """A collective, or a message, that has begun."""
 
     def wait(self) -> None:
         """Return when the result is in the tensors."""
@@ -188,6 +192,77 @@ class ServeOptions:
     compression: Codec | None = None
 
 
+class Peer(Protocol):
+    """What one rank keeps for the others to reach: pure, no clock, no threads, no I/O."""
+
+    def receive(self, sender: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Take a message whole.
+
+        Called by whatever carries messages, one at a time, never while the rank holds its lock.
+
+        Args:
+            sender: the rank that it is from.
+            tensors: valid only until the return.
+
+        Returns:
+            The answer, read before the next call; empty where messages have none.
+        """
+
+
+class Peers(Protocol):
+    """One rank's way to the others' peers; nobody's computing is waited for."""
+
+    def lock(self) -> AbstractContextManager[object]:
+        """While it is held, no message reaches this rank's own peer; hold it briefly.
+
+        Never hold it while waiting for a call: two ranks that call each other would be stuck.
+        """
+
+    def call(self, rank: int, tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> Handle:
+        """Begin to send a message to another rank's peer; one at a time.
+
+        The returned handle's ``wait`` returns once that peer has received it, so that a message is
+        in flight only as long as somebody has to wait for it.
+
+        Args:
+            rank: not this one.
+            tensors: the message; left alone until ``wait`` has returned.
+            into: where the answer is written before ``wait`` returns; empty if there is none.
+
+        Raises:
+            WaitTimeoutError: (here or in ``Handle.wait``) that rank is there, but no answer came.
+            PeerLostError: (here or in ``Handle.wait``) that rank died. Whether it received the
+                message is not known.
+        """
+
+
+class Board(Protocol):
+    """Where each rank writes one number for all to read: what it does, and that it still does it.
+
+    For a number now and then, not for data.
+    """
+
+    def write(self, word: int) -> None:
+        """Replace this rank's word, 0 at first, by another one, >= 0 and below 2^53."""
+
+    def read(self) -> Sequence[int]:
+        """By rank, the last word that is known here, or -1: the rank died. It never waits.
+
+        This rank's own is always the last one; others' may lag a little.
+        """
+
+    def wait(self, until: Callable[[Sequence[int]], bool], doing: str) -> None:
+        """Return as soon as the words, as ``read`` gives them, are such that ``until`` is true.
+
+        Args:
+            until: asked when a word has changed, or now and then.
+            doing: what this rank is in, for the message.
+
+        Raises:
+            WaitTimeoutError: no word changed for too long; those that change only are slow.
+        """
+
+
 class Link(Protocol):
     """The world a strategy is attached to: its peers, and a place where a server can live."""
 
@@ -226,4 +301,29 @@ class Link(Protocol):
             like: tensors with the shapes and dtypes of the server's parameters.
             make_server: makes one shard of it.
             options: where it lives, and how it is reached.
+        """
+
+    def share(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors, zero at first, in memory that is the same for all ranks. Collective.
+
+        They stay valid for as long as they are kept, also when the link is closed. Nothing orders
+        what several ranks read and write at the same time.
+
+        Args:
+            like: tensors whose shapes and dtypes are taken.
+
+        Raises:
+            ConfigError: they are not on the CPU, or the ranks not on one host.
+        """
+
+    def board(self) -> Board:
+        """A board of its own for the caller. Collective."""
+
+    def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
+        """Let all ranks send messages to each other's peers from now on. Collective.
+
+        Args:
+            like: tensors with the shapes and dtypes of every message, and of every answer.
+            peer: this rank's.
+            answers: whether messages are answered.
         """

@@ -227,7 +227,7 @@ def misbehave(transport: Transport) -> dict[str, Any]:
         assert host is not None
         host._timeout_seconds = 4.0
     strategy.start(None)
-    steps = good = 0
+    steps = 0
     end = time.monotonic() + 10.0
     while time.monotonic() < end and strategy.before_forward():
         time.sleep(8.0 if rank == 2 and steps == 1 else 0.02)

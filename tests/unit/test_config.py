@@ -125,7 +125,7 @@ def test_train_yaml_has_exactly_the_keys_of_the_config() -> None:
         (["global_batch_size=64"], ["did you mean 'data.global_batch_size'?"]),
         (["slowdown.factor={3: 4.0}"], ["'slowdown.factor'", "'factors'?"]),
         (["strategy/admision=asynchronous"], ["did you mean 'strategy/admission'?"]),
-        (["strategy=asinc"], ["strategy is 'asinc'", "did you mean 'async'?", "can be: async"]),
+        (["strategy=asinc"], ["strategy is 'asinc'", "did you mean 'async'?", "async, async_"]),
         (
             ["model=resnet"],
             ["model is 'resnet'", "can be: convnet, gpt, mlp", "package.module.Class"],
