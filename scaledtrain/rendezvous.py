@@ -158,10 +158,10 @@ class Connection:
         Raises:
             ConfigError: they are not on the CPU, or the ranks not on one host.
         """
-        if self.device.type != "cpu":
+        if any(t.device.type != "cpu" for t in like):
             raise ConfigError(
                 "only the CPU's memory can be shared by ranks as if it were their own, but the "
-                f"parameters are on {self.device}; use device=cpu, or a strategy whose ranks send "
+                f"parameters are on {like[0].device}; use device=cpu, or a strategy whose ranks send "
                 "each other messages"
             )
         store = self._store_of_new("shared_tensors")

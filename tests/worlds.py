@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain import Replica, Strategy
-from scaledtrain.comm.host import DirectStore, ServerHost
+from scaledtrain.comm.host import ServerHost
 from scaledtrain.comm.local import Done
-from scaledtrain.comm.protocols import Handle, Peer, ReduceOp
+from scaledtrain.comm.partition import Piece
+from scaledtrain.comm.protocols import Handle, MakeServer, Peer, ReduceOp, ServeOptions
+from scaledtrain.comm.server_store import DirectStore
 from scaledtrain.errors import PeerLostError, WaitTimeoutError
 from scaledtrain.timeline import Timeline
 
@@ -79,6 +81,8 @@ class WorldLink:
         self.size = world.size
         self.group = self
         self.timeline = Timeline()
+        self.event_log = None
+        self.returned = False
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
@@ -103,10 +107,14 @@ class WorldLink:
         for t, value in zip(tensors, self.world.exchange(self.rank, mine)[src], strict=True):
             t.detach().copy_(value)
 
-    def serve(self, like: Sequence[Tensor], make_server: Callable[[], Any]) -> DirectStore:
-        host = ServerHost(make_server(), TIMEOUT_SECONDS) if self.rank == 0 else None
+    def serve(
+        self, like: Sequence[Tensor], make_server: MakeServer, options: ServeOptions
+    ) -> DirectStore:
+        host = None
+        if self.rank == 0:
+            host = ServerHost(make_server([Piece(i) for i in range(len(like))]), TIMEOUT_SECONDS)
         host = self.world.exchange(self.rank, host)[0]
-        return DirectStore(cast(ServerHost, host), self.rank, self.timeline)
+        return DirectStore(cast(ServerHost, host), self.rank, like, self.timeline)
 
     def share(self, like: Sequence[Tensor]) -> list[Tensor]:
         mine = [torch.zeros_like(t, requires_grad=False) for t in like]
