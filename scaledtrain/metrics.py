@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,6 +54,7 @@ class Metrics:
       ``evaluation_seconds``: the parts of ``step_seconds``;
     * ``staleness_mean``, ``staleness_max``, ``staleness_counts`` (value -> pushes), where there is
       one;
+    * ``bytes_sent``: payload that this rank handed to a transport, per step of this replica;
     * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
 
     An evaluation is a line with ``kind`` ``"evaluation"``. With a traced timeline
@@ -65,6 +67,7 @@ class Metrics:
         rank: this rank.
         timeline: where the time parts come from.
         device: whose memory is reported.
+        bytes_sent: tells how much this rank has sent so far; None: nothing is.
         log_every: steps between records, at least 1.
         console: whether rank 0 shows progress on stderr.
         tensorboard: whether rank 0 writes TensorBoard events to ``run_dir/tensorboard``.
@@ -77,6 +80,7 @@ class Metrics:
         rank: int,
         timeline: Timeline,
         device: torch.device,
+        bytes_sent: Callable[[], int] | None = None,
         log_every: int = 50,
         console: bool = True,
         tensorboard: bool = True,
@@ -87,6 +91,7 @@ class Metrics:
         self._rank = rank
         self._timeline = timeline
         self._device = device
+        self._bytes_sent = bytes_sent or (lambda: 0)
         self._show = console and rank == 0
         self._console = Console(None, False)
         self._lines: TextIO | None = None
@@ -109,6 +114,7 @@ class Metrics:
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
         self._staleness: dict[int, int] = {}
+        self._sent_before = self._bytes_sent()
 
     @property
     def seconds(self) -> float:
@@ -168,6 +174,7 @@ class Metrics:
             "learning_rate": strategy.learning_rate,
             "samples_per_second": gradients * (self._samples / self._steps) / elapsed,
             "step_seconds": elapsed / self._steps,
+            "bytes_sent": (self._bytes_sent() - self._sent_before) / self._steps,
             "memory_bytes": _peak_memory_bytes(self._device),
         }
         if loss is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +39,7 @@ from scaledtrain.comm.protocols import (
 from scaledtrain.comm.serving import Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
 from scaledtrain.comm.shared_memory import SharedSegment
+from scaledtrain.comm.wire import Wire
 from scaledtrain.comm.wire_peers import WirePeers
 from scaledtrain.comm.wiring import Job
 from scaledtrain.errors import ConfigError
@@ -90,6 +91,7 @@ class Connection:
         self._shares_memory = transport != "torch" and device.type == "cpu"
         self._serving: list[Serving] = []
         self._made: dict[str, int] = {}
+        self._peers: list[WirePeers] = []
         self._closing: list[Callable[[], None]] = []
         self.event_log: Path | None = None
         self.attempt = 0
@@ -138,6 +140,22 @@ class Connection:
             self.transport = "torch"
 
     @property
+    def bytes_sent(self) -> int:
+        """Of the tensors that this rank has handed to a transport so far."""
+        return self.group.bytes_sent + sum(wire.bytes_sent for wire in self._wires())
+
+    @property
+    def bytes_received(self) -> int:
+        """Of the tensors that this rank has taken from wires; a group's are not in it."""
+        return sum(wire.bytes_received for wire in self._wires())
+
+    def _wires(self) -> Iterator[Wire]:
+        for serving in self._serving:
+            yield from serving.wires
+        for peers in self._peers:
+            yield from peers.wires
+
+    @property
     def returned(self) -> bool:
         """This rank came back to a job that had gone on without it."""
         return self.attempt > 0
@@ -161,8 +179,8 @@ class Connection:
         if any(t.device.type != "cpu" for t in like):
             raise ConfigError(
                 "only the CPU's memory can be shared by ranks as if it were their own, but the "
-                f"parameters are on {like[0].device}; use device=cpu, or a strategy whose ranks send "
-                "each other messages"
+                f"parameters are on {like[0].device}; use device=cpu, or a strategy whose ranks "
+                "send each other messages"
             )
         store = self._store_of_new("shared_tensors")
         if store is None:
@@ -197,7 +215,7 @@ class Connection:
         if store is None:
             return LocalPeers()
         peers = WirePeers(self._job(store), like, peer, answers)
-        self._closing.append(peers.close)
+        self._peers.append(peers)
         return peers
 
     def _share(self, store: dist.Store, n_bytes: int) -> SharedSegment | None:
@@ -244,9 +262,11 @@ class Connection:
         deadline = time.monotonic() + seconds
         for serving in self._serving:
             serving.end(deadline)
+        for peers in self._peers:
+            peers.close()
         for close in self._closing:
             close()
-        self._serving, self._closing = [], []
+        self._serving, self._peers, self._closing = [], [], []
         if self._shared is not None:
             self._shared.close()
             self._shared = None

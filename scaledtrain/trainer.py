@@ -160,6 +160,7 @@ class Trainer:
             rank=self.link.group.rank,
             timeline=self.timeline,
             device=self.link.device,
+            bytes_sent=lambda: self.link.bytes_sent,
             log_every=log_every,
             console=console,
         )

@@ -83,6 +83,7 @@ class WorldLink:
         self.timeline = Timeline()
         self.event_log = None
         self.returned = False
+        self.bytes_sent = 0
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0

@@ -282,6 +282,10 @@ class Link(Protocol):
     def device(self) -> torch.device:
         """Where this rank computes."""
 
+    @property
+    def bytes_sent(self) -> int:
+        """Of the tensors that this rank has handed to a transport so far."""
+
     event_log: Path | None
     """Where the next server that is made writes its events; None: nowhere."""
 

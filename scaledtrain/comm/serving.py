@@ -106,7 +106,7 @@ class _Builder:
         if self._mine == 0 and server is not None:
             log = None if event_log is None else EventLog(event_log)
             host = ServerHost(server, job.timeout_seconds, log)
-            if options.shards == 1 and not options.overlap:
+            if (options.shards, options.overlap, options.compression) == (1, False, None):
                 serving = Serving(DirectStore(host, job.rank, self._like, timeline), host)
                 self._serve_others(serving, host, {})
                 return serving

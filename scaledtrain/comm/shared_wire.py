@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaledtrain.comm.flat import FlatBuffer, flat_bytes
+from scaledtrain.comm.flat import FlatBuffer, bytes_of, flat_bytes
 from scaledtrain.comm.shared_memory import SharedSegment, aligned
 from scaledtrain.comm.wire import NUMBERS, Message, padded
 
@@ -87,6 +87,9 @@ class SharedWire:
         ]
         self._incoming, self._outgoing = lanes[segment.rank], lanes[self._other]
         self._written: FlatBuffer | None = None
+        self._sizes = bytes_of(like[segment.rank]), bytes_of(like[self._other])
+        self.bytes_sent = 0
+        self.bytes_received = 0
         for _ in range(_RING - 1):  # a sender waits for these, and a sender alone
             self._outgoing.room.post()
         for _ in self._outgoing.slots:
@@ -140,6 +143,8 @@ class SharedWire:
             self.write(tensors)
         self._written = None
         self._segment.wait(self._outgoing.room, self._other, _DOING, self._timeout_seconds)
+        if tensors is not None:
+            self.bytes_sent += self._sizes[1]
         self._outgoing.put(numbers, tensors is not None)
         self._outgoing.sent.post()
 
@@ -152,7 +157,10 @@ class SharedWire:
         )
         numbers, with_tensors = lane.take()
         lane.room.post()
-        return Message(numbers, lane.next_slot().views if with_tensors else None)
+        if not with_tensors:
+            return Message(numbers, None)
+        self.bytes_received += self._sizes[0]
+        return Message(numbers, lane.next_slot().views)
 
     def release(self) -> None:
         """Let the other end write into the slot that was received first."""

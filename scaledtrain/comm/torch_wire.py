@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaledtrain.comm.flat import FlatBuffer
+from scaledtrain.comm.flat import FlatBuffer, bytes_of
 from scaledtrain.comm.wire import NUMBERS, Message, empty_like, padded
 from scaledtrain.errors import PeerLostError, WaitTimeoutError
 
@@ -105,6 +105,9 @@ class TorchWire:
             make = dist.ProcessGroupNCCL
             self._tensors = make(dist.PrefixStore("nccl", store), end, 2, timeout)
         self._outgoing = _Slot(like[self._other], device)
+        self._sizes = bytes_of(like[end]), bytes_of(like[self._other])
+        self.bytes_sent = 0
+        self.bytes_received = 0
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         self._lent: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(slots[end]):
@@ -133,6 +136,7 @@ class TorchWire:
         written = tensors is out.views
         for message in out.messages() if written else out.messages_of(tensors):
             self._move("send", message, _MESSAGE, self._timeout_seconds, self._tensors)
+        self.bytes_sent += self._sizes[1]
         if self._wants_receipts:
             self._move("recv", head, _RECEIPT, self._timeout_seconds)
 
@@ -179,6 +183,7 @@ class TorchWire:
         self._lent.put(slot)
         for message in slot.messages():
             self._move("recv", message, _MESSAGE, self._timeout_seconds, self._tensors)
+        self.bytes_received += self._sizes[0]
         return Message(row, slot.views)
 
     def _read_ahead(self) -> None:

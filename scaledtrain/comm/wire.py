@@ -34,7 +34,14 @@ class Wire(Protocol):
     """One end. One thread sends and one receives at a time; they may be two.
 
     What has been sent arrives, even if the sender dies at once.
+
+    Attributes:
+        bytes_sent: of the tensors sent to another process so far.
+        bytes_received: of those received from one.
     """
+
+    bytes_sent: int
+    bytes_received: int
 
     def write(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Copy tensors to where they are sent from, for a `send` that follows; returns them there.
@@ -73,7 +80,7 @@ def padded(numbers: Sequence[float]) -> list[float]:
 
 
 class LocalWire:
-    """One end of a wire between two threads of one process.
+    """One end of a wire between two threads of one process, which sends nothing to another.
 
     Args:
         incoming: templates of the tensors that this end receives.
@@ -81,6 +88,9 @@ class LocalWire:
         what: who is at the other end, for messages.
         timeout_seconds: the longest that the other end waits for a slot.
     """
+
+    bytes_sent = 0
+    bytes_received = 0
 
     def __init__(
         self, incoming: Sequence[Tensor], slots: int, what: str, timeout_seconds: float

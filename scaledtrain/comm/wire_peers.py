@@ -69,6 +69,11 @@ class WirePeers:
         for thread in self.threads:
             thread.start()
 
+    @property
+    def wires(self) -> list[Wire]:
+        """To all others."""
+        return [end.wire for end in self._ends.values()]
+
     def lock(self) -> AbstractContextManager[bool]:
         """While it is held, no message reaches this rank's own peer."""
         return self._lock
@@ -86,8 +91,8 @@ class WirePeers:
 
     def close(self) -> None:
         """Leave: messages of others are no longer taken in."""
-        for end in self._ends.values():
-            end.wire.close()
+        for wire in self.wires:
+            wire.close()
 
     def _listen(self, end: _End) -> None:
         try:

@@ -97,6 +97,11 @@ class ParameterServer(Strategy):
         self.admission = admission if admission is not None else Asynchronous()
         self.correction = correction if correction is not None else Uncorrected()
         self._options = ServeOptions(shards, cut_tensors, overlap, compression)
+        if compression is not None and not isinstance(compression, Codec):
+            raise ConfigError(
+                f"compression is {compression}, which works on a group of ranks at once; a "
+                "gradient that is pushed can be compressed by FP16, BF16, TopK or Sign"
+            )
         self._learning_rate = 0.0
         self._has_gradient = True
         self._pushed = False
