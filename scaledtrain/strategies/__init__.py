@@ -7,6 +7,7 @@ from scaledtrain.strategies.gossip import Gossip
 from scaledtrain.strategies.hogwild import Hogwild
 from scaledtrain.strategies.local_sgd import LocalSGD
 from scaledtrain.strategies.parameter_server import ParameterServer
+from scaledtrain.strategies.periodic import Periodic
 from scaledtrain.strategies.push_sum import PushSum
 from scaledtrain.strategies.slow_momentum import SlowMo
 from scaledtrain.strategies.strategy import Strategy
@@ -20,6 +21,7 @@ __all__ = [
     "Hogwild",
     "LocalSGD",
     "ParameterServer",
+    "Periodic",
     "PushSum",
     "SlowMo",
     "Strategy",

@@ -44,10 +44,11 @@ class DiLoCo(Periodic):
 
     (Between CPUs of one host, over shared memory, the bytes are copied when they are needed.)
 
-    Sent: one all-reduce of every fragment per H steps. Waits: for the slowest replica, then only,
-    and no more than it lags behind by more than the overlap. Takes: two copies of the parameters
-    more, a third for what is under way. A crash of any replica ends the run for all, and loses what
-    was not saved. ``state_dict`` waits for reductions under way and saves their results.
+    Sent: one all-reduce of every fragment's delta per H steps. Waits: for the slowest replica, when
+    a reduction is used; with overlap only as far as it lags behind more than those steps. Memory: a
+    copy of the parameters, the outer optimizer's state (with momentum another copy), and what is
+    under way. A crash of any replica ends the run for all, and loses what was not saved;
+    ``state_dict`` waits for reductions under way and saves their results.
 
     Args:
         sync_every: H, steps from one synchronisation of a fragment to its next. Fragment p of P is

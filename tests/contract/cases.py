@@ -65,7 +65,8 @@ def server(name: str, admission: Callable[[int], Admission]) -> Case:
 
 
 SGD_1 = partial(torch.optim.SGD, lr=1.0)  # outside it takes the mean: theta - 1 (theta - mean)
-# Three does not divide the ten steps, nor the five at which a run is saved.
+# Three does not divide the ten steps, nor the five after which a run is saved; the learning rate
+# drops after the fourth.
 CASES = [
     Case("sync", lambda n: Sync(), skips_alone=False),
     Case("server_synchronous", lambda n: ParameterServer(Synchronous())),
@@ -78,7 +79,7 @@ CASES = [
     server("server_ringmaster_stop", lambda n: Ringmaster(delay_threshold=2, stop=True)),
     Case("local_sgd", lambda n: LocalSGD(3), keeps_mean=True),
     Case("post_local_sgd", lambda n: LocalSGD(3, local_after=4), keeps_mean=True),
-    Case("post_local_sgd_lr_drop", lambda n: LocalSGD(3, local_after="lr_drop"), keeps_mean=True),
+    Case("post_local_sgd_lr_drop", lambda n: LocalSGD(4, local_after="lr_drop"), keeps_mean=True),
     Case("slow_mo_without_momentum", lambda n: SlowMo(3, slow_momentum=0.0), keeps_mean=True),
     Case("slow_mo", lambda n: SlowMo(3), tolerance=None),  # the momentum is more than the mean
     Case("diloco_mean", lambda n: DiLoCo(3, SGD_1), tolerance=1e-5, keeps_mean=True),

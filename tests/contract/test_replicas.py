@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -66,13 +67,14 @@ def observe(case: Case, link: Link) -> Outcome:
     # 21 batches: the last is smaller, and the second replica has none in the eleventh step.
     uneven = batches(4 * 10 * n + 2)
     save = SaveAt(5)
-    straight = trainer(strategy=case.make(n), link=link, callbacks=[save])
+    drop = partial(torch.optim.lr_scheduler.StepLR, step_size=4, gamma=0.5)
+    straight = trainer(strategy=case.make(n), lr_scheduler=drop, link=link, callbacks=[save])
     steps = straight.fit(uneven, max_epochs=1).step
-    again = trainer(strategy=case.make(n), link=link)
+    again = trainer(strategy=case.make(n), lr_scheduler=drop, link=link)
     again.fit(uneven, max_epochs=1)
     resumed = None
     if case.deterministic and straight.strategy.lockstep.size == n:
-        from_five = trainer(strategy=case.make(n), link=link)
+        from_five = trainer(strategy=case.make(n), lr_scheduler=drop, link=link)
         from_five.load_state_dict(save.state)
         from_five.fit(uneven, max_epochs=1)
         resumed = flat(from_five.model)

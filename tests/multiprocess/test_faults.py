@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from scaledtrain import (
     ClusterError,
     ConfigError,
+    DiLoCo,
     ParameterServer,
     Slowdown,
     Strategy,
@@ -29,11 +31,16 @@ from tests.ranks import run_ranks
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]
 BATCHES = [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))] * 8
 SGD = partial(torch.optim.SGD, lr=0.1)
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "sync": Sync,
+    "async": ParameterServer,
+    "diloco": lambda: DiLoCo(4, overlap_steps=2),
+}
 
 
 def train_with_a_victim(name: str, transport: Transport, victim: int) -> tuple[str, str, float]:
     """Returns the error of a survivor, and the seconds it took after the victim's last step."""
-    strategy: Strategy = Sync() if name == "sync" else ParameterServer()
+    strategy = STRATEGIES[name]()
     link = connect(transport=transport, timeout_seconds=20)
     trainer = Trainer(
         nn.Linear(3, 2), F.cross_entropy, SGD, strategy=strategy,
@@ -53,6 +60,7 @@ def train_with_a_victim(name: str, transport: Transport, victim: int) -> tuple[s
     [
         ("sync", "shared_memory", 0),
         ("sync", "torch", 2),
+        ("diloco", "torch", 1),
         ("async", "shared_memory", 0),
         ("async", "torch", 0),
     ],
