@@ -36,10 +36,12 @@ class AveragingPeer:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = [nn.Parameter(p.detach().clone()) for p in parameters]
         self.tensors: list[Tensor] = [p.detach() for p in self.parameters]
-        self._half = [torch.empty_like(t) for t in self.tensors]
+        self._half: list[Tensor] = []  # made for the first that calls
 
     def receive(self, sender: int, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Go half the way to the sender's parameters; answers how far that was."""
+        if not self._half:
+            self._half = [torch.empty_like(t) for t in self.tensors]
         torch._foreach_copy_(self._half, list(tensors))
         torch._foreach_sub_(self._half, self.tensors)
         torch._foreach_mul_(self._half, 0.5)

@@ -42,7 +42,7 @@ class PushSumPeer:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.share = [p.detach().clone() for p in parameters]
-        self.share.append(torch.ones(1, dtype=torch.float64))
+        self.share.append(torch.ones(1, dtype=torch.float64, device=parameters[0].device))
 
     @property
     def weight(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scaledtrain.comm.local import LocalGroup
@@ -47,7 +48,6 @@ class Gossip(Strategy):
 
     Example:
         >>> from functools import partial
-        >>> import torch
         >>> import scaledtrain
         >>> model, gossip = torch.nn.Linear(2, 1), Gossip()
         >>> replica = scaledtrain.Replica(model, partial(torch.optim.SGD, lr=0.1))
@@ -78,8 +78,8 @@ class Gossip(Strategy):
         super().attach(replica, link)
         self._peer = AveragingPeer(replica.parameters)
         self._updater = replica.updater(self._peer.parameters)
-        self._answer: list[Tensor] = [p.detach().clone() for p in replica.parameters]
-        self._peers = link.meet(self._answer, self._peer, answers=True)
+        self._answer: list[Tensor] = []  # made when this replica first calls
+        self._peers = link.meet(self._peer.tensors, self._peer, answers=True)
         self._roster = Roster(link.board(), link.group.rank, link.timeline.now)
         self._courier = Courier(self._peers, self._roster, link.timeline)
 
@@ -106,6 +106,7 @@ class Gossip(Strategy):
         neighbours = averaging_neighbours(self._group.rank, self._roster.present())
         if neighbours:
             draw = random.Random(f"{self.seed} {self._group.rank} {self.step}")
+            self._answer = self._answer or [torch.empty_like(t) for t in self._peer.tensors]
             sent = [p.detach() for p in self._replica.parameters]
             self._courier.begin(draw.choice(neighbours), sent, self._answer)
         return True

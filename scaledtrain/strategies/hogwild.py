@@ -26,6 +26,8 @@ class Hogwild(Strategy):
     that is rare; where they are dense it acts as noise, and the more so the more ranks there are.
     Momenta and the like are each rank's own. One rank is plain training, bit for bit.
 
+    What a rank evaluates moves meanwhile, unless the run is over.
+
     ``step`` counts the updates of all ranks, and ``staleness`` those that other ranks made between
     the begin of a rank's forward pass and its update. ``max_steps`` may be passed by one update of
     each other rank.
@@ -35,7 +37,7 @@ class Hogwild(Strategy):
     half made; the others go on, and end with the same parameters, but buffers of their own.
 
     Raises:
-        ConfigError: (in `start`) the parameters are not on the CPU, or the ranks not on one host.
+        ConfigError: (in `attach`) the parameters are not on the CPU, or the ranks not on one host.
 
     Example:
         >>> from functools import partial
