@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -148,18 +149,30 @@ class MicrobatchLoop:
 class Slowdown:
     """A handicap for experiments with stragglers.
 
+    A step takes factor x draw x max(its compute, min_compute_seconds), and never less than its
+    compute.
+
     Args:
         factors: rank -> how many times longer its compute takes (4.0: four times), at least 1; a
             rank that the job does not have is ignored.
         min_compute_seconds: pretend that the device needs at least this long for a step. With it a
             few cores can stand for many devices, since a sleeping rank uses no core.
+        gamma_shape: multiply the time of each step by a draw from the gamma distribution of this
+            shape and of mean 1, whose standard deviation is 1 / sqrt(shape). To see the draws below
+            1 as well, choose ``min_compute_seconds`` well above what computing takes. None: every
+            draw is 1.
 
     Raises:
-        ConfigError: a factor below 1 or a negative time.
+        ConfigError: a factor below 1, a negative time, or a shape that is not positive.
+
+    References:
+        Ali et al. 2000, Task Execution Time Modeling for Heterogeneous Computing Systems (gamma
+        distributed times).
     """
 
     factors: Mapping[int, float]
     min_compute_seconds: float = 0.0
+    gamma_shape: float | None = None
 
     def __post_init__(self) -> None:
         for rank, factor in self.factors.items():
@@ -170,33 +183,55 @@ class Slowdown:
                 )
         if self.min_compute_seconds < 0:
             raise ConfigError(f"min_compute_seconds is {self.min_compute_seconds}; it is >= 0")
+        if self.gamma_shape is not None and not self.gamma_shape > 0:
+            raise ConfigError(
+                f"gamma_shape is {self.gamma_shape}; it is > 0 (the larger, the more alike are the "
+                "times), or None for times that do not vary"
+            )
 
-    def wrap(self, schedule: Schedule, rank: int) -> Schedule:
-        """The schedule as this rank is to run it."""
+    def wrap(self, schedule: Schedule, rank: int, seed: int = 0) -> Schedule:
+        """The schedule as this rank is to run it.
+
+        Args:
+            schedule: what computes.
+            rank: whose it is.
+            seed: with the rank, of the draws.
+        """
         factor = self.factors.get(rank, 1.0)
-        if factor == 1.0 and self.min_compute_seconds == 0.0:
+        if factor == 1.0 and self.min_compute_seconds == 0.0 and self.gamma_shape is None:
             return schedule
-        return SlowedSchedule(schedule, factor, self.min_compute_seconds)
+        return SlowedSchedule(
+            schedule, self._multiples(factor, rank, seed), self.min_compute_seconds
+        )
+
+    def _multiples(self, factor: float, rank: int, seed: int) -> Iterator[float]:
+        """How many times longer each step takes."""
+        shape, generator = self.gamma_shape, random.Random(f"{seed} {rank}")
+        while True:
+            yield factor if shape is None else factor * generator.gammavariate(shape, 1.0 / shape)
 
 
 class SlowedSchedule:
-    """Sleeps after each step, so that computing takes ``factor`` times as long as it really did."""
+    """Sleeps after each step, so that computing takes some times as long as it really did."""
 
-    def __init__(self, schedule: Schedule, factor: float, min_compute_seconds: float) -> None:
+    def __init__(
+        self, schedule: Schedule, multiples: Iterator[float], min_compute_seconds: float
+    ) -> None:
         self._schedule = schedule
-        self._factor = factor
+        self._multiples = multiples
         self._min_compute_seconds = min_compute_seconds
 
     def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
         """Run, then sleep for the rest of the pretended time, or until it is to be abandoned."""
         start = time.perf_counter()
+        multiple = next(self._multiples)
         computed = self._schedule.run(batch, abandon)
         if computed is None:
             return None
         if computed.loss.is_cuda:
             torch.cuda.synchronize(computed.loss.device)
         elapsed = time.perf_counter() - start
-        end = start + self._factor * max(elapsed, self._min_compute_seconds)
+        end = start + multiple * max(elapsed, self._min_compute_seconds)
         while (left := end - time.perf_counter()) > 0:
             if abandon():
                 return None

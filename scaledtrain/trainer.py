@@ -140,7 +140,7 @@ class Trainer:
         seed_everything(seed, self.link.group.rank)
         called = self.model if compile is None else torch.compile(self.model, backend=compile)
         schedule = MicrobatchLoop(called, loss_fn, self.precision)
-        self.schedule = (slowdown or Slowdown({})).wrap(schedule, self.link.group.rank)
+        self.schedule = (slowdown or Slowdown({})).wrap(schedule, self.link.group.rank, seed)
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(
