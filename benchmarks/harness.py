@@ -22,14 +22,20 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+PICTURE = "picture.png"
 T = TypeVar("T")
 
 
@@ -149,6 +155,16 @@ def environment(packages: Sequence[str], settings: Mapping[str, Any]) -> dict[st
     }
 
 
+def provenance(where: Mapping[str, Any]) -> str:
+    """When, of what and on what, in one sentence."""
+    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+    commit = where["commit"] + (" with changes" if where["dirty"] else "")
+    return (
+        f"{where['started'][:10]}, commit {commit}; {where['cpu']}, {where['cores']} cores, "
+        f"{where['system']}; Python {where['python']}, {versions}."
+    )
+
+
 def _git(*arguments: str) -> str | None:
     with suppress(OSError):
         ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -183,6 +199,8 @@ def cores() -> list[int]:
 
 class ResultsFolder:
     """``<date>-<commit>/`` with command.txt, environment.json, raw.jsonl and table.md.
+
+    A line of raw.jsonl is one dataclass: what a benchmark writes down of each of its runs.
 
     A later run on the same day, commit and environment is added to the same folder.
 
@@ -224,23 +242,85 @@ class ResultsFolder:
         with (self.path / "command.txt").open("a", encoding="utf-8") as file:
             file.write(command + "\n")
 
-    def add(self, measurement: Measurement) -> None:
+    def add(self, record: DataclassInstance) -> None:
         """Write one down at once: a run that is cut short keeps what it has."""
         with (self.path / "raw.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(measurement)) + "\n")
+            file.write(json.dumps(asdict(record)) + "\n")
 
-    def measurements(self) -> list[Measurement]:
+    def read(self, kind: Callable[..., T]) -> list[T]:
+        """All records, in the order in which they were added.
+
+        Args:
+            kind: their dataclass.
+        """
         raw = self.path / "raw.jsonl"
         if not raw.exists():
             return []
-        return [Measurement(**json.loads(x)) for x in raw.read_text("utf-8").splitlines()]
-
-    def write_table(self, text: str) -> None:
-        (self.path / "table.md").write_text(text, encoding="utf-8")
+        return [kind(**json.loads(x)) for x in raw.read_text("utf-8").splitlines()]
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return {**one, "started": ""} == {**other, "started": ""}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one benchmark shows in README.md: made from its newest results, between two markers.
+
+    Args:
+        name: of the benchmark, its folder of results and its markers.
+        kind: the dataclass of its records.
+        render: records and environment -> Markdown.
+        draw: records and file -> the picture that lies beside them; None: there is none.
+        results: where the folders of all benchmarks lie.
+        readme: the file with the markers.
+    """
+
+    name: str
+    kind: Callable[..., Any]
+    render: Callable[[Sequence[Any], Mapping[str, Any]], str]
+    draw: Callable[[Sequence[Any], Path], None] | None = None
+    results: Path = RESULTS
+    readme: Path = README
+
+    def open(self, where: Mapping[str, Any]) -> ResultsFolder:
+        """The folder that a run in this environment writes to."""
+        return ResultsFolder(self.results / self.name, where)
+
+    def text(self) -> str:
+        """What README.md has to show; a picture is named as README.md sees it."""
+        folder = ResultsFolder.newest(self.results / self.name)
+        if folder is None:
+            return "No results are stored yet."
+        text = self.render(folder.read(self.kind), folder.environment())
+        if self.draw is None:
+            return text
+        picture = folder.path.relative_to(self.readme.parent) / PICTURE
+        return f"{text}\n![{self.name}]({picture.as_posix()})\n"
+
+    def write(self) -> None:
+        """Write table.md, the picture, and what README.md shows."""
+        text, made = self.readme.read_text(encoding="utf-8"), self.text()
+        folder = ResultsFolder.newest(self.results / self.name)
+        if folder is not None:
+            records = folder.read(self.kind)
+            table = self.render(records, folder.environment())
+            (folder.path / "table.md").write_text(table, encoding="utf-8")
+            if self.draw is not None:
+                self.draw(records, folder.path / PICTURE)
+        self.readme.write_text(replace_between(text, self.name, made), encoding="utf-8")
+
+    def is_current(self) -> bool:
+        """Whether README.md shows what the newest results say."""
+        text = self.readme.read_text(encoding="utf-8")
+        return replace_between(text, self.name, self.text()) == text
+
+    def check(self) -> int:
+        """The exit status of ``--check``."""
+        if self.is_current():
+            return 0
+        print(f"benchmarks/README.md differs: run python -m benchmarks.{self.name} --table")
+        return 1
 
 
 def next_round(measurements: Iterable[Measurement], case: tuple[str, int]) -> int:
@@ -262,15 +342,23 @@ def replace_between(text: str, name: str, body: str) -> str:
     return f"{head}{begin}\n{body.strip()}\n{end}{tail}"
 
 
-def run_group(command: Sequence[str], ranks: int, timeout_seconds: float = 300.0) -> None:
-    """Run a command as a job of fresh processes: as torchrun would, one core and thread each.
+def run_group(
+    command: Sequence[str], ranks: int, timeout_seconds: float = 300.0, pinned: bool = True
+) -> None:
+    """Run a command as a job of fresh processes: as torchrun would, one thread each.
 
     Both output streams are a terminal, so that progress bars work as they do for a person.
+
+    Args:
+        command: the same for all ranks.
+        ranks: how many.
+        timeout_seconds: for all of it.
+        pinned: a rank has one core to itself; else all of them share all cores.
 
     Raises:
         BenchmarkError: there are not enough cores, or a rank failed; with the end of what it said.
     """
-    if ranks > len(cores()):
+    if pinned and ranks > len(cores()):
         raise BenchmarkError(f"{ranks} ranks need a core each, but there are {len(cores())}")
     shared = {
         **os.environ,
@@ -291,9 +379,9 @@ def run_group(command: Sequence[str], ranks: int, timeout_seconds: float = 300.0
     with _terminal() as (terminal, said):
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            for rank, core in enumerate(cores()[:ranks]):
+            for rank in range(ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-                with _on_core(core):
+                with _on_core(cores()[rank]) if pinned else nullcontext():
                     processes.append(
                         subprocess.Popen(
                             command,

@@ -32,14 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.harness import (
     BenchmarkError,
     Measurement,
-    ResultsFolder,
+    Report,
     check_losses,
     differences,
     environment,
     next_round,
+    provenance,
     python_module,
     ratios,
-    replace_between,
     rotated,
     run_group,
     times,
@@ -47,8 +47,6 @@ from benchmarks.harness import (
 from scaledtrain import Trainer, connect
 from scaledtrain.models import GPT, GPT_10M, MLP, next_token_loss
 
-RESULTS = Path(__file__).parent / "results" / "overhead"
-README = Path(__file__).parent / "README.md"
 PACKAGES = ("torch", "accelerate", "lightning", "tensorboard", "tqdm", "numpy")
 SETTINGS = {
     "threads_per_rank": 1,
@@ -498,12 +496,7 @@ def render(measurements: Sequence[Measurement], where: Mapping[str, Any]) -> str
         BenchmarkError: contenders did not compute the same.
     """
     check_losses(measurements)
-    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
-    commit = where["commit"] + (" with changes" if where["dirty"] else "")
-    parts = [
-        f"{where['started'][:10]}, commit {commit}; {where['cpu']}, {where['cores']} cores, "
-        f"{where['system']}; Python {where['python']}, {versions}."
-    ]
+    parts = [provenance(where)]
     present = {m.case for m in measurements}
     for name, workload in WORKLOADS.items():
         ranks = [n for n in (1, 2) if (name, n) in present]
@@ -572,12 +565,7 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes >> 20} MiB" if n_bytes >= 2**20 else f"{n_bytes >> 10} KiB"
 
 
-def table(results: Path = RESULTS) -> str:
-    """What README.md has to show."""
-    folder = ResultsFolder.newest(results)
-    if folder is None:
-        return "No results are stored yet."
-    return render(folder.measurements(), folder.environment())
+REPORT = Report("overhead", Measurement, render)
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -585,12 +573,12 @@ def table(results: Path = RESULTS) -> str:
 
 def run(cases: Sequence[tuple[str, int]], contenders: Sequence[str], rounds: int) -> None:
     """Measure, store, and write the tables."""
-    folder = ResultsFolder(RESULTS, environment(PACKAGES, SETTINGS))
+    folder = REPORT.open(environment(PACKAGES, SETTINGS))
     folder.add_command(" ".join(["python -m benchmarks.overhead", *sys.argv[1:]]))
-    for measurement in _rounds(cases, contenders, rounds, folder.measurements(), False):
+    for measurement in _rounds(cases, contenders, rounds, folder.read(Measurement), False):
         folder.add(measurement)
-        check_losses(folder.measurements())
-    write_tables()
+        check_losses(folder.read(Measurement))
+    REPORT.write()
 
 
 def try_out(cases: Sequence[tuple[str, int]], contenders: Sequence[str]) -> None:
@@ -626,20 +614,6 @@ def _rounds(
                     flush=True,
                 )
                 yield m
-
-
-def write_tables(readme: Path = README, results: Path = RESULTS) -> None:
-    """Write table.md of the newest results, and the same into README.md."""
-    text, made = readme.read_text(encoding="utf-8"), table(results)
-    if folder := ResultsFolder.newest(results):
-        folder.write_table(made)
-    readme.write_text(replace_between(text, "overhead", made), encoding="utf-8")
-
-
-def check_tables(readme: Path = README, results: Path = RESULTS) -> bool:
-    """Whether README.md shows what the newest results say."""
-    text = readme.read_text(encoding="utf-8")
-    return replace_between(text, "overhead", table(results)) == text
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -678,11 +652,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.work_all_reduce:
         work_all_reduce(options.quick, Path(options.work_all_reduce))
     elif options.check:
-        if not check_tables():
-            print("benchmarks/README.md differs: run python -m benchmarks.overhead --table")
-            return 1
+        return REPORT.check()
     elif options.table:
-        write_tables()
+        REPORT.write()
     else:
         workloads = [w for w in WORKLOADS if w in options.only] or list(WORKLOADS)
         contenders = [c for c in CONTENDERS if c in options.only] or list(CONTENDERS)

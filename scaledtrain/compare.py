@@ -190,7 +190,11 @@ def _note(slowdown: Slowdown, workers: int) -> str:
     """What is pretended."""
     slow = {rank: f for rank, f in slowdown.factors.items() if rank < workers and f > 1}
     text = "".join(f"; worker {rank} is made {f:g} times slower" for rank, f in slow.items())
-    if not slow and not slowdown.min_compute_seconds:
+    if slowdown.gamma_shape is not None:
+        text += (
+            f"; the time of each step varies (gamma distributed, shape {slowdown.gamma_shape:g})"
+        )
+    if not text and not slowdown.min_compute_seconds:
         return f"{workers} workers on {os.cpu_count()} cores."
     if not slowdown.min_compute_seconds:
         return f"{workers} workers on {os.cpu_count()} cores{text}, by sleeping."

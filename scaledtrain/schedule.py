@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -114,21 +115,30 @@ class Pace:
     Args:
         factor: how many times longer everything takes, >= 1.
         min_compute_seconds: a whole step takes at least so long, before the factor.
+        draws: for each step one more factor; None: 1.
     """
 
     factor: float = 1.0
     min_compute_seconds: float = 0.0
+    draws: Iterator[float] | None = None
 
     @property
     def is_real(self) -> bool:
         """Whether nothing is pretended."""
-        return self.factor == 1.0 and self.min_compute_seconds == 0.0
+        return (self.factor, self.min_compute_seconds, self.draws) == (1.0, 0.0, None)
 
-    def rest(self, start: float, share: float, abandon: Callable[[], bool]) -> bool:
+    def of_step(self) -> float:
+        """How many times longer the step that begins takes."""
+        return self.factor if self.draws is None else self.factor * next(self.draws)
+
+    def rest(
+        self, start: float, multiple: float, share: float, abandon: Callable[[], bool]
+    ) -> bool:
         """Sleep for the rest of the pretended time.
 
         Args:
             start: when computing began, by ``time.perf_counter``.
+            multiple: how many times longer it takes.
             share: of a step that was computed since.
             abandon: asked now and then.
 
@@ -136,7 +146,7 @@ class Pace:
             Whether the work is still wanted.
         """
         elapsed = time.perf_counter() - start
-        end = start + self.factor * max(elapsed, self.min_compute_seconds * share)
+        end = start + multiple * max(elapsed, self.min_compute_seconds * share)
         while (left := end - time.perf_counter()) > 0:
             if abandon():
                 return False
@@ -191,6 +201,7 @@ class MicrobatchLoop:
         samples = batch.samples
         computed = 0
         self.microbatch_seconds = []
+        multiple = self._pace.of_step()
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
             if computed and self._drop_compute.is_over(sum(self.microbatch_seconds)):
                 break
@@ -208,7 +219,7 @@ class MicrobatchLoop:
             computed += size
             if self._waits_for_device and loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
-            if not self._pace.rest(start, size / samples, abandon):
+            if not self._pace.rest(start, multiple, size / samples, abandon):
                 return None
             self.microbatch_seconds.append(time.perf_counter() - start)
         if total is None:  # this replica has no samples left in a step that others still make
@@ -224,18 +235,30 @@ class MicrobatchLoop:
 class Slowdown:
     """A handicap for experiments with stragglers.
 
+    A step takes factor x draw x max(its compute, min_compute_seconds), and never less than its
+    compute.
+
     Args:
         factors: rank -> how many times longer its compute takes (4.0: four times), at least 1; a
             rank that the job does not have is ignored.
         min_compute_seconds: pretend that the device needs at least this long for a step. With it a
             few cores can stand for many devices, since a sleeping rank uses no core.
+        gamma_shape: multiply the time of each step by a draw from the gamma distribution of this
+            shape and of mean 1, whose standard deviation is 1 / sqrt(shape). To see the draws below
+            1 as well, choose ``min_compute_seconds`` well above what computing takes. None: every
+            draw is 1.
 
     Raises:
-        ConfigError: a factor below 1 or a negative time.
+        ConfigError: a factor below 1, a negative time, or a shape that is not positive.
+
+    References:
+        Ali et al. 2000, Task Execution Time Modeling for Heterogeneous Computing Systems (gamma
+        distributed times).
     """
 
     factors: Mapping[int, float]
     min_compute_seconds: float = 0.0
+    gamma_shape: float | None = None
 
     def __post_init__(self) -> None:
         for rank, factor in self.factors.items():
@@ -246,7 +269,21 @@ class Slowdown:
                 )
         if self.min_compute_seconds < 0:
             raise ConfigError(f"min_compute_seconds is {self.min_compute_seconds}; it is >= 0")
+        if self.gamma_shape is not None and not self.gamma_shape > 0:
+            raise ConfigError(
+                f"gamma_shape is {self.gamma_shape}; it is > 0 (the larger, the more alike are the "
+                "times), or None for times that do not vary"
+            )
 
-    def pace(self, rank: int) -> Pace:
-        """How fast that rank is to compute."""
-        return Pace(self.factors.get(rank, 1.0), self.min_compute_seconds)
+    def pace(self, rank: int, seed: int = 0) -> Pace:
+        """How fast that rank is to compute; the draws follow from rank and seed."""
+        factor, shape = self.factors.get(rank, 1.0), self.gamma_shape
+        if shape is None:
+            return Pace(factor, self.min_compute_seconds)
+        return Pace(factor, self.min_compute_seconds, _gamma_draws(shape, f"{seed} {rank}"))
+
+
+def _gamma_draws(shape: float, seed: str) -> Iterator[float]:
+    generator = random.Random(seed)
+    while True:
+        yield generator.gammavariate(shape, 1.0 / shape)

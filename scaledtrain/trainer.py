@@ -151,7 +151,7 @@ class Trainer:
             self.precision,
             self.replica.parameters,
             drop_compute=drop_compute,
-            pace=(slowdown or Slowdown({})).pace(self.link.group.rank),
+            pace=(slowdown or Slowdown({})).pace(self.link.group.rank, seed),
         )
         self.timeline = self.link.timeline
         self.timeline.keep = trace

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import torch
 
 from benchmarks import overhead
 from benchmarks.harness import (
+    README,
+    RESULTS,
     BenchmarkError,
     Measurement,
     ResultsFolder,
     check_losses,
+    cores,
     differences,
     next_round,
     ratios,
@@ -137,7 +142,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
         folder.add(measurement)
     folder.add_command("python -m benchmarks.overhead")
     assert folder.path.name == "2026-01-02-abc1234"
-    assert folder.measurements() == three_rounds()
+    assert folder.read(Measurement) == three_rounds()
     assert folder.environment() == WHERE
     assert sorted(f.name for f in folder.path.iterdir()) == [
         "command.txt",
@@ -204,34 +209,54 @@ def test_the_table_of_the_all_reduce() -> None:
     assert "| 1 MiB | 50.0 | 600.0 | 12.0 (12.0 to 12.0) |" in render(both, WHERE)
 
 
-def test_readme_is_regenerated_from_the_newest_results_and_checked(tmp_path: Path) -> None:
+def test_readme_is_regenerated_from_the_newest_results_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
+    report = replace(overhead.REPORT, readme=readme, results=results)
     readme.write_text("# Title\n<!-- overhead:begin -->\n<!-- overhead:end -->\nend\n")
-    assert not overhead.check_tables(readme, results)
-    overhead.write_tables(readme, results)
+    assert report.check() == 1
+    assert "run python -m benchmarks.overhead --table" in capsys.readouterr().out
+    report.write()
     assert "No results are stored yet." in readme.read_text()
-    assert overhead.check_tables(readme, results)
+    assert report.check() == 0
 
-    folder = ResultsFolder(results, WHERE)
+    folder = report.open(WHERE)
     for measurement in three_rounds():
         folder.add(measurement)
-    assert not overhead.check_tables(readme, results)
-    overhead.write_tables(readme, results)
+    assert report.check() == 1
+    report.write()
     assert "| ours | 0.250 | 1.100" in readme.read_text()
     assert (folder.path / "table.md").read_text() == render(three_rounds(), WHERE)
-    assert overhead.check_tables(readme, results)
+    assert report.check() == 0
+
+
+def test_a_picture_lies_beside_the_results_and_is_shown(tmp_path: Path) -> None:
+    def draw(records: Sequence[Measurement], path: Path) -> None:
+        path.write_text(f"a picture of {len(records)}")
+
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- overhead:begin -->\n<!-- overhead:end -->\n")
+    report = replace(overhead.REPORT, readme=readme, results=tmp_path / "results", draw=draw)
+    folder = report.open(WHERE)
+    folder.add(measured("careful", 1.0))
+    report.write()
+    assert "![overhead](results/overhead/2026-01-02-abc1234/picture.png)" in readme.read_text()
+    assert (folder.path / "picture.png").read_text() == "a picture of 1"
+    assert "![" not in (folder.path / "table.md").read_text()
+    assert report.is_current()
 
 
 def test_the_shipped_readme_shows_the_shipped_results_and_names_all_contenders() -> None:
-    assert overhead.check_tables()
-    text = overhead.README.read_text(encoding="utf-8")
+    assert overhead.REPORT.is_current()
+    text = README.read_text(encoding="utf-8")
     for contender in CONTENDERS:
         assert f"| `{contender}` |" in text
 
 
 def test_shipped_results_name_no_path_of_the_machine() -> None:
-    for file in overhead.RESULTS.rglob("*.*"):
-        if file.is_file():
+    for file in RESULTS.rglob("*.*"):
+        if file.is_file() and file.suffix != ".png":
             assert not re.search(r"/(home|root|tmp|work|mnt)/", file.read_text(encoding="utf-8"))
 
 
@@ -273,6 +298,18 @@ def test_ranks_run_in_a_terminal_on_a_core_each(tmp_path: Path) -> None:
     )
     run_group([sys.executable, "-c", script], ranks=1, timeout_seconds=30)
     assert (tmp_path / "-").read_text() == "['-', True, 1, '1', 100]"
+
+
+@on_linux
+def test_more_ranks_than_cores_may_share_them(tmp_path: Path) -> None:
+    script = (
+        "import os; rank = os.environ['RANK']; "
+        f"open(os.path.join({str(tmp_path)!r}, rank), 'w').write(str(os.sched_getaffinity(0)))"
+    )
+    ranks = len(cores()) + 1
+    run_group([sys.executable, "-c", script], ranks, timeout_seconds=60, pinned=False)
+    said = {(tmp_path / str(rank)).read_text() for rank in range(ranks)}
+    assert said == {str(set(cores()))}
 
 
 @on_linux

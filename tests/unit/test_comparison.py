@@ -418,6 +418,8 @@ def test_the_note_says_what_is_pretended() -> None:
     assert "at least 20 ms by sleeping" in note
     assert "worker 7" not in note
     assert "pretended" not in compare._note(Slowdown({}), workers=2)
+    varied = compare._note(Slowdown({}, gamma_shape=4.0), workers=2)
+    assert "the time of each step varies (gamma distributed, shape 4), by sleeping" in varied
 
 
 def test_a_folder_with_a_run_is_not_written_to(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,29 @@ def test_slowdown_takes_the_stated_time_and_changes_no_number() -> None:
     assert_same(t.model, plain_loop(batches()[:4], SGD, epochs=1))
 
 
+def test_gamma_distributed_times_have_mean_1_and_are_those_of_seed_and_rank() -> None:
+    def draws(slowdown: Slowdown, rank: int, seed: int, n: int = 20_000) -> list[float]:
+        return list(islice(slowdown._multiples(slowdown.factors.get(rank, 1.0), rank, seed), n))
+
+    varied = Slowdown({1: 2.0}, gamma_shape=4.0)
+    times = torch.tensor(draws(varied, 0, 0))
+    # Mean 1 with a standard error of 0.5 / sqrt(20000) = 0.0035; deviation 1 / sqrt(4).
+    assert times.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert times.std().item() == pytest.approx(0.5, abs=0.02)
+    assert torch.tensor(draws(varied, 1, 0)).mean().item() == pytest.approx(2.0, abs=0.04)
+    assert draws(varied, 0, 0, 5) == draws(varied, 0, 0, 5)
+    assert len({tuple(draws(varied, rank, seed, 5)) for rank in (0, 2) for seed in (0, 1)}) == 4
+    assert draws(Slowdown({1: 2.0}), 1, 0, 2) == [2.0, 2.0]
+
+
+def test_gamma_distributed_times_are_slept_and_change_no_number() -> None:
+    slowdown = Slowdown({}, min_compute_seconds=0.01, gamma_shape=4.0)
+    t = trainer(slowdown=slowdown, seed=7)
+    result = t.fit(batches(), max_steps=4)
+    assert result.seconds >= 0.01 * sum(islice(slowdown._multiples(1.0, 0, 7), 4))
+    assert_same(t.model, plain_loop(batches()[:4], SGD, epochs=1))
+
+
 def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -354,6 +378,8 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 def test_impossible_values() -> None:
     with pytest.raises(ConfigError, match="a factor is >= 1"):
         Slowdown({1: 0.5})
+    with pytest.raises(ConfigError, match=r"gamma_shape is 0\.0; it is > 0"):
+        Slowdown({}, gamma_shape=0.0)
     with pytest.raises(ConfigError, match="'fp33'; it can be: 'fp32'"):
         Precision("fp33")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="one of at_least and at_most"):
