@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaledtrain import (
     Callback,
+    DiLoCo,
+    LocalSGD,
     ParameterServer,
     Precision,
     Slowdown,
@@ -28,6 +30,7 @@ from scaledtrain import (
     Trainer,
     connect,
 )
+from scaledtrain.comm.compress import TopK
 from scaledtrain.data import digits
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.models import MLP
@@ -41,6 +44,7 @@ from scaledtrain.server import (
     SoftSync,
     StaleSynchronous,
 )
+from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, Hogwild, PushSum, SlowMo
 
 TARGET = 0.95
 """Test accuracy; the time to it is compared."""
@@ -274,54 +278,11 @@ class Task:
 # --- Ours -------------------------------------------------------------------------------------
 
 
-class Counted:
-    """Passes every call on, and counts the bytes of the tensors that are handed over with it."""
-
-    def __init__(self, inner: Any, add: Callable[[float], None], factors: Mapping[str, float]):
-        self._inner, self._add, self._factors = inner, add, factors
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._inner, name)
-        if not callable(value):
-            return value
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            tensors = [a for a in arguments if isinstance(a, (list, tuple))]
-            n_bytes = sum(t.nbytes for group in tensors for t in group if isinstance(t, Tensor))
-            self._add(n_bytes * self._factors.get(name, 1.0))
-            return value(*arguments, **named)
-
-        return call
-
-
-class CountingLink:
-    """A link that counts what a strategy hands to its group and its stores.
-
-    A push, a pull, a message to a peer count once; an all-reduce among n counts 2 (n - 1) / n
-    times, which is what a ring sends.
-    """
-
-    def __init__(self, link: Any) -> None:
-        self._link = link
-        self.sent_bytes = 0.0
-        n = link.group.size
-        self.group = Counted(link.group, self._add, {"all_reduce": 2 * (n - 1) / n})
-
-    def _add(self, n_bytes: float) -> None:
-        self.sent_bytes += n_bytes
-
-    def serve(self, *arguments: Any, **named: Any) -> Any:
-        return Counted(self._link.serve(*arguments, **named), self._add, {})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._link, name)
-
-
 class Watching(Callback):
     """Lets the watch of a task see the steps of a Trainer."""
 
-    def __init__(self, watch: Watch, link: CountingLink, copy_steps: int) -> None:
-        self._watch, self._link, self._copy_steps = watch, link, copy_steps
+    def __init__(self, watch: Watch, copy_steps: int) -> None:
+        self._watch, self._copy_steps = watch, copy_steps
         self._steps = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
@@ -331,7 +292,7 @@ class Watching(Callback):
         strategy, group = trainer.strategy, trainer.link.group
         self._steps += 1
         used = strategy.step * strategy.gradients_per_step
-        self._watch.step(used, self._link.sent_bytes)
+        self._watch.step(used, trainer.link.bytes_sent)
         together = strategy.lockstep.size == group.size
         if self._steps % self._copy_steps == 0 if together else group.rank == 0:
             with strategy.consensus():
@@ -342,9 +303,8 @@ class Watching(Callback):
 def ours(make_strategy: Callable[[int], Strategy], task: Task) -> None:
     """The Trainer, as a user runs it, without a progress bar."""
     workload = task.workload
-    with connect() as real:
-        link = CountingLink(real)
-        watching = Watching(task.watch, link, workload.copy_steps)
+    with connect() as link:
+        watching = Watching(task.watch, workload.copy_steps)
         with Trainer(
             task.model,
             F.cross_entropy,
@@ -383,14 +343,13 @@ def ddp(task: Task) -> None:
     dist.init_process_group("gloo")
     model = DistributedDataParallel(task.model, gradient_as_bucket_view=True, static_graph=True)
     optimizer, compute = task.optimizer(), task.compute(model)
-    per_step = 2 * (task.ranks - 1) / task.ranks * task.n_bytes
     dist.barrier()
     task.watch.start()
     for number, batch in enumerate(task.batches(), start=1):
         optimizer.zero_grad()
         compute.run(batch)
         optimizer.step()
-        task.watch.step(number * task.ranks, number * per_step)
+        task.watch.step(number * task.ranks, number * task.n_bytes)
         if number % task.workload.copy_steps == 0 and task.rank == 0:
             task.watch.copy()
         if number % task.workload.vote_every == 0:
@@ -411,7 +370,7 @@ def _shared_parameters(task: Task) -> list[Tensor]:
     return shared
 
 
-def hogwild(task: Task) -> None:
+def bare_hogwild(task: Task) -> None:
     """Every worker computes with, and updates, the same memory, without a lock."""
     dist.init_process_group("gloo")
     for parameter, shared in zip(task.model.parameters(), _shared_parameters(task), strict=True):
@@ -420,7 +379,7 @@ def hogwild(task: Task) -> None:
     alone(task)
 
 
-def hogwild_copy(task: Task) -> None:
+def bare_hogwild_copy(task: Task) -> None:
     """Every worker computes with a copy, and updates the shared memory, without a lock."""
     dist.init_process_group("gloo")
     shared, own = _shared_parameters(task), list(task.model.parameters())
@@ -537,13 +496,40 @@ def server(about: str, make_admission: Callable[[int], Admission]) -> Contender:
 
 
 OURS: Mapping[str, Contender] = {
-    "sync": our("`Sync`", lambda n: Sync(), scale=lambda n: n),
-    "async": server("`Asynchronous`", lambda n: Asynchronous()),
+    "sync": our("`Sync()`", lambda n: Sync(), scale=lambda n: n),
+    "sync_top_k": our(
+        "`Sync(compression=TopK(0.01))`",
+        lambda n: Sync(compression=TopK(fraction=0.01)),
+        scale=lambda n: n,
+    ),
+    "local_sgd": our("`LocalSGD(sync_every=16)`", lambda n: LocalSGD(16)),
+    "slow_mo": our("`SlowMo(sync_every=16)`", lambda n: SlowMo(16)),
+    "diloco": our("`DiLoCo(sync_every=16)`", lambda n: DiLoCo(16)),
+    "diloco_streaming": our(
+        "`DiLoCo(sync_every=16, fragments=2, overlap_steps=4)`",
+        lambda n: DiLoCo(16, fragments=2, overlap_steps=4),
+    ),
+    "async": server("`ParameterServer(Asynchronous())`", lambda n: Asynchronous()),
+    "async_overlap": our("the same with `overlap=True`", lambda n: ParameterServer(overlap=True)),
+    "async_shards": our("the same with `shards=n`", lambda n: ParameterServer(shards=n)),
+    "async_shards_overlap": our(
+        "the same with both", lambda n: ParameterServer(shards=n, overlap=True)
+    ),
+    "async_top_k": our(
+        "the same with `compression=TopK(0.01)`",
+        lambda n: ParameterServer(compression=TopK(fraction=0.01)),
+    ),
     "softsync": server("`SoftSync(c=2)`", lambda n: SoftSync(2)),
     "ssp": server("`StaleSynchronous(staleness_bound=8)`", lambda n: StaleSynchronous(8)),
     "backup": server("`BackupWorkers(k=n − 1)`", lambda n: BackupWorkers(n - 1)),
     "rennala": server("`Rennala(batch=n)`", lambda n: Rennala(n)),
     "ringmaster": server("`Ringmaster(delay_threshold=2 n)`", lambda n: Ringmaster(2 * n)),
+    "async_local_sgd": our("`AsyncLocalSGD(sync_every=16)`", lambda n: AsyncLocalSGD(16)),
+    "easgd": our("`EASGD(sync_every=16)`", lambda n: EASGD(16)),
+    "gossip": our("`Gossip()`", lambda n: Gossip()),
+    "push_sum": our("`PushSum()`", lambda n: PushSum()),
+    "push_sum_overlap": our("`PushSum(overlap=True)`", lambda n: PushSum(overlap=True)),
+    "hogwild": our("`Hogwild()`", lambda n: Hogwild()),
 }
 
 PEERS: Mapping[str, Contender] = {
@@ -552,8 +538,10 @@ PEERS: Mapping[str, Contender] = {
     "rpc_overlap": Contender(
         partial(rpc_server, overlap=True), "the same; a worker computes on while its call is away"
     ),
-    "hogwild": Contender(hogwild, "processes that compute with and update the same memory"),
-    "hogwild_copy": Contender(hogwild_copy, "the same, but each computes with a copy"),
+    "bare_hogwild": Contender(
+        bare_hogwild, "processes that compute with and update the same memory"
+    ),
+    "bare_hogwild_copy": Contender(bare_hogwild_copy, "the same, but each computes with a copy"),
 }
 
 REFERENCES: Mapping[str, Contender] = {

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +227,8 @@ def test_slowdown_takes_the_stated_time_and_changes_no_number() -> None:
 
 def test_gamma_distributed_times_have_mean_1_and_are_those_of_seed_and_rank() -> None:
     def draws(slowdown: Slowdown, rank: int, seed: int, n: int = 20_000) -> list[float]:
-        return list(islice(slowdown._multiples(slowdown.factors.get(rank, 1.0), rank, seed), n))
+        pace = slowdown.pace(rank, seed)
+        return [pace.of_step() for _ in range(n)]
 
     varied = Slowdown({1: 2.0}, gamma_shape=4.0)
     times = torch.tensor(draws(varied, 0, 0))
@@ -245,7 +245,8 @@ def test_gamma_distributed_times_are_slept_and_change_no_number() -> None:
     slowdown = Slowdown({}, min_compute_seconds=0.01, gamma_shape=4.0)
     t = trainer(slowdown=slowdown, seed=7)
     result = t.fit(batches(), max_steps=4)
-    assert result.seconds >= 0.01 * sum(islice(slowdown._multiples(1.0, 0, 7), 4))
+    pace = slowdown.pace(0, 7)
+    assert result.seconds >= 0.01 * sum(pace.of_step() for _ in range(4))
     assert_same(t.model, plain_loop(batches()[:4], SGD, epochs=1))
 
 
