@@ -50,6 +50,9 @@ class TorchGroup:
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
         self.bytes_sent = 0
+        # Tensors that nobody else holds would be freed by a thread of the backend when it is done
+        # with them; if Python is ending just then, that aborts the process.
+        self._under_way: set[_Pending] = set()
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
@@ -59,6 +62,7 @@ class TorchGroup:
         self.bytes_sent += bytes_of(tensors)
         with clear_errors("all_reduce", self.rank, self.size, self._store, self._timeout_seconds):
             pending = _Pending(self, tensors, op, weight)
+        self._under_way.add(pending)
         self._timeline.add("communication", start)
         return pending
 
@@ -100,49 +104,46 @@ class _Pending:
         self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             self._by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
-        self._total: Tensor | None = None
-        flats = {
-            dtype: torch.cat([t.reshape(-1) for t in same])
-            for dtype, same in self._by_dtype.items()
-        }
-        if op == "mean":
-            for flat in flats.values():
+        self._is_mean = op == "mean"
+        flats = {dtype: [t.reshape(-1) for t in same] for dtype, same in self._by_dtype.items()}
+        if self._is_mean:  # a one, which becomes the sum of the weights, travels with the values
+            one = torch.ones(1, device=tensors[0].device)
+            flats.setdefault(torch.float32, []).append(one)
+            self._by_dtype.setdefault(torch.float32, [])
+        self._flats = {dtype: torch.cat(same) for dtype, same in flats.items()}
+        if self._is_mean and weight != 1.0:
+            for flat in self._flats.values():
                 if weight == 0.0:
                     flat.zero_()  # not a product: whatever a rank without samples holds is ignored
-                elif weight != 1.0:
+                else:
                     flat.mul_(weight)
-            self._total = torch.full((1,), weight, device=tensors[0].device)
-            if torch.float32 in flats:  # the weight travels with the values
-                flats[torch.float32] = torch.cat([flats[torch.float32], self._total])
-            else:
-                self._by_dtype[torch.float32] = []
-                flats[torch.float32] = self._total
-        self._flats = flats
         process_group = group._process_group
         self._works = [
             dist.all_reduce(flat, _OPS[op], group=process_group, async_op=True)
-            for flat in flats.values()
+            for flat in self._flats.values()
         ]
 
     def wait(self) -> None:
-        """Wait, and put the result into the tensors."""
+        """Wait, and put the result into the tensors, once."""
         group, timeline = self._group, self._group._timeline
+        if self not in group._under_way:
+            return
         start = timeline.now()
         with clear_errors(
             "all_reduce", group.rank, group.size, group._store, group._timeout_seconds
         ):
             for work in self._works:
                 work.wait()
-        if self._total is not None:
-            self._total = self._flats[torch.float32][-1].clone()
+        total = self._flats[torch.float32][-1].clone() if self._is_mean else None
         for dtype, tensors in self._by_dtype.items():
             flat = self._flats[dtype]
             offset = 0
-            if self._total is not None:
-                flat.div_(self._total.to(dtype) if flat.is_cuda else self._total.item())
+            if total is not None:
+                flat.div_(total.to(dtype) if flat.is_cuda else total.item())
             for tensor in tensors:
                 tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
                 offset += tensor.numel()
+        group._under_way.discard(self)
         timeline.add("communication", start)
 
 

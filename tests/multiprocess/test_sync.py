@@ -197,6 +197,11 @@ def mistakes(link: Connection) -> dict[str, str]:
     """Made by all ranks at once, so that they stay in step."""
     told = {}
     x = torch.ones(1)
+    twice = torch.tensor([float(link.group.rank)])
+    handle = link.group.all_reduce([twice], "mean")
+    for _ in range(2):
+        handle.wait()
+    told["waited for twice"] = str(twice.tolist())
     loop = Loop(link, nn.Linear(1, 1), overlap=True)
     loop.begin()
     loop.model(x).backward()
@@ -234,7 +239,7 @@ def hooks(link: Connection) -> list[int]:
 
 
 def quadratic(link: Connection, codec: TopK) -> float:
-    """f(x) = (x1^2 + x2^2 / 10) / 2 + noise x1 from (0, 10), lr 0.1, 500 steps; the last x2."""
+    """f(x) = (x1^2 + x2^2 / 10) / 2 + noise x1 from (0, 10), lr 0.2, 250 steps; the last x2."""
 
     class Quadratic(nn.Module):
         def __init__(self) -> None:
@@ -246,14 +251,14 @@ def quadratic(link: Connection, codec: TopK) -> float:
 
     model = Quadratic()
     sync = Sync(compression=codec)
-    sync.attach(Replica(model, partial(torch.optim.SGD, lr=0.1)), link)
+    sync.attach(Replica(model, partial(torch.optim.SGD, lr=0.2)), link)
     noise = torch.tensor([4.0, -2.0, -2.0][link.group.rank])
-    for _ in range(500):
+    for _ in range(250):
         model.x.grad = None
         model(noise).backward()
         sync.reduce_gradients()
         sync.apply_gradients()
-    return float(model.x[1])
+    return float(model.x.detach()[1])
 
 
 def weighted_top_k(link: Connection) -> list[Any]:
@@ -450,6 +455,7 @@ def test_mistakes_are_told(synced: tuple[Transport, list[dict[str, Any]]]) -> No
         assert "has the weight 0.5, but before_forward announced 1.0" in told["weight"]
         assert "1 all-reduces of the last one have begun" in told["unfinished"]
         assert "got a gradient 2 times in a step that was announced as 1" in told["twice"]
+        assert told["waited for twice"] == "[1.0]"  # (0 + 1 + 2) / 3
         assert told["unannounced"] == "0"
         assert told["unannounced gradient"] == "[[[2.0]], [2.0]]"
 
@@ -518,10 +524,10 @@ def test_error_feedback_reaches_what_top_k_without_does_not(
     """Each rank's first entry is at least 2, its second at most 1: only the first is ever sent.
 
     Its mean is x1 = 0, so nothing moves. With feedback the second comes once it has grown to the
-    size of the first: x2 is 10 x 0.99^500 = 0.07 as in plain descent, up to lr times what the
-    ranks keep, at most about the size of the first entry: 0.1 x 4.
+    size of the first: x2 is 10 x 0.98^250 = 0.06 as in plain descent, up to lr times what the
+    ranks keep, at most about the size of the first entry: 0.2 x 4.
     """
     for rank in compressed_runs:
         without, with_feedback = rank["quadratic"]
         assert without == 10.0
-        assert abs(with_feedback) < 0.5
+        assert abs(with_feedback) < 0.9
