@@ -20,8 +20,8 @@ _BEAT_SECONDS = 1.0
 class Roster:
     """What each rank tells the others in one word: its run, that it lives, left, asks for the end.
 
-    Runs are counted, so that a word of the last run is not taken for one of this run: ranks that
-    left it earlier may be in the next one already.
+    Runs are counted, so that a word of the last run is not taken for one of this run: while one
+    rank still waits for the last to leave, another may be in the next run already.
 
     Args:
         board: where the words stand; nobody else writes on it.
@@ -85,7 +85,10 @@ class Roster:
         return frozenset(self._dead)
 
     def leave(self, doing: str) -> bool:
-        """Take part no longer, and wait until nobody does; returns whether all ranks are alive.
+        """Take part no longer, wait until nobody does, and be ready for the next run.
+
+        Returns:
+            Whether all ranks are alive.
 
         Raises:
             WaitTimeoutError: a rank neither left nor made a step for too long.
@@ -93,6 +96,7 @@ class Roster:
         self._state |= _LEFT
         self._write()
         self._board.wait(lambda words: not self._present(words), doing)
+        self.begin()
         return not self.dead
 
     def _present(self, words: Sequence[int]) -> list[int]:

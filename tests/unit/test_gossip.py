@@ -136,8 +136,9 @@ def test_who_left_is_not_called() -> None:
     """Ranks 1 and 3 are called; 3 leaves, so that all of rank 0's calls go to 1."""
     world = World(4)
     zero, one, _, three = workers(world, lr=0.0)
-    three.strategy._roster._state = 1
-    three.strategy._roster._write()
+    roster = three.strategy._roster
+    roster._state = 1  # it waits at the end for the others
+    roster._write()
     set_to(three, 64.0)
     for _ in range(20):
         set_to(zero, 8.0)
@@ -193,3 +194,18 @@ def test_saved_and_resumed() -> None:
         return seen
 
     assert run(save_at=5) == run(save_at=None)
+
+
+def test_a_second_run_goes_on_from_the_mean() -> None:
+    """0 goes to 8 half way: 4; at the end both have (4 + 0)/2 = 2.
+
+    Then 1 is set to 6: 0, at 2, meets it at 4; its gradient to 2 was 2 - 2 = 0.
+    """
+    world = World(2)
+    pair = zero, one = workers(world)
+    zero.step(8)
+    world.run(lambda link: pair[link.rank].strategy.settle())
+    assert (zero.w, one.w) == (2.0, 2.0)
+    set_to(one, 6.0)
+    zero.step(2)
+    assert zero.w == 4.0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 
 from scaledtrain import WaitTimeoutError
@@ -16,19 +19,42 @@ def rosters(size: int) -> tuple[World, list[Roster]]:
 
 
 def test_who_has_not_begun_is_expected_and_who_left_is_not() -> None:
-    world, (zero, one, two) = rosters(3)
+    """Rank 1 leaves the first run, and cannot go on to the next before 0 and 2 leave it, too."""
+    world, all_three = rosters(3)
+    zero, one, two = all_three
     zero.begin()
     assert zero.present() == [0, 1, 2]
     one.begin()
     two.begin()
     one.stop()
     assert zero.present() == [0, 1, 2]  # it asks for the end, but still takes messages
-    world.run(lambda link: (zero, one, two)[link.rank].leave("the end"))
-    assert zero.present() == []
-    # Rank 1 is in the next run while the others are still at the end of this one.
+    left, both = threading.Event(), threading.Barrier(2, timeout=10)
+
+    def run(link: Any) -> list[int]:
+        if link.rank == 1:
+            all_three[1].leave("the end")
+            left.set()
+            return []
+        while 1 in all_three[link.rank].present():
+            pass
+        seen = all_three[link.rank].present()
+        assert not left.is_set()
+        both.wait()  # neither goes before the other has seen it
+        all_three[link.rank].leave("the end")
+        return seen
+
+    assert world.run(run) == [[0, 2], [], [0, 2]]
+    assert zero.present() == [0, 1, 2]  # of the next run
+
+
+def test_the_next_run_of_one_is_the_end_of_the_last_for_another() -> None:
+    """Rank 1 has begun the next run before rank 0 looked whether it left the last one."""
+    _, (zero, one) = rosters(2)
+    zero.begin()
     one.begin()
-    assert zero.present() == []
-    assert one.present() == [0, 1, 2]
+    one.begin()
+    assert zero.present() == [0]
+    assert zero.leave("the end") is True
 
 
 def test_a_stop_is_of_one_run_and_outlasts_leaving() -> None:
@@ -39,11 +65,20 @@ def test_a_stop_is_of_one_run_and_outlasts_leaving() -> None:
     one.stop()
     assert zero.stopped
     assert one.stopped
-    world.run(lambda link: (zero, one)[link.rank].leave("the end"))
-    assert zero.stopped  # rank 1 has left, but may have asked just before
+
+    def run(link: Any) -> bool:
+        if link.rank == 1:
+            return one.leave("the end")
+        while 1 in zero.present():
+            pass
+        assert zero.stopped  # rank 1 has left, but asked before
+        return zero.leave("the end")
+
+    assert world.run(run) == [True, True]
+    assert not zero.stopped
     zero.begin()
-    assert not zero.stopped  # though rank 1's word is still that of the last run
-    assert zero.present() == [0, 1]
+    one.begin()
+    assert not zero.stopped
 
 
 def test_the_dead_are_left_out_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
