@@ -41,7 +41,8 @@ from benchmarks.harness import (
     run_group,
 )
 from scaledtrain import ParameterServer, Replica, Strategy, connect
-from scaledtrain.comm.protocols import Store
+from scaledtrain.comm.partition import Piece
+from scaledtrain.comm.protocols import ServeOptions, Store
 from scaledtrain.server import Admission, Asynchronous, Server
 
 MIB = 2**20
@@ -63,7 +64,10 @@ class Nothing(Admission):
 SERVERS: Mapping[str, Admission] = {"push and pull": Nothing(), "with SGD": Asynchronous()}
 
 # What is held against what in the balance of four ranks.
-LAYOUTS: Mapping[str, Callable[[], Strategy]] = {"one server": ParameterServer}
+LAYOUTS: Mapping[str, Callable[[], Strategy]] = {
+    "one server": ParameterServer,
+    "four shards": partial(ParameterServer, shards=4),
+}
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,10 @@ def _serve(link: Any, n_bytes: int, admission: Admission) -> Store:
     module = nn.ParameterList(parameters(n_bytes))
     replica = Replica(module, partial(torch.optim.SGD, lr=0.1))
 
-    def make_server() -> Server:
+    def make_server(pieces: Sequence[Piece]) -> Server:
         return Server(replica.parameters, replica.updater, link.group.size, admission)
 
-    store: Store = link.serve(replica.parameters, make_server)
+    store: Store = link.serve(replica.parameters, make_server, ServeOptions())
     return store
 
 

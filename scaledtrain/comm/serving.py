@@ -55,8 +55,11 @@ class Serving:
             thread.join(max(deadline - time.monotonic(), 0.0))
         if self.host is not None:
             self.host.close()
-        for wire in [*self.wires, *self.shards]:
+        wires = [*self.wires, *self.shards]
+        for wire in wires:
             wire.close()
+        for wire in wires:
+            wire.join(max(deadline - time.monotonic(), 0.0))
 
 
 def serve(

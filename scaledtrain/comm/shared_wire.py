@@ -170,5 +170,8 @@ class SharedWire:
         """Leave; the memory is given back when the tensors in it are."""
         self._segment.close()
 
+    def join(self, seconds: float) -> None:
+        """There is no thread."""
+
 
 assert _LINE // 8 == NUMBERS

@@ -113,10 +113,12 @@ class TorchWire:
         for _ in range(slots[end]):
             self._free.put(_Slot(like[end], device))
         self._ahead: queue.SimpleQueue[Message | Exception] | None = None
+        self._reader: threading.Thread | None = None
         if reads_ahead:
             self._ahead = queue.SimpleQueue()
             name = f"reads-what-rank-{self._peer}-sends"
-            threading.Thread(target=self._read_ahead, name=name, daemon=True).start()
+            self._reader = threading.Thread(target=self._read_ahead, name=name, daemon=True)
+            self._reader.start()
 
     def write(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Copy them to this end's own memory for sending."""
@@ -169,6 +171,11 @@ class TorchWire:
                 work = self._numbers.send([bye], self._other, _MESSAGE)
                 work.wait(timedelta(seconds=_BYE_SECONDS))
         self._numbers = self._tensors = None
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread that reads: Python must not end while it is inside of gloo."""
+        if self._reader is not None:
+            self._reader.join(seconds)
 
     def _receive(self, timeout_seconds: float | None) -> Message:
         head = torch.zeros(NUMBERS, dtype=torch.float64)

@@ -73,6 +73,9 @@ class Wire(Protocol):
     def close(self) -> None:
         """Give back what this end holds; the other end learns of it."""
 
+    def join(self, seconds: float) -> None:
+        """After `close`: wait until no thread of this end runs, which may take the other end."""
+
 
 def padded(numbers: Sequence[float]) -> list[float]:
     """As many numbers as every message has."""
@@ -164,6 +167,9 @@ class LocalWire:
     def close(self) -> None:
         """Wake whoever waits at the other end."""
         self._other._inbox.put(None)
+
+    def join(self, seconds: float) -> None:
+        """There is no thread."""
 
 
 def empty_like(like: Sequence[Tensor], device: torch.device | str = "cpu") -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum
@@ -16,6 +17,9 @@ from scaledtrain.comm.wiring import Job, open_wire
 from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 
 __all__ = ["WirePeers"]
+
+
+_CLOSE_SECONDS = 3.0  # for the others to leave, too
 
 
 class _Kind(IntEnum):
@@ -93,6 +97,11 @@ class WirePeers:
         """Leave: messages of others are no longer taken in."""
         for wire in self.wires:
             wire.close()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for wire in self.wires:
+            wire.join(max(deadline - time.monotonic(), 0.0))
+        for thread in self.threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     def _listen(self, end: _End) -> None:
         try:
