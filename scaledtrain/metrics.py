@@ -49,7 +49,9 @@ class Metrics:
       ``samples``: of this replica, over which the rest is taken;
     * ``loss``: mean over this replica's samples; ``learning_rate``: of the next update;
     * ``grad_norm``: 2-norm of this replica's gradient at the record's step, before clipping;
-    * ``samples_per_second``: of all replicas together; ``step_seconds``: mean of this replica;
+    * ``samples_per_second``: of all replicas together (where each counts its own steps only, its
+      own times their number: the mean over the replicas is then that of all);
+    * ``step_seconds``: mean of this replica;
     * ``data_seconds``, ``compute_seconds``, ``communication_seconds``, ``waiting_seconds``,
       ``evaluation_seconds``: the parts of ``step_seconds``;
     * ``staleness_mean``, ``staleness_max``, ``staleness_counts`` (value -> pushes), where there is

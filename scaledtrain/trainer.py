@@ -398,7 +398,7 @@ class Trainer:
             f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
             f"{self.link.group.size} replica{'s' if self.link.group.size > 1 else ''} on "
             f"{self.link.device.type} over {self.link.transport}; strategy "
-            f"{type(self.strategy).__name__}; precision {self.precision.name}; batch per replica "
+            f"{self.strategy}; precision {self.precision.name}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
         )
 

@@ -109,6 +109,19 @@ class ParameterServer(Strategy):
         if overlap:
             self._check_overlap()
 
+    def __str__(self) -> str:
+        """Policy and correction, and what is not as usual."""
+        parts = [str(self.admission)]
+        if self.correction != Uncorrected():
+            parts.append(str(self.correction))
+        if self._options.shards > 1:
+            parts.append(f"{self._options.shards} shards")
+        if self._options.overlap:
+            parts.append("pulls while computing (one more version of staleness)")
+        if self._options.compression is not None:
+            parts.append(str(self._options.compression))
+        return f"ParameterServer: {', '.join(parts)}"
+
     def attach(self, replica: Replica, link: Link) -> None:
         """Start the server with rank 0's parameters."""
         self._replica = replica

@@ -44,6 +44,10 @@ class Strategy(ABC):
         self.step = 0
         self._max_steps: int | None = None
 
+    def __str__(self) -> str:
+        """What a run is introduced with."""
+        return type(self).__name__
+
     def attach(self, replica: Replica, link: Link) -> None:
         """Give every replica rank 0's parameters and buffers. Collective; once."""
         self._replica = replica

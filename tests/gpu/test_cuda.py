@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ParameterServer, Strategy, Sync, Trainer, connect
+from scaledtrain import DiLoCo, LocalSGD, ParameterServer, Strategy, Sync, Trainer, connect
+from scaledtrain.comm.compress import BF16, PowerSGD
+from scaledtrain.server import AdaptiveDelayCompensated
+from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, PushSum, SlowMo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +44,23 @@ def train(device: str, strategy: Strategy) -> Tensor:
     return torch.cat([p.detach().cpu().reshape(-1) for p in model.parameters()])
 
 
-@pytest.mark.parametrize("strategy", [Sync, ParameterServer])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Sync,
+        partial(Sync, compression=PowerSGD(rank=1)),
+        ParameterServer,
+        partial(ParameterServer, overlap=True),  # over a wire, from and to memory of the CPU
+        partial(ParameterServer, correction=AdaptiveDelayCompensated(), compression=BF16()),
+        partial(LocalSGD, 4),
+        partial(SlowMo, 4),
+        partial(DiLoCo, 4),
+        partial(AsyncLocalSGD, 4),
+        partial(EASGD, 4),
+        Gossip,
+        PushSum,
+    ],
+)
 def test_cuda_equals_cpu(strategy: Callable[[], Strategy]) -> None:
     """24 steps in float32; TF32 is off by default, so only the order of sums differs."""
     torch.testing.assert_close(
