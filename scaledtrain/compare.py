@@ -28,7 +28,8 @@ from scaledtrain.command_line import read_command_line
 from scaledtrain.config import Target, TrainConfig, check
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError
-from scaledtrain.launching import guarded, start_workers, workers_to_start
+from scaledtrain.launching import guarded, workers_to_start
+from scaledtrain.local_job import start_workers
 from scaledtrain.rendezvous import Connection
 from scaledtrain.report.comparison import Comparison, report
 from scaledtrain.report.picture import require_matplotlib

@@ -1,13 +1,11 @@
 """How a command starts, and how it ends whatever happens.
 
 `guarded` runs an entry point so that an error is told once, by the rank it happened on, and every
-process ends within seconds. `start_workers` starts the processes of a job on this host.
+process ends within seconds.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -16,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
@@ -26,7 +24,7 @@ import torch.distributed as dist
 from scaledtrain.errors import ClusterError, ConfigError, RendezvousError, ScaledTrainError
 from scaledtrain.ranks import RankInfo
 
-__all__ = ["Interrupted", "guarded", "start_workers", "workers_to_start"]
+__all__ = ["Interrupted", "guarded", "tell", "workers_to_start"]
 
 FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes
 
@@ -93,82 +91,12 @@ def workers_to_start(workers: int | None) -> int:
     return 0
 
 
-def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
-    """Run ``module.main()`` in new processes on this host, by torchrun's machinery on a free port.
-
-    Args:
-        module: what each process imports; its ``main`` is `guarded`.
-        arguments: of the command line, for each.
-        workers: how many.
-
-    Raises:
-        SystemExit: one of them failed, or a signal came; all have ended then.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // workers)))
-    # What torchrun logs about ranks that fail they have said themselves.
-    log = logging.getLogger("torch.distributed.elastic")
-    log.addHandler(logging.NullHandler())
-    log.propagate = False
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=f"scaledtrain-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
-    # Until the child guards itself, Ctrl-C ends it without a traceback of its imports.
-    # And it ends when this process is killed (1: PR_SET_PDEATHSIG), its imports included.
-    code = (
-        "import ctypes, os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        "if sys.platform == 'linux':\n"
-        "    ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
-        f"    if os.getppid() != {os.getpid()}: os._exit({TERMINATED})\n"
-        f"from scaledtrain.launching import _work; _work({module!r})"
-    )
-    signal.set_wakeup_fd(-1)  # the launcher ends its workers first, which takes what it takes
-    try:
-        elastic_launch(launch, sys.executable)("-u", "-c", code, *arguments)
-    except SignalException as stop:
-        raise SystemExit(128 + stop.sigval) from None
-    except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        raise SystemExit(_summary(codes)) from None
-
-
-def _work(module: str) -> None:
-    """A worker's main, in its own process."""
-    sys.argv[0] = module
-    importlib.import_module(module).main()
-
-
-def _summary(codes: Mapping[int, int]) -> int:
-    """The job's exit code; says what no rank could say."""
-    for code in (INTERRUPTED, MISUSED, FAILED):
-        if code in codes.values():
-            return code
-    for rank, code in codes.items():
-        if code not in (TERMINATED, -signal.SIGTERM):
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            advice = "; out of memory? The system's log says" if code == -signal.SIGKILL else ""
-            _write(f"error on rank {rank}: it ended ({how}), so the others were ended{advice}")
-            return FAILED
-    return TERMINATED
-
-
 def _is_launched() -> bool:
     env = os.environ
     # A step of one task is what an interactive shell under Slurm runs in.
     by_slurm = env.get("SLURM_STEP_NUM_TASKS", "1") != "1"
-    return ("RANK" in env and "WORLD_SIZE" in env) or by_slurm
+    by_one = "SCALEDTRAIN_RANK" in env
+    return by_one or ("RANK" in env and "WORLD_SIZE" in env) or by_slurm
 
 
 def _exit_code(error: BaseException) -> int:
@@ -203,7 +131,7 @@ def _tell(error: BaseException) -> None:
         is_theirs = info.rank != 0 and isinstance(error, ConfigError)
         first = not (is_theirs or _is_consequence(error))
     if first:
-        _write(_describe(error, info))
+        tell(_describe(error, info))
     if info.rank == 0 and info.size > 1 and not info.has_agent:
         time.sleep(_ROOT_CAUSE_SECONDS)  # this process has the store that the others ask
 
@@ -236,7 +164,8 @@ def _describe(error: BaseException, info: RankInfo) -> str:
     return f"{where}:\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 
-def _write(text: str) -> None:
+def tell(text: str) -> None:
+    """Write a line for people to read; nobody need be there to read it."""
     with suppress(OSError, ValueError):  # nobody listens any more
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
@@ -245,7 +174,7 @@ def _write(text: str) -> None:
 def _leave(code: object) -> NoReturn:
     """End this process: at once if it is one of several, since its threads may wait for others."""
     if isinstance(code, str):
-        _write(code)
+        tell(code)
     number = code if isinstance(code, int) else 0 if code is None else FAILED
     if not _is_launched():
         sys.exit(number)

@@ -40,7 +40,8 @@ class RankInfo:
     @property
     def has_agent(self) -> bool:
         """Whether the launcher keeps the job's store, so that no rank does."""
-        return not self.single and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        name = "SCALEDTRAIN" if self.single else "TORCHELASTIC"
+        return os.environ.get(f"{name}_USE_AGENT_STORE") == "True"
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> RankInfo:

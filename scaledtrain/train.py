@@ -31,7 +31,8 @@ from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
 from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError, ScaledTrainError
-from scaledtrain.launching import Interrupted, guarded, start_workers, workers_to_start
+from scaledtrain.launching import Interrupted, guarded, workers_to_start
+from scaledtrain.local_job import start_workers
 from scaledtrain.rendezvous import Connection, Transport, connect
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything

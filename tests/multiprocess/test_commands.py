@@ -13,7 +13,8 @@ import pytest
 
 import scaledtrain
 from scaledtrain.errors import ClusterError, ConfigError, PeerLostError
-from scaledtrain.launching import _summary, guarded
+from scaledtrain.launching import guarded
+from scaledtrain.local_job import _summary
 from tests.ranks import free_port
 
 TIMEOUT_SECONDS = 60.0  # for a command on a busy machine
@@ -149,6 +150,24 @@ def test_an_error_on_one_rank_is_told_once_and_ends_all(folder: Path) -> None:
     assert told.startswith("error on rank 1:\nTraceback")
     assert told.endswith("RuntimeError: broken in call 3\n")
     assert (told.count("Traceback"), told.count("broken in call 3"), out) == (1, 1, "")
+
+
+def test_an_asynchronous_run_goes_on_without_a_worker_that_is_killed(folder: Path) -> None:
+    settings = ("workers=3", "strategy=async", "max_steps=null", "max_seconds=6", "log_every=5")
+    slow = "slowdown.min_compute_seconds=0.01"
+    command = start(folder, *TRAIN, *settings, slow, "console=false")
+    wait_for(folder, "runs/*/metrics-rank2.jsonl", command)
+    (victim,) = [
+        pid
+        for pid in processes_in(folder)
+        if b"\0RANK=2\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    ]
+    os.kill(victim, signal.SIGKILL)
+    code, out, told = end(command)
+    assert code == 0
+    assert out.startswith("ended at step ")
+    assert "worker 2 is lost, and the other 2 go on without it" in told
+    assert told.endswith("rank 2 was lost (killed by SIGKILL); the others went on to the end\n")
 
 
 def test_ctrl_c_ends_every_process_and_says_so_once(folder: Path) -> None:
