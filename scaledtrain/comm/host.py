@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from scaledtrain.comm.event_log import EventLog
 from scaledtrain.comm.protocols import Pulled
 from scaledtrain.comm.requests import Request
 from scaledtrain.comm.wire import Wire
-from scaledtrain.errors import ClusterError, WaitTimeoutError
+from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 from scaledtrain.server import Server
 from scaledtrain.server.operations import Kind, Operation, Outcome, apply
 
@@ -33,11 +34,23 @@ _MAX_FAULTS = 100  # in a row: then no good gradient is to be expected any more
 _SIGNS_OF_LIFE = 4  # to a worker that waits, in the time after which it would give up
 
 
+@dataclass
+class _Meeting:
+    """Where workers wait for each other, again and again."""
+
+    what: str
+    here: set[int] = field(default_factory=set)
+    held: int = 0
+
+
 class ServerHost:
     """Lets the threads that speak for the workers call one `Server`, each for its worker.
 
     A worker that dies is forgotten, and nobody waits for it any more. So is one that shows no sign
     of life for ``timeout_seconds`` while others wait for it; it takes part again when it pulls.
+
+    A process that takes the place of one that died has its ``attempt``, 1 and so on, in its calls;
+    what the one before asks for then raises PeerLostError.
 
     Args:
         server: the pure state machine; nothing else may touch it.
@@ -61,34 +74,41 @@ class ServerHost:
         self._waiting: set[int] = set()
         self._heard = dict.fromkeys(range(server.n_workers), time.monotonic())
         self._speeds: dict[int, float] = {}
-        self._here: set[int] = set()
-        self._meetings = 0
+        self._attempts = [0] * server.n_workers
+        self._beginning = _Meeting("the start of fit")
+        self._end = _Meeting("the end of fit")
+        self._training: dict[int, int] = {}  # and how many fits had ended when its own began
 
     def add_shard(self, wire: Wire) -> None:
         """Tell another shard of the server, at the end of this wire, everything from now on."""
         self._shards.append(wire)
 
     def push(
-        self, worker: int, gradient: Sequence[Tensor], version: int, speed: float = 0.0
+        self,
+        worker: int,
+        gradient: Sequence[Tensor],
+        version: int,
+        speed: float = 0.0,
+        attempt: int = 0,
     ) -> None:
         """Hand a finite gradient to the server; wakes the workers that it sets free."""
-        self._pushed(Operation(Kind.PUSH, worker, version), gradient, speed=speed)
+        self._pushed(Operation(Kind.PUSH, worker, version), attempt, gradient, speed=speed)
 
-    def reject(self, worker: int, version: int, why: str) -> None:
+    def reject(self, worker: int, version: int, why: str, attempt: int = 0) -> None:
         """Count a gradient that the worker itself found unusable."""
-        self._pushed(Operation(Kind.REJECT, worker, version), why=why)
+        self._pushed(Operation(Kind.REJECT, worker, version), attempt, why=why)
 
     def _pushed(
         self,
         operation: Operation,
+        attempt: int,
         gradient: Sequence[Tensor] = (),
         why: str = "",
         speed: float = 0.0,
     ) -> None:
         with self._changed:
-            self._raise_failure()
             worker = operation.worker
-            self._heard[worker] = time.monotonic()
+            self._hear(worker, attempt)
             if worker not in self._alive:  # it was given up; it takes part again when it pulls
                 if operation.kind == Kind.PUSH:
                     for shard in self._shards:
@@ -104,16 +124,21 @@ class ServerHost:
                 self._count_fault(outcome.fault)
             self._changed.notify_all()
 
-    def skip(self, worker: int) -> None:
+    def skip(self, worker: int, attempt: int = 0) -> None:
         """Count a step of the worker that had no gradient."""
         with self._changed:
-            self._raise_failure()
-            self._heard[worker] = time.monotonic()
+            self._hear(worker, attempt)
             if worker in self._alive:
                 self._do(Operation(Kind.SKIP, worker))
                 self._changed.notify_all()
 
-    def pull(self, worker: int, write: Write, still: Callable[[], object] | None = None) -> Pulled:
+    def pull(
+        self,
+        worker: int,
+        write: Write,
+        still: Callable[[], object] | None = None,
+        attempt: int = 0,
+    ) -> Pulled:
         """Give out the parameters as soon as the worker may go on.
 
         Args:
@@ -121,11 +146,12 @@ class ServerHost:
             write: called once, with the parameters.
             still: called now and then while the worker waits, so that it knows that it is not
                 forgotten.
+            attempt: which process of the worker asks.
         """
         with self._changed:
-            self._raise_failure()
+            self._hear(worker, attempt)
             if worker not in self._alive:
-                self.join(worker)
+                self._take_back(worker)
             server = self._server
             self._wait(worker, "pull", lambda: self._stopped or server.may_go_on(worker), still)
             write(self._do(Operation(Kind.PULL, worker)).tensors)
@@ -138,21 +164,29 @@ class ServerHost:
             return self._server.version
 
     def start(
-        self, worker: int, last_version: int | None, still: Callable[[], object] | None = None
+        self,
+        worker: int,
+        last_version: int | None,
+        still: Callable[[], object] | None = None,
+        attempt: int = 0,
     ) -> None:
         """Wait for all workers; make no update beyond this version.
 
-        A worker that came back while the others are under way does not wait, nor set a limit.
+        A worker that came back, or was given up before it came here, does not wait for the others,
+        nor they for it, nor does it set a limit.
         """
         with self._changed:
-            self._raise_failure()
+            self._hear(worker, attempt)
+            self._training[worker] = self._end.held
+            if worker not in self._alive:
+                self._take_back(worker)
             if worker in self._latecomers:
                 return
             self._stopped = False
             if self._server.last_version != last_version:
                 limit = -1 if last_version is None else last_version
                 self._do(Operation(Kind.LIMIT, -1, limit))
-            self._meet(worker, "the start of fit", still)
+            self._meet(worker, self._beginning, still)
 
     def stop(self) -> None:
         """Tell every worker at its next pull that the run is over."""
@@ -161,57 +195,58 @@ class ServerHost:
             self._changed.notify_all()
 
     def settle(
-        self, worker: int, write: Write, still: Callable[[], object] | None = None
+        self,
+        worker: int,
+        write: Write,
+        still: Callable[[], object] | None = None,
+        attempt: int = 0,
     ) -> Pulled:
         """Wait until all workers are here, then give the final parameters.
 
-        They stay as they are until all workers have called `start`.
+        They stay as they are until all workers have called `start`. A worker that was given up, and
+        without which the others have ended this fit, does not wait.
         """
         with self._changed:
-            self._raise_failure()
+            self._hear(worker, attempt)
+            self._alive.add(worker)
             # Those that still compute need not wait for it.
             self._do(Operation(Kind.REMOVE, worker))
             self._changed.notify_all()
-            self._meet(worker, "the end of fit", still)
+            if self._training.get(worker, self._end.held) == self._end.held:
+                self._meet(worker, self._end, still)
             write(self._do(Operation(Kind.READ, worker)).tensors)
             pulled = self._tell(worker)
+            self._training.pop(worker, None)
             self._latecomers.discard(worker)
+            if self._beginning.held > self._end.held:  # the next fit has begun
+                self._latecomers.add(worker)
             self._do(Operation(Kind.ADD, worker))
             return pulled
 
-    def lose(self, worker: int, why: str) -> None:
+    def leave(self, worker: int, attempt: int = 0) -> None:
+        """A worker will ask for nothing more; inside a fit, the others go on without it."""
+        with self._changed:
+            if worker in self._training:
+                self.lose(worker, "it left before the end", attempt)
+
+    def lose(self, worker: int, why: str, attempt: int = 0) -> None:
         """Forget a worker; those that wait for it go on."""
         with self._changed:
-            if worker not in self._alive:
-                return
-            self._alive.discard(worker)
-            self._ever_lost = True
-            self._speeds.pop(worker, None)
-            if self._failure is None:
-                left = len(self._alive)
-                _logger.warning(
-                    "worker %d is lost, and the other %d go on without it: %s", worker, left, why
-                )
-                if worker in self._server.members:
-                    self._do(Operation(Kind.REMOVE, worker))
-                self._end_meeting()
-            self._changed.notify_all()
+            if attempt == self._attempts[worker]:
+                self._lose(worker, why)
 
-    def join(self, worker: int) -> None:
+    def join(self, worker: int, attempt: int = 0) -> None:
         """Let a worker that was lost take part again, level with the slowest."""
         with self._changed:
-            _logger.warning("worker %d is back, and goes on from the current version", worker)
-            self._alive.add(worker)
-            self._latecomers.add(worker)
-            self._heard[worker] = time.monotonic()
-            self._staleness[worker] = -1
-            self._do(Operation(Kind.ADD, worker))
-            self._changed.notify_all()
+            self._hear(worker, attempt)
+            self._take_back(worker)
 
     def replace(self, worker: int, attempt: int) -> None:
         """A new process takes the worker's place; it takes part when it has joined."""
         with self._changed:
-            self.lose(worker, "a new process has taken its place")
+            self._attempts[worker] = attempt
+            self._lose(worker, "a new process has taken its place")
+            self._changed.notify_all()  # the one before may still wait for something
             for shard in self._shards:
                 shard.send([Request.JOIN, worker, attempt])
 
@@ -239,9 +274,48 @@ class ServerHost:
                 self._server.add(worker)
 
     def close(self) -> None:
-        """End the log."""
-        if self._log is not None:
-            self._log.close()
+        """End the log; whoever still asks for anything is told that the server has ended."""
+        with self._changed:
+            self.fail(ClusterError("the rank that holds the parameter server has left"))
+            if self._log is not None:
+                self._log.close()
+
+    def _hear(self, worker: int, attempt: int) -> None:
+        """What the calls of workers begin with."""
+        self._raise_failure()
+        self._raise_if_replaced(worker, attempt)
+        self._heard[worker] = time.monotonic()
+
+    def _raise_if_replaced(self, worker: int, attempt: int) -> None:
+        if attempt != self._attempts[worker]:
+            raise PeerLostError(f"a new process has taken the place of worker {worker}")
+
+    def _lose(self, worker: int, why: str) -> None:
+        if worker not in self._alive:
+            return
+        self._alive.discard(worker)
+        for meeting in (self._beginning, self._end):
+            meeting.here.discard(worker)
+        self._ever_lost = True
+        self._speeds.pop(worker, None)
+        if self._failure is None:
+            left = len(self._alive)
+            _logger.warning(
+                "worker %d is lost, and the other %d go on without it: %s", worker, left, why
+            )
+            if worker in self._server.members:
+                self._do(Operation(Kind.REMOVE, worker))
+            self._end_meetings()
+        self._changed.notify_all()
+
+    def _take_back(self, worker: int) -> None:
+        _logger.warning("worker %d is back, and goes on from the current version", worker)
+        self._alive.add(worker)
+        self._latecomers.add(worker)
+        self._training[worker] = self._end.held
+        self._staleness[worker] = -1
+        self._do(Operation(Kind.ADD, worker))
+        self._changed.notify_all()
 
     def _do(self, operation: Operation, gradient: Sequence[Tensor] = (), why: str = "") -> Outcome:
         """Let the server do it, then its other shards, and write it down."""
@@ -280,18 +354,20 @@ class ServerHost:
             )
             self._raise_failure()
 
-    def _meet(self, worker: int, what: str, still: Callable[[], object] | None) -> None:
-        """Return when all workers that are alive have called this equally often."""
-        self._here.add(worker)
-        mine = self._meetings
-        self._end_meeting()
-        self._wait(worker, what, lambda: self._meetings > mine, still)
+    def _meet(self, worker: int, meeting: _Meeting, still: Callable[[], object] | None) -> None:
+        """Return when all workers that are awaited there have come."""
+        meeting.here.add(worker)
+        mine = meeting.held
+        self._end_meetings()
+        self._wait(worker, meeting.what, lambda: meeting.held > mine, still)
 
-    def _end_meeting(self) -> None:
-        if self._here and self._here >= self._alive:
-            self._here.clear()
-            self._meetings += 1
-            self._changed.notify_all()
+    def _end_meetings(self) -> None:
+        begin = self._alive - self._latecomers
+        for meeting, awaited in ((self._beginning, begin), (self._end, self._alive)):
+            if meeting.here and meeting.here >= awaited:
+                meeting.here.clear()
+                meeting.held += 1
+                self._changed.notify_all()
 
     def _wait(
         self,
@@ -302,23 +378,32 @@ class ServerHost:
     ) -> None:
         """Wait; those that show no sign of life for too long meanwhile are given up."""
         seconds = self._timeout_seconds / _SIGNS_OF_LIFE
+        attempt = self._attempts[worker]
+
+        def over() -> bool:
+            replaced = self._attempts[worker] != attempt
+            return self._failure is not None or replaced or ready()
+
         self._waiting.add(worker)
         try:
             begin, before = time.monotonic(), self._standing()
-            while not ready() and self._failure is None:
-                if self._changed.wait_for(lambda: self._failure or ready(), seconds):
-                    break
+            while not self._changed.wait_for(over, seconds):
                 if still is not None:
-                    still()
+                    self._changed.release()  # nobody else has to wait until it is taken
+                    try:
+                        still()
+                    finally:
+                        self._changed.acquire()
                 self._give_up_the_silent(worker, what)
                 if before != self._standing():
                     begin, before = time.monotonic(), self._standing()
                 if time.monotonic() - begin >= self._timeout_seconds:
-                    self._raise_if_all_wait(worker, what)
+                    self._fail_if_all_wait(worker, what)
         finally:
             self._waiting.discard(worker)
             self._heard[worker] = time.monotonic()
         self._raise_failure()
+        self._raise_if_replaced(worker, attempt)
 
     def _standing(self) -> tuple[list[int], set[int]]:
         """What changes whenever anybody gets on."""
@@ -328,20 +413,22 @@ class ServerHost:
         now = time.monotonic()
         for one in sorted(self._alive - self._waiting):
             if now - self._heard[one] >= self._timeout_seconds:
-                self.lose(
+                self._lose(
                     one,
                     f"worker {worker} waited for it in {what}, and it showed no sign of life for "
                     f"{self._timeout_seconds:g} s; it is stuck or too slow: look at it, or raise "
                     "timeout_seconds",
                 )
 
-    def _raise_if_all_wait(self, worker: int, what: str) -> None:
+    def _fail_if_all_wait(self, worker: int, what: str) -> None:
         """A policy may make all wait for each other."""
         if self._alive <= self._waiting:
             steps = ", ".join(f"worker {i}: {c}" for i, c in enumerate(self._server.clocks))
-            raise WaitTimeoutError(
-                f"worker {worker} waited {self._timeout_seconds:g} s in {what}, and so do all "
-                f"others (steps so far: {steps}): the admission policy lets nobody go on"
+            self.fail(
+                WaitTimeoutError(
+                    f"worker {worker} waited {self._timeout_seconds:g} s in {what}, and so do all "
+                    f"others (steps so far: {steps}): the admission policy lets nobody go on"
+                )
             )
 
     def _raise_failure(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -226,7 +227,8 @@ class WireStore:
         """Leave; the server no longer answers this worker."""
         if not self._closed:
             self._closed = True
-            self._wires[0].send([Request.CLOSE])
+            with suppress(ClusterError):  # the server has ended before
+                self._wires[0].send([Request.CLOSE])
 
     def _ask(self, kind: Request) -> None:
         if self._borrowed and not self._overlap:  # there is one place, which the model is in

@@ -195,12 +195,11 @@ class _Builder:
             try:
                 end = wire or self._wire_to(0, self._job.rank, worker, attempt, at_shard=True)
             except ClusterError as error:
-                host.lose(worker, str(error))
+                with suppress(ClusterError):  # the server failed: the rank that holds it says why
+                    host.lose(worker, str(error), attempt)
                 return
             serving.wires.append(end)
-            if attempt > 0:
-                host.join(worker)
-            serve_worker(host, worker, end, self._decoder(0))
+            serve_worker(host, worker, attempt, end, self._decoder(0))
 
         self._start(serving, f"server-for-worker-{worker}", run)
 
@@ -213,7 +212,8 @@ class _Builder:
                 continue
             worker, attempt = map(int, store.get(f"return/{number}").split())
             number += 1
-            host.replace(worker, attempt)
+            with suppress(ClusterError):  # the server failed, as the worker will hear
+                host.replace(worker, attempt)
             self._serve_in_thread(serving, host, worker, attempt, None)
 
     def _start_shard(self, serving: Serving, server: Server, local: dict[int, Wire]) -> ServerShard:

@@ -12,7 +12,7 @@ from torch import Tensor
 from scaledtrain.comm.answering import Decode
 from scaledtrain.comm.requests import Request
 from scaledtrain.comm.wire import Wire
-from scaledtrain.errors import ClusterError, PeerLostError
+from scaledtrain.errors import ClusterError
 from scaledtrain.server import Server
 from scaledtrain.server.operations import Kind, Operation, apply
 
@@ -43,6 +43,7 @@ class ServerShard:
         self._connect = connect
         self._decode = decode
         self._timeout_seconds = timeout_seconds
+        self._first: Wire | None = None
         self._workers: dict[int, Wire] = {}
         self._lock = threading.Lock()
         self.failure: BaseException | None = None
@@ -53,6 +54,8 @@ class ServerShard:
             run()
         except Exception as error:
             self.failure = error
+            if self._first is not None:
+                self._first.close()  # the first shard must not wait for this one to listen
             for wire in self._workers.values():
                 with suppress(ClusterError):
                     wire.send([Request.FAILED])
@@ -64,7 +67,7 @@ class ServerShard:
             first: the wire to it.
             workers: the wire to each worker.
         """
-        self._workers = workers
+        self._first, self._workers = first, workers
         while (message := first.receive(None)).numbers[0] != Request.CLOSE:
             kind, worker, version, accepted, *_ = map(int, message.numbers)
             if kind == Request.JOIN:
@@ -96,7 +99,7 @@ class ServerShard:
                     f"{outcome.fault}); an admission policy must decide by what the server tells it"
                 )
         if operation.kind in (Kind.PULL, Kind.READ) and wire is not None:
-            with suppress(PeerLostError):  # the first shard will say that it is lost
+            with suppress(ClusterError):  # the first shard will say that it is lost
                 wire.send([operation.kind], wire.write(outcome.tensors))
 
     def _take_part(self, worker: int) -> Sequence[Tensor]:

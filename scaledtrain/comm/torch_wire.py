@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scaledtrain.comm.flat import FlatBuffer, bytes_of
 from scaledtrain.comm.wire import NUMBERS, Message, empty_like, padded
-from scaledtrain.errors import PeerLostError, WaitTimeoutError
+from scaledtrain.errors import PeerLostError, RendezvousError, WaitTimeoutError
 
 __all__ = ["TorchWire"]
 
@@ -77,6 +77,9 @@ class TorchWire:
             slots; without, a message waits at the other end until somebody does.
         gives_receipts: this end reads ahead, and says when it has the tensors of a message.
         wants_receipts: the other end gives receipts; tensors count as sent when it has them.
+
+    Raises:
+        RendezvousError: the other end did not come, or cannot be reached.
     """
 
     def __init__(
@@ -99,16 +102,22 @@ class TorchWire:
         self._wants_receipts = wants_receipts
         make: Any = dist.ProcessGroupGloo
         timeout = timedelta(seconds=timeout_seconds)
-        self._numbers: Any = make(dist.PrefixStore("gloo", store), end, 2, timeout)
-        self._tensors: Any = self._numbers
-        if device.type == "cuda":
-            make = dist.ProcessGroupNCCL
-            self._tensors = make(dist.PrefixStore("nccl", store), end, 2, timeout)
+        try:
+            self._numbers: Any = make(dist.PrefixStore("gloo", store), end, 2, timeout)
+            self._tensors: Any = self._numbers
+            if device.type == "cuda":
+                make = dist.ProcessGroupNCCL
+                self._tensors = make(dist.PrefixStore("nccl", store), end, 2, timeout)
+        except RuntimeError as error:
+            raise RendezvousError(
+                f"rank {self._me} could not connect to rank {self._peer}, which died, or cannot be "
+                f"reached from this host ({str(error).splitlines()[0]})"
+            ) from error
         self._outgoing = _Slot(like[self._other], device)
         self._sizes = bytes_of(like[end]), bytes_of(like[self._other])
         self.bytes_sent = 0
         self.bytes_received = 0
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
         self._lent: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(slots[end]):
             self._free.put(_Slot(like[end], device))
@@ -171,6 +180,7 @@ class TorchWire:
                 work = self._numbers.send([bye], self._other, _MESSAGE)
                 work.wait(timedelta(seconds=_BYE_SECONDS))
         self._numbers = self._tensors = None
+        self._free.put(None)  # wakes the thread that reads, if it waits for a slot
 
     def join(self, seconds: float) -> None:
         """Wait for the thread that reads: Python must not end while it is inside of gloo."""
@@ -187,6 +197,8 @@ class TorchWire:
         if not row[-1]:
             return Message(row, None)
         slot = self._free.get()
+        if slot is None:
+            raise self._closed()
         self._lent.put(slot)
         for message in slot.messages():
             self._move("recv", message, _MESSAGE, self._timeout_seconds, self._tensors)
@@ -216,7 +228,7 @@ class TorchWire:
     ) -> None:
         group = group or self._numbers
         if group is None:
-            raise PeerLostError(f"rank {self._me} has closed its connection to rank {self._peer}")
+            raise self._closed()
         try:
             work = getattr(group, how)([message], self._other, tag)
             if message.is_cuda:
@@ -232,6 +244,9 @@ class TorchWire:
                 f"rank {self._peer} died or left while rank {self._me} had a message for it or "
                 f"from it; its own message says why ({text.split('. This is')[0]})"
             ) from error
+
+    def _closed(self) -> PeerLostError:
+        return PeerLostError(f"rank {self._me} has closed its connection to rank {self._peer}")
 
     def _late(self, seconds: float) -> WaitTimeoutError:
         return WaitTimeoutError(

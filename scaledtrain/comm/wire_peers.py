@@ -87,9 +87,9 @@ class WirePeers:
         end = self._ends[rank]
         call = _Call(rank, into, self._timeout_seconds)
         with end.sending:
+            end.call = call  # before the look, so that who is lost after it fails this call
             if end.lost is not None:
                 raise PeerLostError(end.lost)
-            end.call = call
             end.wire.send([_Kind.CALL], tensors)
         return call
 
