@@ -97,7 +97,7 @@ WORKLOADS = {
         batch_size=32,
         learning_rate=0.15,
         min_compute_seconds=0.02,
-        seconds=14.0,
+        seconds=8.0,
         vote_every=10,
     ),
     "real": Workload(
@@ -106,7 +106,7 @@ WORKLOADS = {
         batch_size=48,
         learning_rate=0.05,
         min_compute_seconds=0.0,
-        seconds=6.0,
+        seconds=5.0,
         vote_every=50,
         copy_steps=10,
     ),
