@@ -303,7 +303,8 @@ def render(runs: Sequence[Run], where: Mapping[str, Any]) -> str:
     parts = [provenance(where)]
     for workers in sorted({r.workers for r in runs if not RULES[r.rule].alone}):
         parts.append(_table(runs, workers))
-    seeds = len({r.seed for r in runs})
+    counts = Counter((r.rule, r.workers, r.rate) for r in runs)
+    seeds = " to ".join(map(str, dict.fromkeys([min(counts.values()), max(counts.values())])))
     parts.append(
         f"Test error in percent: mean over {seeds} seeds ± its standard error, without the runs "
         "that diverged; the best of each rule in bold. A run has diverged if it ends with more "
