@@ -132,8 +132,7 @@ def measure(
     is_fast = contender == "alone" and condition == "straggler"
     own_condition = "equal" if is_fast else condition
     load_average = os.getloadavg()[0]
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=memory) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         arguments = [contender, workload, own_condition, str(number), name]
         flags = ["--quick"] if is_quick else []
@@ -292,8 +291,9 @@ def _table(races: Sequence[Race], case: tuple[str, int]) -> str:
         for condition in CONDITIONS
         for name in (*OURS, *PEERS)
     ]
-    rounds = sorted({count for count in counts if count})
-    lines += ["", f"Medians over {' to '.join(map(str, {rounds[0]: 0, rounds[-1]: 0}))} rounds."]
+    present = [count for count in counts if count]
+    ends = " to ".join(map(str, dict.fromkeys([min(present), max(present)])))
+    lines += ["", f"Medians over {ends} rounds."]
     return "\n".join(lines)
 
 

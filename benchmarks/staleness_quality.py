@@ -188,8 +188,8 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """It is of no use, and has been worse: one that is only slow has a falling loss."""
-        went_up = self.peak_loss is None or self.peak_loss > 2 * math.log(10)
+        """It is of no use, and not for being slow, as the loss had been above that of guessing."""
+        went_up = self.peak_loss is None or self.peak_loss > 1.15 * math.log(10)
         return self.test_error > 0.5 and went_up
 
 
@@ -303,12 +303,13 @@ def render(runs: Sequence[Run], where: Mapping[str, Any]) -> str:
     parts = [provenance(where)]
     for workers in sorted({r.workers for r in runs if not RULES[r.rule].alone}):
         parts.append(_table(runs, workers))
-    seeds = len({r.seed for r in runs})
+    counts = Counter((r.rule, r.workers, r.rate) for r in runs)
+    seeds = " to ".join(map(str, dict.fromkeys([min(counts.values()), max(counts.values())])))
     parts.append(
         f"Test error in percent: mean over {seeds} seeds ± its standard error, without the runs "
         "that diverged; the best of each rule in bold. A run has diverged if it ends with more "
-        "than half of the test images wrong after a loss of more than twice that of guessing; one "
-        "that ends there without is only slow."
+        "than half of the test images wrong, and the loss of a batch had been 15 % above that of "
+        "guessing; one that ends there without is only slow."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -356,7 +357,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = sorted({r.workers for r in runs if not RULES[r.rule].alone})
-    figure = Figure(figsize=(4.2 * max(1, len(columns)), 7.6), layout="constrained")
+    figure = Figure(figsize=(2 + 4 * max(1, len(columns)), 7.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, max(1, len(columns)), sharex=True, sharey=True, squeeze=False)
     for (row, momentum), (column, workers) in itertools.product(
@@ -389,8 +390,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             panel.set_xlabel("learning rate / (1 − momentum)")
         if column == 0:
             panel.set_ylabel("test error, %")
-        if column == 0 and shown:
-            panel.legend(fontsize=9, frameon=False, loc="upper center")
+        if workers == columns[-1] and shown:
+            panel.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.suptitle(
         f"Test error after {GRADIENTS} gradients. A line ends where one of the runs diverged",
         fontsize=11.5,

@@ -235,7 +235,7 @@ class Task:
     seed: int
     learning_rate: float
     folder: Path
-    """For what it writes; the same on all ranks."""
+    """For what it writes; the same on all ranks, and with a name of its own."""
     model: nn.Module = field(init=False)
     watch: Watch = field(init=False)
     all_batches: list[tuple[Tensor, Tensor]] = field(init=False)
@@ -360,31 +360,33 @@ def ddp(task: Task) -> None:
 
 
 def _shared_parameters(task: Task) -> list[Tensor]:
-    """Tensors that all ranks share, with rank 0's values."""
+    """Tensors that all ranks share, with rank 0's values. Collective."""
+    dist.init_process_group("gloo")
     own = list(task.model.parameters())
     sizes = [p.numel() for p in own]
-    flat = torch.from_file(str(task.folder / "shared"), shared=True, size=sum(sizes))
+    memory = Path("/dev/shm")
+    file = (memory if memory.is_dir() else task.folder) / f"{task.folder.name}-hogwild"
+    flat = torch.from_file(str(file), shared=True, size=sum(sizes))
     shared = [part.view_as(p) for part, p in zip(flat.split(sizes), own, strict=True)]
     if task.rank == 0:
         torch._foreach_copy_(shared, [p.detach() for p in own])
+    dist.barrier()
+    if task.rank == 0:
+        file.unlink()  # the memory lives on until the last rank ends, however it ends
     return shared
 
 
 def bare_hogwild(task: Task) -> None:
     """Every worker computes with, and updates, the same memory, without a lock."""
-    dist.init_process_group("gloo")
     for parameter, shared in zip(task.model.parameters(), _shared_parameters(task), strict=True):
         parameter.data = shared
-    dist.barrier()
     alone(task)
 
 
 def bare_hogwild_copy(task: Task) -> None:
     """Every worker computes with a copy, and updates the shared memory, without a lock."""
-    dist.init_process_group("gloo")
     shared, own = _shared_parameters(task), list(task.model.parameters())
     compute, per_step = task.compute(), 2 * task.n_bytes
-    dist.barrier()
     task.watch.start()
     for number, batch in enumerate(task.batches(), start=1):
         with torch.no_grad():

@@ -235,7 +235,7 @@ def test_the_shipped_readme_shows_the_shipped_results() -> None:
     assert bench.REPORT.is_current()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the ranks share a folder in memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks run in a terminal")
 def test_a_reference_runs_in_a_process_of_its_own() -> None:
     found = bench.measure("alone", ("real", 2), "straggler", number=0, is_quick=True)
     assert (found.ranks, found.condition, len(found.steps_per_second)) == (2, "straggler", 1)
