@@ -93,7 +93,8 @@ class StoreBoard(_Waiting):
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float) -> None:
         super().__init__(rank, timeout_seconds)
-        self._store = store
+        # Its own client: whoever waits in another one keeps it for that long.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._size = size
         self._words = [0] * size
         self._beats = [-1] * size
@@ -127,7 +128,8 @@ class StoreBoard(_Waiting):
                         self._look_at(rank)
             self._store.set(f"{self._rank}", f"{self._words[self._rank]} {beat + 1}")
         except (RuntimeError, dist.DistError):  # rank 0, which has the store, died
-            self._words[0] = _DEAD
+            if self._rank != 0:
+                self._words[0] = _DEAD
 
     def _look_at(self, rank: int) -> None:
         if not self._store.check([f"{rank}"]):

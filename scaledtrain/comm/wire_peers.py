@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 
 __all__ = ["WirePeers"]
 
+
+_logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 3.0  # for the others to leave, too
 
@@ -85,12 +88,13 @@ class WirePeers:
     def call(self, rank: int, tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> Handle:
         """Begin to send a message; it is received when the handle's ``wait`` returns."""
         end = self._ends[rank]
-        call = _Call(rank, into, self._timeout_seconds)
         with end.sending:
+            end.calls += 1
+            call = _Call(rank, end.calls, into, self._timeout_seconds)
             end.call = call  # before the look, so that who is lost after it fails this call
             if end.lost is not None:
                 raise PeerLostError(end.lost)
-            end.wire.send([_Kind.CALL], tensors)
+            end.wire.send([_Kind.CALL, end.calls], tensors)
         return call
 
     def close(self) -> None:
@@ -106,7 +110,7 @@ class WirePeers:
     def _listen(self, end: _End) -> None:
         try:
             while True:
-                kind, *_ = (message := end.wire.receive(None)).numbers
+                kind, number, *_ = (message := end.wire.receive(None)).numbers
                 if kind == _Kind.CALL:
                     assert message.tensors is not None
                     with self._lock:
@@ -114,15 +118,17 @@ class WirePeers:
                         with end.sending:
                             written = end.wire.write(answer) if self._answers else None
                             end.wire.release()
-                            end.wire.send([_Kind.ANSWER], written)
+                            end.wire.send([_Kind.ANSWER, number], written)
                 else:
-                    end.answered(message.tensors)
+                    end.answered(number, message.tensors)
                     if message.tensors is not None:
                         end.wire.release()
         except ClusterError as error:
             end.lose(str(error))
         except Exception as error:  # of the peer itself
+            _logger.exception("rank %d's message could not be taken in", end.rank)
             end.lose(f"rank {end.rank}'s message could not be taken in: {error!r}")
+            end.wire.close()  # it must not wait for an answer
 
 
 class _End:
@@ -132,25 +138,28 @@ class _End:
         self.rank = rank
         self.wire = wire
         self.sending = threading.Lock()  # this rank's calls, and its thread's answers
+        self.calls = 0
         self.call: _Call | None = None
         self.lost: str | None = None
 
-    def answered(self, tensors: Sequence[Tensor] | None) -> None:
-        call, self.call = self.call, None
-        if call is not None:
+    def answered(self, number: float, tensors: Sequence[Tensor] | None) -> None:
+        call = self.call
+        if call is not None and call.number == number:  # not one that was given up before
             call.end(tensors)
 
     def lose(self, why: str) -> None:
         self.lost = why
-        call, self.call = self.call, None
-        if call is not None:
-            call.fail(why)
+        if self.call is not None:
+            self.call.fail(why)
 
 
 class _Call:
     """A message under way."""
 
-    def __init__(self, rank: int, into: Sequence[Tensor], timeout_seconds: float) -> None:
+    def __init__(
+        self, rank: int, number: int, into: Sequence[Tensor], timeout_seconds: float
+    ) -> None:
+        self.number = number
         self._rank = rank
         self._into = list(into)
         self._timeout_seconds = timeout_seconds
@@ -164,8 +173,9 @@ class _Call:
         self._over.set()
 
     def fail(self, why: str) -> None:
-        self._why = why
-        self._over.set()
+        if not self._over.is_set():
+            self._why = why
+            self._over.set()
 
     def wait(self) -> None:
         """Return when the message has been received, and the answer is there."""
