@@ -95,9 +95,9 @@ WORKLOADS = {
         title="computing slept, 20 ms a step (MLP 64-128-10, batch 32)",
         hidden=(128,),
         batch_size=32,
-        learning_rate=0.15,
+        learning_rate=0.25,
         min_compute_seconds=0.02,
-        seconds=8.0,
+        seconds=10.0,
         vote_every=10,
     ),
     "real": Workload(

@@ -30,7 +30,9 @@ class StalenessAware(Correction):
 
     eta(tau) = eta / max(1, tau), on the learning rate (see ``Corrected.scale``). Rescues runs whose
     learning rate is too large for their staleness; with one that is already small, it only slows
-    down.
+    down. Measured on digits with 8, 16 and 32 equal workers (benchmarks/README.md): it bears rates
+    10 to 30 times larger than without, and at its best ends at 3.6, 5.9 and 12.1 % wrong (without:
+    3.9, 7.4, 12.7 %); at a rate of 0.03 it ends at 27, 58 and 76 % (without: 6, 7, 16 %).
 
     Sent and lost in a crash: nothing more than without it.
 
@@ -50,6 +52,7 @@ class DelayAdaptive(Correction):
 
     eta(tau) = eta n / max(n, tau), n workers taking part, on the learning rate (see
     ``Corrected.scale``). Whatever the largest delay is, convergence then depends on n alone.
+    Workers that are equally fast have a staleness of about n - 1, so for them it changes nothing.
 
     Sent and lost in a crash: nothing more than without it.
 
@@ -71,7 +74,8 @@ class DelayCompensated(Correction):
     g <- g + lambda0 g * g * (w - w_sent), elementwise, where w are the server's parameters and
     w_sent those that this worker computed with; g * g stands for the diagonal of the Hessian. It is
     the gradient that changes; the optimizer then treats it like any other. lambda0 = 0 is no
-    correction, bit for bit.
+    correction, bit for bit. Measured on digits with 8 to 32 workers (benchmarks/README.md), the
+    default made no difference beyond the standard error, at any learning rate.
 
     Sent: nothing more. Memory: one copy of the parameters for each version that a worker computes
     with, at most one per worker and one more where it pulls ahead. A crash loses these copies: save
@@ -108,7 +112,9 @@ class AdaptiveDelayCompensated(Correction):
     m <- decay m + (1 - decay) g * g, over the accepted gradients of all workers;
     g <- g + lambda0 / sqrt(m + 1e-7) * g * g * (w - w_sent), elementwise, as `DelayCompensated`.
     lambda0 = 0 is no correction, bit for bit. Diverges where eta lambda0 sqrt(n) is too large, n
-    workers: there a smaller lambda0 helps as a smaller learning rate does.
+    workers: there a smaller lambda0 helps as a smaller learning rate does. Measured on digits
+    (benchmarks/README.md): it makes the next half decade of learning rates usable with 8 and 16
+    workers, and changes little at rates that are small enough without it.
 
     Sent: nothing more. Memory: as `DelayCompensated`, and m. A crash loses both: save
     ``state_dict``.
@@ -162,7 +168,10 @@ class GapAware(Correction):
     too; decoupled decay (AdamW) is not.
 
     It is the gradient that changes, since no two elements change alike; an optimizer that
-    normalises gradients undoes the part that is common to all of them.
+    normalises gradients undoes the part that is common to all of them. Measured on digits with
+    momentum 0.9 (benchmarks/README.md): it bears rates 10 to 30 times larger than without, and is
+    very slow at small ones; its best is worse with 8 and 16 workers (6.4 and 14.2 % wrong, without
+    4.4 and 8.9 %) and better with 32 (11.6, without 13.1 %).
 
     Sent: nothing more. Memory: as `DelayCompensated`, and the mean. A crash loses both: save
     ``state_dict``.

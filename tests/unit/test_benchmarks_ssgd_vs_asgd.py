@@ -20,8 +20,6 @@ from benchmarks.workers import (
     OURS,
     PEERS,
     WORKLOADS,
-    Counted,
-    CountingLink,
     Step,
     Task,
     Watch,
@@ -29,7 +27,7 @@ from benchmarks.workers import (
     rates,
     slowdown,
 )
-from scaledtrain import ParameterServer, Replica, Slowdown, connect
+from scaledtrain import Slowdown
 from tests.unit.test_benchmarks import WHERE
 
 SLEPT = ("slept", 2)
@@ -187,37 +185,6 @@ def test_workers_share_the_batches_evenly(name: str) -> None:
 def test_the_model_of_real_computing_has_1_2_million_parameters() -> None:
     n = sum(p.numel() for p in WORKLOADS["real"].model().parameters())
     assert n == 65 * 1056 + 1057 * 1056 + 1057 * 10
-
-
-def test_what_a_strategy_hands_over_is_counted() -> None:
-    model = nn.Linear(3, 1, bias=False)  # 12 bytes
-    replica = Replica(model, lambda named: torch.optim.SGD(named, lr=0.1))
-    strategy = ParameterServer()
-    with connect() as real:
-        link = CountingLink(real)
-        strategy.attach(replica, link)
-        before = link.sent_bytes
-        for _ in range(3):
-            replica.zero_grad()
-            assert strategy.before_forward()
-            model(torch.ones(1, 3)).sum().backward()
-            strategy.apply_gradients()
-            strategy.after_step()
-    assert link.sent_bytes - before == 3 * (12 + 12)
-
-
-def test_an_all_reduce_counts_as_a_ring_sends_it() -> None:
-    class Group:
-        size = 4
-
-        def all_reduce(self, tensors: list[torch.Tensor], op: str) -> str:
-            return op
-
-    counted: list[float] = []
-    group = Counted(Group(), counted.append, {"all_reduce": 2 * 3 / 4})
-    assert group.all_reduce([torch.zeros(10), torch.zeros(2)], "mean") == "mean"
-    assert counted == [48 * 1.5]
-    assert group.size == 4
 
 
 def test_contenders_are_named_in_the_readme_and_scale_their_learning_rate() -> None:
