@@ -14,6 +14,7 @@ from benchmarks import transport as bench
 from benchmarks.harness import README
 from benchmarks.transport import LAYOUTS, Exchange, imbalance, render, socket_bytes, speed_ratio
 from scaledtrain import Replica, connect
+from scaledtrain.comm.protocols import ServeOptions
 from tests.unit.test_benchmarks import WHERE
 
 
@@ -79,7 +80,8 @@ def test_a_push_and_a_pull_go_to_a_server_that_rejects_or_uses(name: str) -> Non
     with connect() as link:
         store = link.serve(
             replica.parameters,
-            lambda: bench.Server(replica.parameters, replica.updater, 1, bench.SERVERS[name]),
+            lambda _: bench.Server(replica.parameters, replica.updater, 1, bench.SERVERS[name]),
+            ServeOptions(),
         )
         exchange = bench._push_and_pull(store, tensors)
         exchange()
