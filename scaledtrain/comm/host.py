@@ -23,7 +23,7 @@ from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 from scaledtrain.server import Server
 from scaledtrain.server.operations import Kind, Operation, Outcome, apply
 
-__all__ = ["ServerHost", "Write"]
+__all__ = ["SIGNS_OF_LIFE", "ServerHost", "Write"]
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Write = Callable[[Sequence[Tensor]], object]
 """Copies what a worker is given to where it goes."""
 
 _MAX_FAULTS = 100  # in a row: then no good gradient is to be expected any more
-_SIGNS_OF_LIFE = 4  # to a worker that waits, in the time after which it would give up
+SIGNS_OF_LIFE = 4  # to a worker that waits, in the time after which it would give up
 
 
 @dataclass
@@ -377,7 +377,7 @@ class ServerHost:
         still: Callable[[], object] | None,
     ) -> None:
         """Wait; those that show no sign of life for too long meanwhile are given up."""
-        seconds = self._timeout_seconds / _SIGNS_OF_LIFE
+        seconds = self._timeout_seconds / SIGNS_OF_LIFE
         attempt = self._attempts[worker]
 
         def over() -> bool:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from scaledtrain.comm.answering import Decode, serve_worker
 from scaledtrain.comm.compress import Feedback
 from scaledtrain.comm.event_log import EventLog
-from scaledtrain.comm.host import ServerHost
+from scaledtrain.comm.host import SIGNS_OF_LIFE, ServerHost
 from scaledtrain.comm.partition import Partition
 from scaledtrain.comm.protocols import MakeServer, ServeOptions, Store
 from scaledtrain.comm.requests import Request
@@ -251,8 +251,15 @@ class _Builder:
         slots = (1, self._slots)
         # Only the first shard judges a push, so the others have to have their parts before.
         receipts = shard > 0
+        job, accept_seconds = self._job, self._job.timeout_seconds
+        if receipts and at_shard:
+            # It serves one after another: a worker that is stuck must not keep it for as long as
+            # the others would wait.
+            accept_seconds /= SIGNS_OF_LIFE
+            if attempt > 0:
+                job = replace(job, timeout_seconds=accept_seconds)
         return open_wire(
-            self._job,
+            job,
             name,
             0 if at_shard else 1,
             likes,
@@ -262,4 +269,5 @@ class _Builder:
             reads_ahead=receipts if at_shard else self._options.overlap or len(self._parts) > 1,
             gives_receipts=receipts and at_shard,
             wants_receipts=receipts and not at_shard,
+            accept_seconds=accept_seconds,
         )

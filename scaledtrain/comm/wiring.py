@@ -53,6 +53,7 @@ def open_wire(
     reads_ahead: bool = False,
     gives_receipts: bool = False,
     wants_receipts: bool = False,
+    accept_seconds: float | None = None,
 ) -> Wire:
     """Connect two ranks; both call this. Through shared memory if they can, else torch.distributed.
 
@@ -66,6 +67,8 @@ def open_wire(
         reads_ahead: see `TorchWire`, like the next two.
         gives_receipts: and
         wants_receipts: through shared memory what is sent is there anyway.
+        accept_seconds: the longest that the other end may take to accept a message; default: the
+            job's timeout.
 
     Raises:
         ClusterError: the other end did not come.
@@ -84,7 +87,7 @@ def open_wire(
         like,
         slots,
         ranks,
-        job.timeout_seconds,
+        accept_seconds or job.timeout_seconds,
         _device(store, end, ranks, job),
         reads_ahead,
         gives_receipts,
