@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -118,7 +119,8 @@ class WireStore:
         partition: what each shard holds.
         like: the parameters.
         worker: this worker's number.
-        encode: turns a shard's part of a gradient into what is sent to it.
+        encode: turns a shard's part of a gradient into what is sent to it; None: it is sent as it
+            is.
         overlap: ask for the next parameters as soon as the last have come.
         local: the server's part in this process, if there is one.
         timeline: a push counts as communication; a pull as waiting until the first shard answers
@@ -133,7 +135,7 @@ class WireStore:
         partition: Partition,
         like: Sequence[Tensor],
         worker: int,
-        encode: Callable[[Sequence[Tensor], int], Sequence[Tensor]],
+        encode: Callable[[Sequence[Tensor], int], Sequence[Tensor]] | None,
         overlap: bool,
         local: Local | None,
         timeline: Timeline,
@@ -162,17 +164,33 @@ class WireStore:
     def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
         """Send each shard its part; does not wait for the server to use it."""
         start = self._timeline.now()
-        fault = _find_fault(self._worker, update, self._like)
+        parts, fault = self._written(update)
         if fault is None:
-            for shard in range(1, len(self._wires)):
-                self._wires[shard].send([Request.STAGE], self._part(update, shard))
-            self._wires[0].send([Request.PUSH, version, speed], self._part(update, 0))
+            for wire, part in zip(self._wires[1:], parts[1:], strict=True):
+                wire.send([Request.STAGE], part)
+            self._wires[0].send([Request.PUSH, version, speed], parts[0])
         else:
             self._wires[0].send([Request.REJECT, version, fault])
         self._timeline.add("communication", start)
 
-    def _part(self, update: Sequence[Tensor], shard: int) -> Sequence[Tensor]:
-        return self._encode(self._partition.part(update, shard), shard)
+    def _written(self, update: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], int | None]:
+        """Each shard's part where its wire sends it from; and what is wrong with the update."""
+        if self._encode is not None or find_misfit(update, self._like) is not None:
+            fault = _find_fault(self._worker, update, self._like)
+            return [] if fault is not None else self._encoded(update), fault
+        parts, total = [], 0.0
+        for shard, wire in enumerate(self._wires):
+            part, of_part = wire.write_and_sum(self._partition.part(update, shard))
+            parts.append(part)
+            total += of_part
+        # The sum of finite values may overflow, too.
+        fault = None if math.isfinite(total) else _find_fault(self._worker, update, self._like)
+        return parts, fault
+
+    def _encoded(self, update: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        assert self._encode is not None
+        shards = range(len(self._wires))
+        return [self._encode(self._partition.part(update, shard), shard) for shard in shards]
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:
         """Take what was asked for, or ask now."""

@@ -163,10 +163,10 @@ class _Builder:
         """Sets of parameters that a worker holds at once."""
         return 2 if self._options.overlap else 1
 
-    def _encoder(self) -> Callable[[Sequence[Tensor], int], Sequence[Tensor]]:
+    def _encoder(self) -> Callable[[Sequence[Tensor], int], Sequence[Tensor]] | None:
         codec = self._options.compression
         if codec is None:
-            return lambda part, shard: part
+            return None
         feedbacks = [Feedback(codec, part) for part in self._parts]
         return lambda part, shard: feedbacks[shard].encode(part)
 

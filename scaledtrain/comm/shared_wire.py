@@ -131,17 +131,28 @@ class SharedWire:
 
     def write(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Copy them to where the other end will find them."""
-        lane = self._outgoing
-        self._segment.wait(lane.free, self._other, _DOING, self._timeout_seconds)
-        slot = self._written = lane.next_slot()
+        slot = self._place()
         slot.write(tensors)
         return slot.views
 
+    def write_and_sum(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+        """Copy them to where the other end will find them."""
+        slot = self._place()
+        return slot.views, slot.write_and_sum(tensors)
+
+    def _place(self) -> FlatBuffer:
+        if self._written is None:
+            lane = self._outgoing
+            self._segment.wait(lane.free, self._other, _DOING, self._timeout_seconds)
+            self._written = lane.next_slot()
+        return self._written
+
     def send(self, numbers: Sequence[float], tensors: Sequence[Tensor] | None = None) -> None:
         """Let the other end see a message."""
-        if tensors is not None and (self._written is None or tensors is not self._written.views):
-            self.write(tensors)
-        self._written = None
+        if tensors is not None:
+            if self._written is None or tensors is not self._written.views:
+                self.write(tensors)
+            self._written = None
         self._segment.wait(self._outgoing.room, self._other, _DOING, self._timeout_seconds)
         if tensors is not None:
             self.bytes_sent += self._sizes[1]

@@ -135,6 +135,10 @@ class TorchWire:
             torch._foreach_copy_(self._outgoing.views, list(tensors))
         return self._outgoing.views
 
+    def write_and_sum(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+        """Only add them up: `send` takes large ones from where they are."""
+        return tensors, sum(t.sum().item() for t in tensors)
+
     def send(self, numbers: Sequence[float], tensors: Sequence[Tensor] | None = None) -> None:
         """Send numbers, then the tensors."""
         row = padded(numbers)

@@ -51,6 +51,12 @@ class Wire(Protocol):
             PeerLostError: the other end died.
         """
 
+    def write_and_sum(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+        """`write`; also returns the sum of all values, which is not finite if one of them is not.
+
+        What was written need not be sent: the next takes its place.
+        """
+
     def send(self, numbers: Sequence[float], tensors: Sequence[Tensor] | None = None) -> None:
         """Send numbers, at most 7 of them, and tensors; those may be reused on return.
 
@@ -125,16 +131,25 @@ class LocalWire:
 
     def write(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Copy them into a free slot of the other end."""
-        try:
-            slot = self._other._free.get(timeout=self._timeout_seconds)
-        except queue.Empty:
-            raise WaitTimeoutError(
-                f"{self._what} has not taken what it was sent {self._timeout_seconds:g} s ago; it "
-                "is stuck or too slow: look at it, or raise timeout_seconds"
-            ) from None
+        slot = self._place()
         slot.write(tensors)
-        self._written = slot
         return slot.views
+
+    def write_and_sum(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], float]:
+        """Copy them into a free slot of the other end."""
+        slot = self._place()
+        return slot.views, slot.write_and_sum(tensors)
+
+    def _place(self) -> FlatBuffer:
+        if self._written is None:
+            try:
+                self._written = self._other._free.get(timeout=self._timeout_seconds)
+            except queue.Empty:
+                raise WaitTimeoutError(
+                    f"{self._what} has not taken what it was sent {self._timeout_seconds:g} s ago; "
+                    "it is stuck or too slow: look at it, or raise timeout_seconds"
+                ) from None
+        return self._written
 
     def send(self, numbers: Sequence[float], tensors: Sequence[Tensor] | None = None) -> None:
         """Put a message into the other end's queue."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -319,3 +320,19 @@ def test_many_small_messages_each_way_at_once(make: Make, threads: ThreadPoolExe
     for reader in readers:
         assert reader.result() == list(range(600))
     close(wires)
+
+
+def test_what_was_written_and_not_sent_gives_its_place_to_the_next() -> None:
+    """A gradient with NaN is noticed while it is copied, and never arrives."""
+    like = [torch.zeros(300_000), torch.zeros(3)]  # more than one piece; less
+    ours, theirs = LocalWire.pair((like, like), (1, 1), ("a", "b"), timeout_seconds=1.0)
+    bad = [torch.ones(300_000), torch.tensor([1.0, torch.nan, 1.0])]
+    good = [torch.ones(300_000), torch.tensor([1.0, 2.0, 3.0])]
+    assert math.isnan(theirs.write_and_sum(bad)[1])
+    views, total = theirs.write_and_sum(good)
+    assert total == 300_006.0
+    theirs.send([7], views)
+    message = ours.receive(1.0)
+    assert message.tensors is not None
+    assert message.tensors[1].tolist() == [1.0, 2.0, 3.0]
+    assert bool((message.tensors[0] == 1.0).all())
