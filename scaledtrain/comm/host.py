@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from scaledtrain.comm.event_log import EventLog
 from scaledtrain.comm.protocols import Pulled
 from scaledtrain.comm.requests import Request
+from scaledtrain.comm.roll import Meeting, Roll
 from scaledtrain.comm.wire import Wire
 from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 from scaledtrain.server import Server
@@ -32,15 +32,6 @@ Write = Callable[[Sequence[Tensor]], object]
 
 _MAX_FAULTS = 100  # in a row: then no good gradient is to be expected any more
 SIGNS_OF_LIFE = 4  # to a worker that waits, in the time after which it would give up
-
-
-@dataclass
-class _Meeting:
-    """Where workers wait for each other, again and again."""
-
-    what: str
-    here: set[int] = field(default_factory=set)
-    held: int = 0
 
 
 class ServerHost:
@@ -68,16 +59,10 @@ class ServerHost:
         self._stopped = False
         self._staleness = [-1] * server.n_workers
         self._faults = 0
-        self._alive = set(range(server.n_workers))
-        self._ever_lost = False
-        self._latecomers: set[int] = set()
+        self._roll = Roll(server.n_workers)
         self._waiting: set[int] = set()
         self._heard = dict.fromkeys(range(server.n_workers), time.monotonic())
         self._speeds: dict[int, float] = {}
-        self._attempts = [0] * server.n_workers
-        self._beginning = _Meeting("the start of fit")
-        self._end = _Meeting("the end of fit")
-        self._training: dict[int, int] = {}  # and how many fits had ended when its own began
 
     def add_shard(self, wire: Wire) -> None:
         """Tell another shard of the server, at the end of this wire, everything from now on."""
@@ -109,7 +94,7 @@ class ServerHost:
         with self._changed:
             worker = operation.worker
             self._hear(worker, attempt)
-            if worker not in self._alive:  # it was given up; it takes part again when it pulls
+            if worker not in self._roll.alive:  # it was given up; it takes part again when it pulls
                 if operation.kind == Kind.PUSH:
                     for shard in self._shards:
                         shard.send([Request.DISCARD, worker])
@@ -128,7 +113,7 @@ class ServerHost:
         """Count a step of the worker that had no gradient."""
         with self._changed:
             self._hear(worker, attempt)
-            if worker in self._alive:
+            if worker in self._roll.alive:
                 self._do(Operation(Kind.SKIP, worker))
                 self._changed.notify_all()
 
@@ -150,7 +135,7 @@ class ServerHost:
         """
         with self._changed:
             self._hear(worker, attempt)
-            if worker not in self._alive:
+            if worker not in self._roll.alive:
                 self._take_back(worker)
             server = self._server
             self._wait(worker, "pull", lambda: self._stopped or server.may_go_on(worker), still)
@@ -177,16 +162,15 @@ class ServerHost:
         """
         with self._changed:
             self._hear(worker, attempt)
-            self._training[worker] = self._end.held
-            if worker not in self._alive:
+            if worker not in self._roll.alive:
                 self._take_back(worker)
-            if worker in self._latecomers:
+            if not self._roll.begins(worker):
                 return
             self._stopped = False
             if self._server.last_version != last_version:
                 limit = -1 if last_version is None else last_version
                 self._do(Operation(Kind.LIMIT, -1, limit))
-            self._meet(worker, self._beginning, still)
+            self._meet(worker, self._roll.beginning, still)
 
     def stop(self) -> None:
         """Tell every worker at its next pull that the run is over."""
@@ -208,31 +192,28 @@ class ServerHost:
         """
         with self._changed:
             self._hear(worker, attempt)
-            self._alive.add(worker)
+            waits = self._roll.ends(worker)
             # Those that still compute need not wait for it.
             self._do(Operation(Kind.REMOVE, worker))
             self._changed.notify_all()
-            if self._training.get(worker, self._end.held) == self._end.held:
-                self._meet(worker, self._end, still)
+            if waits:
+                self._meet(worker, self._roll.end, still)
             write(self._do(Operation(Kind.READ, worker)).tensors)
             pulled = self._tell(worker)
-            self._training.pop(worker, None)
-            self._latecomers.discard(worker)
-            if self._beginning.held > self._end.held:  # the next fit has begun
-                self._latecomers.add(worker)
+            self._roll.has_ended(worker)
             self._do(Operation(Kind.ADD, worker))
             return pulled
 
     def leave(self, worker: int, attempt: int = 0) -> None:
         """A worker will ask for nothing more; inside a fit, the others go on without it."""
         with self._changed:
-            if worker in self._training:
+            if self._roll.is_training(worker):
                 self.lose(worker, "it left before the end", attempt)
 
     def lose(self, worker: int, why: str, attempt: int = 0) -> None:
         """Forget a worker; those that wait for it go on."""
         with self._changed:
-            if attempt == self._attempts[worker]:
+            if attempt == self._roll.attempts[worker]:
                 self._lose(worker, why)
 
     def join(self, worker: int, attempt: int = 0) -> None:
@@ -244,7 +225,7 @@ class ServerHost:
     def replace(self, worker: int, attempt: int) -> None:
         """A new process takes the worker's place; it takes part when it has joined."""
         with self._changed:
-            self._attempts[worker] = attempt
+            self._roll.attempts[worker] = attempt
             self._lose(worker, "a new process has taken its place")
             self._changed.notify_all()  # the one before may still wait for something
             for shard in self._shards:
@@ -287,32 +268,26 @@ class ServerHost:
         self._heard[worker] = time.monotonic()
 
     def _raise_if_replaced(self, worker: int, attempt: int) -> None:
-        if attempt != self._attempts[worker]:
+        if attempt != self._roll.attempts[worker]:
             raise PeerLostError(f"a new process has taken the place of worker {worker}")
 
     def _lose(self, worker: int, why: str) -> None:
-        if worker not in self._alive:
+        if not self._roll.lose(worker):
             return
-        self._alive.discard(worker)
-        for meeting in (self._beginning, self._end):
-            meeting.here.discard(worker)
-        self._ever_lost = True
         self._speeds.pop(worker, None)
         if self._failure is None:
-            left = len(self._alive)
+            left = len(self._roll.alive)
             _logger.warning(
                 "worker %d is lost, and the other %d go on without it: %s", worker, left, why
             )
             if worker in self._server.members:
                 self._do(Operation(Kind.REMOVE, worker))
-            self._end_meetings()
+            self._roll.hold_meetings()
         self._changed.notify_all()
 
     def _take_back(self, worker: int) -> None:
         _logger.warning("worker %d is back, and goes on from the current version", worker)
-        self._alive.add(worker)
-        self._latecomers.add(worker)
-        self._training[worker] = self._end.held
+        self._roll.take_back(worker)
         self._staleness[worker] = -1
         self._do(Operation(Kind.ADD, worker))
         self._changed.notify_all()
@@ -338,7 +313,7 @@ class ServerHost:
             learning_rate=self._server.learning_rate,
             stopped=self._stopped or self._server.finished,
             fastest=max(self._speeds.values(), default=0.0),
-            complete=not self._ever_lost,
+            complete=self._roll.complete,
         )
 
     def _count_fault(self, fault: str) -> None:
@@ -354,20 +329,13 @@ class ServerHost:
             )
             self._raise_failure()
 
-    def _meet(self, worker: int, meeting: _Meeting, still: Callable[[], object] | None) -> None:
+    def _meet(self, worker: int, meeting: Meeting, still: Callable[[], object] | None) -> None:
         """Return when all workers that are awaited there have come."""
         meeting.here.add(worker)
         mine = meeting.held
-        self._end_meetings()
+        self._roll.hold_meetings()
+        self._changed.notify_all()
         self._wait(worker, meeting.what, lambda: meeting.held > mine, still)
-
-    def _end_meetings(self) -> None:
-        begin = self._alive - self._latecomers
-        for meeting, awaited in ((self._beginning, begin), (self._end, self._alive)):
-            if meeting.here and meeting.here >= awaited:
-                meeting.here.clear()
-                meeting.held += 1
-                self._changed.notify_all()
 
     def _wait(
         self,
@@ -378,10 +346,10 @@ class ServerHost:
     ) -> None:
         """Wait; those that show no sign of life for too long meanwhile are given up."""
         seconds = self._timeout_seconds / SIGNS_OF_LIFE
-        attempt = self._attempts[worker]
+        attempt = self._roll.attempts[worker]
 
         def over() -> bool:
-            replaced = self._attempts[worker] != attempt
+            replaced = self._roll.attempts[worker] != attempt
             return self._failure is not None or replaced or ready()
 
         self._waiting.add(worker)
@@ -407,11 +375,11 @@ class ServerHost:
 
     def _standing(self) -> tuple[list[int], set[int]]:
         """What changes whenever anybody gets on."""
-        return list(self._server.clocks), set(self._alive)
+        return list(self._server.clocks), set(self._roll.alive)
 
     def _give_up_the_silent(self, worker: int, what: str) -> None:
         now = time.monotonic()
-        for one in sorted(self._alive - self._waiting):
+        for one in sorted(self._roll.alive - self._waiting):
             if now - self._heard[one] >= self._timeout_seconds:
                 self._lose(
                     one,
@@ -422,7 +390,7 @@ class ServerHost:
 
     def _fail_if_all_wait(self, worker: int, what: str) -> None:
         """A policy may make all wait for each other."""
-        if self._alive <= self._waiting:
+        if self._roll.alive <= self._waiting:
             steps = ", ".join(f"worker {i}: {c}" for i, c in enumerate(self._server.clocks))
             self.fail(
                 WaitTimeoutError(

@@ -412,7 +412,7 @@ def test_a_worker_that_leaves_inside_a_fit_is_not_awaited(threads: ThreadPoolExe
     wire.send([Request.CLOSE])
     settle(host, 0)
     thread.result()
-    assert host._alive == {0}
+    assert host._roll.alive == {0}
 
 
 class Deaf:
@@ -441,6 +441,6 @@ def test_a_worker_that_does_not_take_its_answer_is_lost_alone(
     host.start(0, None)
     thread.result()
     assert host.failure is None
-    assert host._alive == {0}
+    assert host._roll.alive == {0}
     assert "worker 1 does not take it" in caplog.text
     assert settle(host, 0) == 0.0
