@@ -86,4 +86,4 @@ def _answer(
         host.start(worker, None if number < 0 else int(number), still, attempt)
         wire.send([kind])
     else:
-        wire.send([kind, host.version()])
+        wire.send([kind, host.version(worker, attempt)])

@@ -140,12 +140,12 @@ class ServerHost:
             server = self._server
             self._wait(worker, "pull", lambda: self._stopped or server.may_go_on(worker), still)
             write(self._do(Operation(Kind.PULL, worker)).tensors)
-            return self._tell(worker)
+            return self._tell(worker, self._roll.complete)
 
-    def version(self) -> int:
-        """Updates made."""
+    def version(self, worker: int, attempt: int = 0) -> int:
+        """Updates made; asking is a sign of life."""
         with self._changed:
-            self._raise_failure()
+            self._hear(worker, attempt)
             return self._server.version
 
     def start(
@@ -199,7 +199,7 @@ class ServerHost:
             if waits:
                 self._meet(worker, self._roll.end, still)
             write(self._do(Operation(Kind.READ, worker)).tensors)
-            pulled = self._tell(worker)
+            pulled = self._tell(worker, self._roll.ended_complete)
             self._roll.has_ended(worker)
             self._do(Operation(Kind.ADD, worker))
             return pulled
@@ -305,7 +305,7 @@ class ServerHost:
             self._log.add(operation, outcome.accepted, outcome.staleness)
         return outcome
 
-    def _tell(self, worker: int) -> Pulled:
+    def _tell(self, worker: int, complete: bool) -> Pulled:
         staleness, self._staleness[worker] = self._staleness[worker], -1  # told once
         return Pulled(
             version=self._server.version,
@@ -313,7 +313,7 @@ class ServerHost:
             learning_rate=self._server.learning_rate,
             stopped=self._stopped or self._server.finished,
             fastest=max(self._speeds.values(), default=0.0),
-            complete=self._roll.complete,
+            complete=complete,
         )
 
     def _count_fault(self, fault: str) -> None:

@@ -33,6 +33,7 @@ class Roll:
     Attributes:
         alive: workers that take part.
         complete: none has been lost so far.
+        ended_complete: none had been lost when the last fit ended.
         beginning: of a fit.
         end: of a fit.
         attempts: how often each worker's process has been replaced by another one.
@@ -41,6 +42,7 @@ class Roll:
     def __init__(self, workers: int) -> None:
         self.alive = set(range(workers))
         self.complete = True
+        self.ended_complete = True
         self.beginning = Meeting("the start of fit")
         self.end = Meeting("the end of fit")
         self.attempts = [0] * workers
@@ -91,3 +93,5 @@ class Roll:
             if meeting.here and meeting.here >= awaited:
                 meeting.here.clear()
                 meeting.held += 1
+                if meeting is self.end:
+                    self.ended_complete = self.complete

@@ -86,7 +86,7 @@ class DirectStore:
 
     def version(self) -> int:
         """Updates that the server has made."""
-        return self._host.version()
+        return self._host.version(self._worker)
 
     def stop(self) -> None:
         """Ask that every worker ends."""

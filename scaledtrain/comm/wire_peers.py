@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from enum import IntEnum
 
 import torch
@@ -53,6 +54,8 @@ class WirePeers:
         self._lock = threading.Lock()
         self._ends: dict[int, _End] = {}
         like = empty_like(like)
+        # Two threads send at once, which one group of NCCL does not bear.
+        job = replace(job, device=torch.device("cpu"))
         others = [rank for rank in range(job.size) if rank != job.rank]
         for other in others:  # every rank takes the others in the same order, so none blocks
             low, high = sorted((job.rank, other))
