@@ -107,7 +107,7 @@ def test_a_silent_worker_is_given_up_and_taken_back_when_it_pulls(
     assert "worker 0 waited for it in pull, and it showed no sign of life for 0.4 s" in caplog.text
     host.push(1, ONE, 0)  # of a worker that takes no part: not used
     host.skip(1)
-    assert (host.version(), host._server.clocks[1]) == (1, 0)
+    assert (host.version(0), host._server.clocks[1]) == (1, 0)
     host.push(0, ONE, 1)
     value, pulled = pull(host, 1)
     assert (value, pulled.version, pulled.staleness) == (-2.0, 2, -1)
@@ -154,7 +154,7 @@ def test_while_a_worker_is_told_to_be_patient_nobody_waits_for_it_to_listen(
     assert asked.wait(LONG)
     pull(host, 1)
     host.push(1, ONE, 0)
-    assert host.version() == 2
+    assert host.version(0) == 2
     listens.set()
     assert call.result().version == 2
 
@@ -321,7 +321,7 @@ def test_a_failing_optimizer_ends_all(threads: ThreadPoolExecutor) -> None:
     with pytest.raises(ClusterError, match="the parameter server stopped: boom"):
         waiting.result()
     with pytest.raises(ClusterError, match="the parameter server stopped: boom"):
-        host.version()
+        host.version(0)
 
 
 def test_closing_ends_those_that_wait(threads: ThreadPoolExecutor) -> None:
