@@ -41,8 +41,8 @@ from benchmarks.harness import (
     run_group,
 )
 from scaledtrain import ParameterServer, Replica, Strategy, connect
-from scaledtrain.comm.partition import Piece
 from scaledtrain.comm.protocols import ServeOptions, Store
+from scaledtrain.comm.serving.partition import Piece
 from scaledtrain.server import Admission, Asynchronous, Server
 
 MIB = 2**20

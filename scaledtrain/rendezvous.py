@@ -36,12 +36,12 @@ from scaledtrain.comm.protocols import (
     ServeOptions,
     Store,
 )
-from scaledtrain.comm.serving import Serving, serve
+from scaledtrain.comm.serving.serve import Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
 from scaledtrain.comm.shared_memory import SharedSegment
-from scaledtrain.comm.wire import Wire
 from scaledtrain.comm.wire_peers import WirePeers
-from scaledtrain.comm.wiring import Job
+from scaledtrain.comm.wires.wire import Wire
+from scaledtrain.comm.wires.wiring import Job
 from scaledtrain.errors import ConfigError
 from scaledtrain.ranks import RankInfo, meet
 from scaledtrain.timeline import Timeline

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain import Replica, Strategy
-from scaledtrain.comm.host import ServerHost
 from scaledtrain.comm.local import Done
-from scaledtrain.comm.partition import Piece
 from scaledtrain.comm.protocols import Handle, MakeServer, Peer, ReduceOp, ServeOptions
-from scaledtrain.comm.server_store import DirectStore
+from scaledtrain.comm.serving.host import ServerHost
+from scaledtrain.comm.serving.partition import Piece
+from scaledtrain.comm.serving.server_store import DirectStore
 from scaledtrain.errors import PeerLostError, WaitTimeoutError
 from scaledtrain.timeline import Timeline
 

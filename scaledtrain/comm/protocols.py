@@ -17,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from scaledtrain.comm.compress import Codec
-    from scaledtrain.comm.partition import Piece
+    from scaledtrain.comm.serving.partition import Piece
     from scaledtrain.server import Server
     from scaledtrain.timeline import Timeline
 

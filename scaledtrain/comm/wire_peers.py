@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from scaledtrain.comm.protocols import Handle, Peer
-from scaledtrain.comm.wire import Wire, empty_like
-from scaledtrain.comm.wiring import Job, open_wire
+from scaledtrain.comm.wires.wire import Wire, empty_like
+from scaledtrain.comm.wires.wiring import Job, open_wire
 from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 
 __all__ = ["WirePeers"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaledtrain.comm.partition import Piece
 from scaledtrain.comm.protocols import Link, ServeOptions
+from scaledtrain.comm.serving.partition import Piece
 from scaledtrain.replica import MakeOptimizer, Replica, Updater
 from scaledtrain.server import Server
 

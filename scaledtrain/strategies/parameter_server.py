@@ -8,8 +8,8 @@ from typing import Any
 
 from scaledtrain.comm.compress import Codec
 from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.partition import Piece
 from scaledtrain.comm.protocols import Group, Link, Pulled, ServeOptions
+from scaledtrain.comm.serving.partition import Piece
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Replica
 from scaledtrain.server import Admission, Asynchronous, Correction, Ledger, Server, Uncorrected

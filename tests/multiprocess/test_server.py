@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 import scaledtrain
 from scaledtrain import Asynchronous, ConfigError, ParameterServer, Replica, connect
-from scaledtrain.comm.event_log import Event, read_events
 from scaledtrain.comm.protocols import Store
+from scaledtrain.comm.serving.event_log import Event, read_events
 from scaledtrain.rendezvous import Transport
 from scaledtrain.server import (
     AdaptiveDelayCompensated,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scaledtrain.comm.event_log import MAGIC, EventLog, read_events
+from scaledtrain.comm.serving.event_log import MAGIC, EventLog, read_events
 from scaledtrain.errors import ConfigError
 from scaledtrain.server.operations import Kind, Operation
 

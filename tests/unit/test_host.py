@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain.comm.answering import serve_worker
-from scaledtrain.comm.host import ServerHost
 from scaledtrain.comm.protocols import Pulled
-from scaledtrain.comm.requests import Request
-from scaledtrain.comm.wire import LocalWire, Message
+from scaledtrain.comm.serving.answering import serve_worker
+from scaledtrain.comm.serving.host import ServerHost
+from scaledtrain.comm.serving.requests import Request
+from scaledtrain.comm.wires.wire import LocalWire, Message
 from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 from scaledtrain.replica import Replica
 from scaledtrain.server import Admission, Asynchronous, Server, StaleSynchronous, Synchronous

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scaledtrain.comm.partition import Partition, Piece
+from scaledtrain.comm.serving.partition import Partition, Piece
 from scaledtrain.errors import ConfigError
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain.comm.requests import Request
-from scaledtrain.comm.shard import ServerShard
-from scaledtrain.comm.wire import LocalWire, Message, Wire
+from scaledtrain.comm.serving.requests import Request
+from scaledtrain.comm.serving.shard import ServerShard
+from scaledtrain.comm.wires.wire import LocalWire, Message, Wire
 from scaledtrain.errors import ClusterError, PeerLostError, RendezvousError, WaitTimeoutError
 from scaledtrain.replica import Replica
 from scaledtrain.server import Server

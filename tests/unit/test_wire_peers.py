@@ -13,7 +13,7 @@ from torch import Tensor
 from scaledtrain.comm import shared_memory
 from scaledtrain.comm.protocols import Peer
 from scaledtrain.comm.wire_peers import WirePeers
-from scaledtrain.comm.wiring import Job
+from scaledtrain.comm.wires.wiring import Job
 from scaledtrain.errors import PeerLostError, WaitTimeoutError
 
 LONG = 30.0  # nothing here waits so long, unless something is wrong

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaledtrain.comm import shared_memory
-from scaledtrain.comm.shared_wire import SharedWire
-from scaledtrain.comm.torch_wire import TorchWire
-from scaledtrain.comm.wire import LocalWire, Wire
+from scaledtrain.comm.wires.shared_wire import SharedWire
+from scaledtrain.comm.wires.torch_wire import TorchWire
+from scaledtrain.comm.wires.wire import LocalWire, Wire
 from scaledtrain.errors import PeerLostError, RendezvousError, WaitTimeoutError
 
 LONG = 30.0  # nothing here waits so long, unless something is wrong

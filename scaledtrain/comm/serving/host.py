@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from scaledtrain.comm.event_log import EventLog
 from scaledtrain.comm.protocols import Pulled
-from scaledtrain.comm.requests import Request
-from scaledtrain.comm.roll import Meeting, Roll
-from scaledtrain.comm.wire import Wire
+from scaledtrain.comm.serving.event_log import EventLog
+from scaledtrain.comm.serving.requests import Request
+from scaledtrain.comm.serving.roll import Meeting, Roll
+from scaledtrain.comm.wires.wire import Wire
 from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 from scaledtrain.server import Server
 from scaledtrain.server.operations import Kind, Operation, Outcome, apply

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaledtrain.comm.flat import FlatBuffer, bytes_of
-from scaledtrain.comm.wire import NUMBERS, Message, empty_like, padded
+from scaledtrain.comm.wires.wire import NUMBERS, Message, empty_like, padded
 from scaledtrain.errors import PeerLostError, RendezvousError, WaitTimeoutError
 
 __all__ = ["TorchWire"]

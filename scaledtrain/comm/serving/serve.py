@@ -11,17 +11,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scaledtrain.comm.answering import Decode, serve_worker
 from scaledtrain.comm.compress import Feedback
-from scaledtrain.comm.event_log import EventLog
-from scaledtrain.comm.host import SIGNS_OF_LIFE, ServerHost
-from scaledtrain.comm.partition import Partition
 from scaledtrain.comm.protocols import MakeServer, ServeOptions, Store
-from scaledtrain.comm.requests import Request
-from scaledtrain.comm.server_store import DirectStore, Local, WireStore
-from scaledtrain.comm.shard import ServerShard
-from scaledtrain.comm.wire import LocalWire, Wire, empty_like
-from scaledtrain.comm.wiring import Job, open_wire
+from scaledtrain.comm.serving.answering import Decode, serve_worker
+from scaledtrain.comm.serving.event_log import EventLog
+from scaledtrain.comm.serving.host import SIGNS_OF_LIFE, ServerHost
+from scaledtrain.comm.serving.partition import Partition
+from scaledtrain.comm.serving.requests import Request
+from scaledtrain.comm.serving.server_store import DirectStore, Local, WireStore
+from scaledtrain.comm.serving.shard import ServerShard
+from scaledtrain.comm.wires.wire import LocalWire, Wire, empty_like
+from scaledtrain.comm.wires.wiring import Job, open_wire
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.server import Server
 from scaledtrain.timeline import Timeline

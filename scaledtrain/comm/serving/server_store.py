@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.host import ServerHost
-from scaledtrain.comm.partition import Partition
 from scaledtrain.comm.protocols import Pulled
-from scaledtrain.comm.requests import FAULTS, Request, pulled_from
-from scaledtrain.comm.wire import Message, Wire
+from scaledtrain.comm.serving.host import ServerHost
+from scaledtrain.comm.serving.partition import Partition
+from scaledtrain.comm.serving.requests import FAULTS, Request, pulled_from
+from scaledtrain.comm.wires.wire import Message, Wire
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.server.checks import find_misfit, find_not_finite
 from scaledtrain.timeline import Timeline

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scaledtrain.comm.flat import FlatBuffer, bytes_of, flat_bytes
 from scaledtrain.comm.shared_memory import SharedSegment, aligned
-from scaledtrain.comm.wire import NUMBERS, Message, padded
+from scaledtrain.comm.wires.wire import NUMBERS, Message, padded
 
 __all__ = ["SharedWire"]
 

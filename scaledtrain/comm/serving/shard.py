@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from scaledtrain.comm.answering import Decode
-from scaledtrain.comm.requests import Request
-from scaledtrain.comm.wire import Wire
+from scaledtrain.comm.serving.answering import Decode
+from scaledtrain.comm.serving.requests import Request
+from scaledtrain.comm.wires.wire import Wire
 from scaledtrain.errors import ClusterError
 from scaledtrain.server import Server
 from scaledtrain.server.operations import Kind, Operation, apply

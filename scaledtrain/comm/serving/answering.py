@@ -7,9 +7,9 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from scaledtrain.comm.host import ServerHost
-from scaledtrain.comm.requests import FAULTS, Request, numbers_of
-from scaledtrain.comm.wire import Message, Wire
+from scaledtrain.comm.serving.host import ServerHost
+from scaledtrain.comm.serving.requests import FAULTS, Request, numbers_of
+from scaledtrain.comm.wires.wire import Message, Wire
 from scaledtrain.errors import ClusterError
 
 __all__ = ["Decode", "serve_worker"]

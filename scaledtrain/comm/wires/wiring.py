@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaledtrain.comm.shared_wire import SharedWire
-from scaledtrain.comm.torch_wire import TorchWire
-from scaledtrain.comm.wire import Wire
+from scaledtrain.comm.wires.shared_wire import SharedWire
+from scaledtrain.comm.wires.torch_wire import TorchWire
+from scaledtrain.comm.wires.wire import Wire
 from scaledtrain.errors import RendezvousError
 
 __all__ = ["Job", "open_wire"]

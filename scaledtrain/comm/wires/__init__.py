@@ -1,0 +1,1 @@
+"""Connections between two ranks: in one process, through shared memory, over torch."""
