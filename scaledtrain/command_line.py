@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -139,6 +139,12 @@ def _compose(
         OmegaConf.set_struct(config, False)
     except MissingConfigException as error:
         raise _no_such_choice(error, config_name) from error
+    except OverrideParseException as error:
+        given = error.override.removeprefix("++")
+        raise ConfigError(
+            f"{given!r} cannot be read as KEY=VALUE; put quotes within the shell's around a value "
+            "that holds spaces, commas or =: \"strategies=[sync,'async optimizer.lr=0.3']\""
+        ) from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_in_short(str(error))) from error
     if "name" in config and config.name is None:

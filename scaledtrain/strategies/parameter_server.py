@@ -34,9 +34,10 @@ class ParameterServer(Strategy):
     same in the order in which the first one decides, so the result is that of one server.
 
     With ``overlap`` a worker asks for the next parameters when it begins a step instead of when it
-    has ended it: they come while it computes, and lack its own last gradient, so the staleness is
-    one more. ``Admission.releases`` is then asked one step earlier, too: under `StaleSynchronous` a
-    worker's lead may be one more than the bound.
+    has ended it: they come while it computes, and lack its own last gradient and what the others
+    pushed meanwhile. One worker's staleness is one more, that of n equal ones n more (2n - 1
+    instead of n - 1), and may want a smaller learning rate. ``Admission.releases`` is then asked
+    one step earlier, too: under `StaleSynchronous` a worker's lead may be one more than the bound.
 
     A parameter that a step gives no gradient counts as one of gradient zero.
 
@@ -117,7 +118,7 @@ class ParameterServer(Strategy):
         if self._options.shards > 1:
             parts.append(f"{self._options.shards} shards")
         if self._options.overlap:
-            parts.append("pulls while computing (one more version of staleness)")
+            parts.append("pulls while computing (staler by one step of each worker)")
         if self._options.compression is not None:
             parts.append(str(self._options.compression))
         return f"ParameterServer: {', '.join(parts)}"

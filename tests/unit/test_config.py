@@ -175,6 +175,14 @@ def test_a_config_that_is_not_there_is_told() -> None:
     assert "which is no folder" in message(config_dir="nowhere")
 
 
+def test_a_value_that_needs_quotes_is_told_how() -> None:
+    given = "strategies=[sync,async strategy.overlap=true]"
+    told = message(given)
+    assert told.startswith(f"{given!r} cannot be read as KEY=VALUE; put quotes")
+    assert "[sync,'async optimizer.lr=0.3']" in told
+    compose(["strategies=[sync,'async optimizer.lr=0.3']"], config_name="compare")
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [

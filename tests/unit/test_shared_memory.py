@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from scaledtrain.comm import shared_memory
 from scaledtrain.comm.shared_memory import Process, Semaphore, SharedSegment
+from scaledtrain.comm.wiring import Job, open_wire
 from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError, WaitTimeoutError
 
 pytestmark = pytest.mark.skipif(not shared_memory.available(), reason="needs Linux")
@@ -310,3 +311,27 @@ def test_a_semaphore_keeps_its_memory(pair: Pair) -> None:
     a.close()
     semaphore.post()
     assert semaphore.try_wait()
+
+
+def test_a_wire_through_shared_memory_needs_no_client_of_the_store_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Each TCPStore client looks addresses up in DNS, at both ends; a lost answer costs 5 s.
+    store, cloned = dist.HashStore(), []
+    monkeypatch.setattr(dist.PrefixStore, "clone", cloned.append)
+
+    def one(end: int) -> float:
+        job = Job(dist.PrefixStore("job", store), end, 2, True, torch.device("cpu"), 10.0)
+        like = [torch.zeros(1)], [torch.zeros(1)]
+        wire = open_wire(job, "wire", end, like, (1, 1), (0, 1))
+        wire.send([end], [torch.tensor([1.0 + end])])
+        message = wire.receive(10.0)
+        assert message.tensors is not None
+        value = message.tensors[0].item()
+        wire.release()
+        wire.close()
+        return value
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(one, range(2))) == [2.0, 1.0]  # 1 + 1 from end 1, 1 + 0 from end 0
+    assert cloned == []

@@ -74,13 +74,15 @@ def open_wire(
         ClusterError: the other end did not come.
     """
     assert job.store is not None
-    # Threads do this at once, and waiting in one client of the store keeps out others of it.
-    client: dist.Store = job.store.clone()  # type: ignore[attr-defined]
-    store = dist.PrefixStore(name, client)
     if job.share_memory:
-        wire = SharedWire.connect(store, "memory", end, like, slots, ranks, job.timeout_seconds)
+        meeting = dist.PrefixStore(name, job.store)
+        wire = SharedWire.connect(meeting, "memory", end, like, slots, ranks, job.timeout_seconds)
         if wire is not None:
             return wire
+    # Threads do this at once, and waiting in one client of the store keeps out others of it. Not
+    # for shared memory, which never waits in it: each client asks DNS, which may take seconds.
+    client: dist.Store = job.store.clone()  # type: ignore[attr-defined]
+    store = dist.PrefixStore(name, client)
     return TorchWire(
         store,
         end,
