@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from scaledtrain.comm import shared_memory
 from scaledtrain.comm.shared_memory import Process, Semaphore, SharedSegment
-from scaledtrain.comm.wiring import Job, open_wire
+from scaledtrain.comm.wires.wiring import Job, open_wire
 from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError, WaitTimeoutError
 
 pytestmark = pytest.mark.skipif(not shared_memory.available(), reason="needs Linux")
