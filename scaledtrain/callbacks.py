@@ -20,7 +20,10 @@ class Callback:
         """Called before the first step."""
 
     def on_gradients(self, trainer: Trainer) -> None:
-        """Called in each step when the gradients are computed, before they are used or sent."""
+        """Called in each step when the gradients are computed, before they are used.
+
+        With `Sync` and overlap most have been sent by then, so that to change them does nothing.
+        """
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Called after each step; ``trainer.step_count`` says which."""

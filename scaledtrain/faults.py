@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from scaledtrain.callbacks import Callback
 from scaledtrain.errors import ConfigError
@@ -18,9 +23,10 @@ __all__ = ["FaultInjector"]
 class FaultInjector(Callback):
     """Makes a rank fail at a step, in one of four ways; give it to every rank's ``callbacks``.
 
-    Steps are the rank's own, counted from 1 over all fits with this object. A fault happens when
-    the step's gradients are computed, before they are used or sent; several at one step happen in
-    the order in which they were asked for, and each happens once.
+    Steps are the rank's own, counted from 1 over all fits with this object. NaN come while the
+    step's gradients are computed, before anything is sent. The other faults happen when they are
+    computed, before they are used; several at one step in the order in which they were asked for.
+    Each happens once.
 
     Raises:
         ConfigError: a step below 1, a rank below 0, or (when the fit starts) one that is not in the
@@ -39,6 +45,9 @@ class FaultInjector(Callback):
 
     def __init__(self) -> None:
         self._faults: dict[tuple[int, int], list[Callable[[Trainer], None]]] = defaultdict(list)
+        self._nan: set[tuple[int, int]] = set()
+        self._hooks: list[RemovableHandle] = []
+        self._rank = 0
         self._step = 0
 
     def fail_at(self, rank: int, step: int) -> FaultInjector:
@@ -55,13 +64,10 @@ class FaultInjector(Callback):
         return self._at(rank, step, fail)
 
     def nan_at(self, rank: int, step: int) -> FaultInjector:
-        """The gradients become NaN."""
-
-        def spoil(trainer: Trainer) -> None:
-            for gradient in trainer.replica.gradients():
-                gradient.fill_(float("nan"))
-
-        return self._at(rank, step, spoil)
+        """The gradients become NaN, those that are sent during the backward pass included."""
+        self._check(rank, step)
+        self._nan.add((rank, step))
+        return self
 
     def stall_at(self, rank: int, step: int, seconds: float) -> FaultInjector:
         """The rank does nothing for a while, as one that swaps, or whose network hangs."""
@@ -70,26 +76,47 @@ class FaultInjector(Callback):
         return self._at(rank, step, lambda _: time.sleep(seconds))
 
     def _at(self, rank: int, step: int, fault: Callable[[Trainer], None]) -> FaultInjector:
+        self._check(rank, step)
+        self._faults[rank, step].append(fault)
+        return self
+
+    def _check(self, rank: int, step: int) -> None:
         if rank < 0 or step < 1:
             raise ConfigError(
                 f"a fault on rank {rank} at step {step} would never happen; ranks count from 0, "
                 "steps from 1"
             )
-        self._faults[rank, step].append(fault)
-        return self
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Look whether there are such ranks."""
+        """Look whether there are such ranks, and be ready to spoil gradients."""
         size = trainer.link.group.size
-        for rank, step in self._faults:
+        for rank, step in [*self._faults, *self._nan]:
             if rank >= size:
                 raise ConfigError(
                     f"a fault on rank {rank} at step {step} would never happen: the job has "
                     f"{size} rank{'s' if size > 1 else ''}, from 0 to {size - 1}"
                 )
+        self._rank = trainer.link.group.rank
+        self.on_fit_end(trainer)  # the last one may have ended in an error
+        if any(rank == self._rank for rank, _ in self._nan):
+            self._hooks = [
+                p.register_hook(self._spoil)  # type: ignore[no-untyped-call]
+                for p in trainer.replica.parameters
+            ]
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Leave the parameters alone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _spoil(self, gradient: Tensor) -> Tensor | None:
+        """What is added to a parameter's gradient in the step under way; None: it as it is."""
+        under_way = (self._rank, self._step + 1)
+        return torch.full_like(gradient, math.nan) if under_way in self._nan else None
 
     def on_gradients(self, trainer: Trainer) -> None:
         """Count the step, and do what is due."""
         self._step += 1
-        for fault in self._faults.get((trainer.link.group.rank, self._step), []):
+        for fault in self._faults.get((self._rank, self._step), []):
             fault(trainer)

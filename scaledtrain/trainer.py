@@ -474,7 +474,12 @@ class _Run:
 
     def evaluate_at_end(self) -> None:
         """Evaluate the final parameters, unless that has just been done."""
-        if self._eval_loader is not None and self._trainer.step_count > self._evaluated_at:
+        trainer = self._trainer
+        if self._eval_loader is None:
+            return
+        # Where each makes its own steps, the others' may have come since, up to the end.
+        own_steps = self._steps > 0 and trainer.strategy.lockstep.size < trainer.link.group.size
+        if own_steps or trainer.step_count > self._evaluated_at:
             self._evaluate()
 
     def _ended_by_strategy(self) -> str:

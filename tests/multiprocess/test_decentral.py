@@ -76,8 +76,10 @@ def everything_rank(transport: Transport) -> dict[str, dict[str, Any]]:
             torch.manual_seed(link.group.rank)  # rank 0's values are everybody's
             options: dict[str, Any] = {"console": False, "link": link}
             t = Trainer(net(), F.cross_entropy, SGD, strategy=strategy, **options)
-            epochs = t.fit(loader, max_epochs=10, eval=DataLoader(data(), batch_size=64))
+            everything = DataLoader(data(), batch_size=64)
+            epochs = t.fit(loader, max_epochs=10, eval=everything)
             first = flat(t)
+            again = t.evaluate(everything)["loss"]
             steps = t.fit(loader, max_steps=epochs.step + 20)
             second = flat(t)
             t._callbacks = [StopOnLast(after=10)]
@@ -89,6 +91,7 @@ def everything_rank(transport: Transport) -> dict[str, dict[str, Any]]:
             slowed.fit(loader, max_seconds=0.5)
             results[name] = {
                 "loss": epochs.evaluation.get("loss"),
+                "loss_at_the_end": again,
                 "steps": (epochs.step, steps.step),
                 "ended_by": (epochs.stopped_by, steps.stopped_by, stopped.stopped_by),
                 "parameters": (first, second, flat(t)),
@@ -111,6 +114,7 @@ def test_all_train_end_equal_and_do_not_wait(transport: Transport) -> None:
     for name in strategies():
         results = [rank[name] for rank in ranks]
         assert results[0]["loss"] < 0.45, name  # ln 2 = 0.69 at the start
+        assert results[0]["loss"] == results[0]["loss_at_the_end"], name
         for r in results:
             for got, want in zip(r["parameters"], results[0]["parameters"], strict=True):
                 assert torch.equal(got, want), name

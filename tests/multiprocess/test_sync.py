@@ -23,6 +23,7 @@ from scaledtrain.comm.compress import (
     TopK,
     compressed,
 )
+from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Connection, Transport
 from tests.ranks import run_ranks
 
@@ -309,6 +310,9 @@ def sync_rank(transport: Transport) -> dict[str, Any]:
         for overlap in (False, True):
             t = train(link, Sync(overlap=overlap, **small), 1, drop_compute=dropping)
             result[f"dropped, overlap {overlap}"] = flat(t.model)
+            nan = [FaultInjector().nan_at(1, 1)]
+            t = train(link, Sync(overlap=overlap, **small), 1, callbacks=nan)
+            result[f"nan, overlap {overlap}"] = flat(t.model)
         result["mistakes"] = mistakes(link)
         return result
 
@@ -447,6 +451,13 @@ def test_drop_compute_is_one_process_on_the_samples_that_were_used(
         for overlap in (False, True):
             got = rank[f"dropped, overlap {overlap}"]
             torch.testing.assert_close(got, flat(model), rtol=1e-5, atol=1e-5)
+
+
+def test_an_injected_nan_is_sent(synced: tuple[Transport, list[dict[str, Any]]]) -> None:
+    """Rank 1's, to all; also where it is sent before the Trainer calls ``on_gradients``."""
+    for rank in synced[1]:
+        for overlap in (False, True):
+            assert rank[f"nan, overlap {overlap}"].isnan().all()
 
 
 def test_mistakes_are_told(synced: tuple[Transport, list[dict[str, Any]]]) -> None:

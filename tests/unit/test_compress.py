@@ -322,17 +322,15 @@ class TestPowerSGD:
         assert below.calls == [(4 * (12 * 2 + 100 + 9), "mean"), (4 * 20 * 2, "mean")]
 
     def test_a_zero_gradient_does_not_stop_it(self) -> None:
-        """It leaves Q = 0, so P = 0, whose basis by QR is the first axis.
+        """As below a layer that begins at zero. The basis of a zero P is the first axis.
 
-        The first row of m is sent, the others kept; then M = m + kept has rank 1 and goes whole.
+        Later gradients have a first row of zeros, as the padding of an embedding: if Q had become
+        M^T P = 0, no step would find them again. Q is as before, so a rank of 1 goes whole.
         """
-        m = low_rank(1)
+        m = torch.outer(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.ones(6))
         group = compressed(LocalGroup(), PowerSGD(1), [m])
         assert torch.equal(reduce(group, torch.zeros_like(m))[0], torch.zeros_like(m))
-        first = reduce(group, m)[0]
-        torch.testing.assert_close(first[0], m[0])
-        assert first[1:].abs().max() == 0
-        torch.testing.assert_close(reduce(group, m)[0], 2 * m - first, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reduce(group, m)[0], m, rtol=1e-5, atol=1e-5)
 
     def test_an_overflow_is_seen_and_not_kept(self) -> None:
         m = low_rank(3)

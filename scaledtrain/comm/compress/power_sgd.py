@@ -26,7 +26,7 @@ class PowerSGD:
 
         P = mean_i M_i Q              all-reduce of n r numbers
         P <- orthonormal basis of P   by QR, so also where a gradient is zero
-        Q = mean_i M_i^T P            all-reduce of m r numbers
+        Q = mean_i M_i^T P            all-reduce of m r numbers; a column of zeros is not remembered
         result: P Q^T,  kept: e_i = M_i - P P^T M_i
 
     P Q^T is the mean of the M_i projected onto P, so result + mean of kept = mean of M_i; a mean of
@@ -108,7 +108,8 @@ class _PowerSGDGroup(CompressedGroup):
             self._group.all_reduce(means, op, weight).wait()
         for basis, own, mean, (t, matrix, m) in zip(p, q, means, large, strict=True):
             t.copy_((basis @ mean.T).view(t.shape))
-            keep_if_finite(matrix.q, mean)
+            # Not a column of zeros: what the basis then misses would be missed for ever.
+            keep_if_finite(matrix.q, torch.where(mean.any(dim=0), mean, matrix.q))
             if weight != 0.0:
                 keep_if_finite(matrix.kept, m - basis @ own.T)
 
