@@ -15,6 +15,7 @@ from scaledtrain.errors import ConfigError
 __all__ = ["DropCompute", "Threshold", "choose_threshold"]
 
 _MAX_CANDIDATES = 1000
+_ROUNDING = 1e-9  # rates nearer than that count as equal
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def choose_threshold(
     best = Threshold(math.inf, 1.0, 0.0)
     for candidate in _candidates(ends):
         rate = _rate(ends, communication, candidate)
-        if rate > best.speedup * everything:
+        if rate > best.speedup * everything * (1.0 + _ROUNDING):
             computed = _computed(ends, candidate).sum() / log.size
             best = Threshold(candidate, rate / everything, float(1.0 - computed))
     return best

@@ -118,6 +118,7 @@ class AsyncLocalSGD(Strategy):
     def after_step(self) -> None:
         """Count the step; at the end of a round push, pull, and see how long the next one is."""
         super().after_step()
+        self._centre.beat()
         self.staleness = None
         self._round.end_step(self._timeline.now())
         if self._round.complete:

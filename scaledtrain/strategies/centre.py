@@ -16,6 +16,8 @@ from scaledtrain.server import Server
 
 __all__ = ["Centre"]
 
+_BEAT_SECONDS = 1.0
+
 
 class Centre:
     """One replica's access to parameters on a server, which uses every push at once.
@@ -45,6 +47,8 @@ class Centre:
         self._replica = replica
         self._store = link.serve(replica.parameters, make_server, ServeOptions())
         self._buffer: list[Tensor] = [p.detach().clone() for p in replica.parameters]
+        self._timeline = link.timeline
+        self._last_beat = self._timeline.now()
         self.version = 0
         self.staleness: int | None = None
         self.fastest = 0.0
@@ -54,6 +58,16 @@ class Centre:
         """A run begins; nothing limits the number of pushes."""
         self.stopped = False
         self._store.start(None)
+
+    def beat(self) -> None:
+        """This replica has made a step: about once in a second the server is told that it lives.
+
+        Else those that are done would give up one whose rounds take longer than the timeout.
+        """
+        now = self._timeline.now()
+        if now - self._last_beat >= _BEAT_SECONDS:
+            self._last_beat = now
+            self._store.skip()
 
     def fetch(self) -> list[Tensor]:
         """The server's parameters as they are now; not to be written to, valid until the next."""

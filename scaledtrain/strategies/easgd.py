@@ -103,6 +103,7 @@ class EASGD(Strategy):
     def after_step(self) -> None:
         """Count the step; with every ``sync_every``-th one, move."""
         super().after_step()
+        self._centre.beat()
         self.staleness = None
         if self.step % self.sync_every == 0:
             self._move()

@@ -24,13 +24,15 @@ class Hogwild(Strategy):
     some after another rank's update, and its backward pass others again; of two updates of one
     number at the same moment one may be lost; no two runs are equal. Where gradients are sparse
     that is rare; where they are dense it acts as noise, and the more so the more ranks there are.
-    Momenta and the like are each rank's own. One rank is plain training, bit for bit.
+    Momenta and the like are each rank's own, and so is the learning-rate schedule: it advances with
+    the rank's own updates, of n ranks about an n-th of ``step``. One rank is plain training, bit
+    for bit.
 
     What a rank evaluates moves meanwhile, unless the run is over.
 
-    ``step`` counts the updates of all ranks, and ``staleness`` those that other ranks made between
-    the begin of a rank's forward pass and its update. ``max_steps`` may be passed by one update of
-    each other rank.
+    ``step`` counts the steps of all ranks, also those without an update, and ``staleness`` those
+    that other ranks made between the begin of a rank's forward pass and its update. ``max_steps``
+    may be passed by one update of each other rank.
 
     Sent: nothing; the parameters are the same memory, of one Linux host and its CPUs. Waits: for
     nobody, but at the begin of a run (`start`) and its end. A rank that crashes may leave an update

@@ -27,7 +27,8 @@ class LocalSGD(Periodic):
     ``local_after`` says from when on.
 
     Averaged are parameters alone: each optimizer keeps a state (momentum) of its own. So with H = 1
-    plain SGD, with momentum or without, is `Sync` up to rounding, but Adam is not.
+    plain SGD is `Sync` up to rounding (with momentum, as long as the replicas' steps have equally
+    many samples), but Adam is not.
 
     Sent: one all-reduce of the parameters every H steps. Waits: for the slowest replica, then only.
     A crash of any replica ends the run for all, and loses what was not saved.

@@ -218,6 +218,11 @@ def test_equal_workers_leave_nothing_out() -> None:
     assert choose_threshold([[[1, 1, 1]], [[1, 1, 1]]], 1.0) == (math.inf, 1.0, 0.0)
 
 
+def test_rounding_leaves_nothing_out() -> None:
+    """Without communication all thresholds are equally good, up to the last bit of sums of 3.99."""
+    assert choose_threshold([[[3.99] * 7], [[3.99] * 7]]) == (math.inf, 1.0, 0.0)
+
+
 def test_a_step_of_one_microbatch_has_nothing_to_leave_out() -> None:
     assert choose_threshold([[[1.0]], [[9.0]]]) == (math.inf, 1.0, 0.0)
 

@@ -10,7 +10,7 @@ import torch
 
 from scaledtrain import ConfigError, Trainer, connect
 from scaledtrain.data.replica_loader import StepBatch
-from scaledtrain.strategies import EASGD
+from scaledtrain.strategies import EASGD, AsyncLocalSGD
 from tests.worlds import Value, Worker, World
 
 
@@ -51,6 +51,23 @@ def test_a_spring_keeps_the_sum() -> None:
         total = sum(w.w for w in workers) + one.agreed
         assert total == pytest.approx(9.0, abs=0.0 if turn < 3 else 1e-12)
     assert [w.w for w in workers] == pytest.approx([2.25] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", [EASGD(sync_every=1000), AsyncLocalSGD(sync_every=1000)])
+def test_a_long_round_shows_that_it_lives(
+    strategy: EASGD | AsyncLocalSGD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step each 0.4 s: at 1.2 and 2.4 s a second has passed since the server last heard of it."""
+    (worker,) = World(1).run(lambda link: Worker(link, strategy))
+    told: list[float] = []
+    seconds = begin = strategy._timeline.now()
+    monkeypatch.setattr(strategy._timeline, "now", lambda: seconds)
+    monkeypatch.setattr(strategy._centre, "_last_beat", begin)
+    monkeypatch.setattr(strategy._centre._store, "skip", lambda: told.append(seconds - begin))
+    for _ in range(6):
+        seconds += 0.4
+        worker.step(0.0)
+    assert told == pytest.approx([1.2, 2.4])
 
 
 def test_staleness_is_told_once() -> None:
