@@ -10,21 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim import DelayedNesterov
 from scaledtrain.replica import MakeOptimizer, Replica
+from scaledtrain.strategies.alone import Alone
 from scaledtrain.strategies.centre import Centre
 from scaledtrain.strategies.round import Round
-from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["AsyncLocalSGD"]
 
-_ALONE = LocalGroup()
 
-
-class AsyncLocalSGD(Strategy):
+class AsyncLocalSGD(Alone):
     r"""Each replica trains for itself, pushes how far it came, pulls, and goes on from there.
 
     A replica that pulled theta and made ``sync_every`` local steps to theta_i pushes the "gradient"
@@ -94,16 +91,6 @@ class AsyncLocalSGD(Strategy):
         )
         self._centre = Centre(replica, link, make_outer)
         self._anchor: list[Tensor] = [p.detach().clone() for p in replica.parameters]
-
-    @property
-    def gradients_per_step(self) -> int:
-        """One of every replica, if all are equally fast."""
-        return self._group.size
-
-    @property
-    def lockstep(self) -> Group:
-        """This replica alone."""
-        return _ALONE
 
     def start(self, max_steps: int | None) -> None:
         """A run begins that ends when ``step`` reaches ``max_steps``, or when one asks for it."""

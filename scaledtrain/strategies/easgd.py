@@ -10,20 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Replica
+from scaledtrain.strategies.alone import Alone
 from scaledtrain.strategies.centre import Centre
-from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["EASGD"]
 
-_ALONE = LocalGroup()
 _BETA = 0.9  # alpha times the number of replicas; the paper's
 
 
-class EASGD(Strategy):
+class EASGD(Alone):
     r"""Replicas train for themselves; now and then each moves towards a centre, and it to them.
 
     Every ``sync_every`` steps replica i fetches the centre c from its server and
@@ -80,16 +78,6 @@ class EASGD(Strategy):
         # Its "gradient" is -d, so that a step of plain SGD at learning rate 1 adds d.
         self._centre = Centre(replica, link, partial(torch.optim.SGD, lr=1.0))
         self._alpha = _BETA / link.group.size if self.alpha is None else self.alpha
-
-    @property
-    def gradients_per_step(self) -> int:
-        """One of every replica, if all are equally fast."""
-        return self._group.size
-
-    @property
-    def lockstep(self) -> Group:
-        """This replica alone."""
-        return _ALONE
 
     def start(self, max_steps: int | None) -> None:
         """A run begins that ends when ``step`` reaches ``max_steps``, or when one asks for it."""

@@ -8,20 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.comm.protocols import Link
 from scaledtrain.peers import AveragingPeer, averaging_neighbours
 from scaledtrain.replica import Replica
+from scaledtrain.strategies.alone import Alone
 from scaledtrain.strategies.courier import Courier
 from scaledtrain.strategies.roster import Roster
-from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["Gossip"]
 
-_ALONE = LocalGroup()
 
-
-class Gossip(Strategy):
+class Gossip(Alone):
     r"""AD-PSGD: while a replica computes a gradient it averages with another one, drawn at random.
 
     In each step replica i computes g at x_i, meanwhile sends x_i to a replica j, and both move half
@@ -82,16 +79,6 @@ class Gossip(Strategy):
         self._peers = link.meet(self._peer.tensors, self._peer, answers=True)
         self._roster = Roster(link.board(), link.group.rank, link.timeline.now)
         self._courier = Courier(self._peers, self._roster, link.timeline)
-
-    @property
-    def gradients_per_step(self) -> int:
-        """One of every replica, if all are equally fast."""
-        return self._group.size
-
-    @property
-    def lockstep(self) -> Group:
-        """This replica alone."""
-        return _ALONE
 
     def start(self, max_steps: int | None) -> None:
         """A run begins that ends when ``step`` reaches ``max_steps``, or when one asks for it."""

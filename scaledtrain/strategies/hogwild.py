@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Replica
+from scaledtrain.strategies.alone import Alone
 from scaledtrain.strategies.roster import Roster
-from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["Hogwild"]
 
-_ALONE = LocalGroup()
 
-
-class Hogwild(Strategy):
+class Hogwild(Alone):
     r"""All ranks read and write the same parameters, each with an optimizer of its own.
 
     x <- x - lr g by each rank as soon as it has a gradient, with nothing that orders who reads and
@@ -77,11 +74,6 @@ class Hogwild(Strategy):
     def gradients_per_step(self) -> int:
         """Every rank's gradient is an update."""
         return 1
-
-    @property
-    def lockstep(self) -> Group:
-        """This rank alone."""
-        return _ALONE
 
     def start(self, max_steps: int | None) -> None:
         """Begin with rank 0's parameters, from now on in shared memory. Collective."""

@@ -6,20 +6,17 @@ from typing import Any
 
 import torch
 
-from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.comm.protocols import Link
 from scaledtrain.peers import PushSumPeer, exponential_neighbour
 from scaledtrain.replica import Replica
+from scaledtrain.strategies.alone import Alone
 from scaledtrain.strategies.courier import Courier
 from scaledtrain.strategies.roster import Roster
-from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["PushSum"]
 
-_ALONE = LocalGroup()
 
-
-class PushSum(Strategy):
+class PushSum(Alone):
     r"""SGP: after each step a replica gives half of its parameters away, and uses what has come.
 
     Replica i holds a share (x_i, w_i), at first (parameters, 1), and computes at z_i = x_i / w_i:
@@ -81,16 +78,6 @@ class PushSum(Strategy):
         self._roster = Roster(link.board(), link.group.rank, link.timeline.now)
         self._courier = Courier(self._peers, self._roster, link.timeline)
         self._dead = self._roster.dead
-
-    @property
-    def gradients_per_step(self) -> int:
-        """One of every replica, if all are equally fast."""
-        return self._group.size
-
-    @property
-    def lockstep(self) -> Group:
-        """This replica alone."""
-        return _ALONE
 
     def start(self, max_steps: int | None) -> None:
         """A run begins that ends when ``step`` reaches ``max_steps``, or when one asks for it."""
