@@ -23,7 +23,7 @@ from scaledtrain.launching import FAILED, INTERRUPTED, MISUSED, TERMINATED, tell
 __all__ = ["start_workers"]
 
 _POLL_SECONDS = 0.05
-_LEAVE_SECONDS = 30.0  # for the other ranks, when rank 0 has ended without an error
+_LEAVE_SECONDS = 300.0  # for the other ranks, when rank 0 has ended without an error
 _UNWIND_SECONDS = 5.0  # for ranks that were asked to end, before they are ended
 
 _Ranks = Sequence["subprocess.Popen[bytes]"]

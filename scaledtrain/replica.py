@@ -41,6 +41,11 @@ class Updater:
         self._scheduler = make_scheduler(self.optimizer) if make_scheduler else None
 
     @property
+    def has_schedule(self) -> bool:
+        """Whether the learning rate follows a schedule."""
+        return self._scheduler is not None
+
+    @property
     def learning_rate(self) -> float:
         """Of the next update (of the first parameter group)."""
         return float(self.optimizer.param_groups[0]["lr"])

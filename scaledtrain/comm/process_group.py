@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scaledtrain.comm.flat import FlatBuffer, bytes_of, flat_bytes
 from scaledtrain.comm.protocols import Handle, ReduceOp
-from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
+from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTimeoutError
 from scaledtrain.timeline import Timeline
 
 __all__ = ["TorchGroup", "clear_errors"]
@@ -135,6 +135,12 @@ class _Pending:
             for work in self._works:
                 work.wait()
         total = self._flats[torch.float32][-1].clone() if self._is_mean else None
+        if total is not None and not total.is_cuda and not total.item() > 0.0:
+            group._under_way.discard(self)
+            raise ConfigError(
+                f"the weights that the {group.size} ranks gave to a mean add up to {total.item():g}"
+                ", so that it has no value; at least one rank must have a sample"
+            )
         for dtype, tensors in self._by_dtype.items():
             flat = self._flats[dtype]
             offset = 0

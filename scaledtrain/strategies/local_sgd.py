@@ -77,6 +77,12 @@ class LocalSGD(Periodic):
     def attach(self, replica: Replica, link: Link) -> None:
         """Give every replica rank 0's parameters; the first period begins. Collective; once."""
         super().attach(replica, link)
+        if self.local_after == "lr_drop" and not self._updater.has_schedule:
+            raise ConfigError(
+                "local_after is 'lr_drop', but the learning rate has no schedule, so it never "
+                "drops and replicas would average after every step for ever; give one "
+                "(lr_schedule=cosine, Trainer(lr_scheduler=...)), or a number of steps"
+            )
         self._highest = self.learning_rate
 
     @torch.no_grad()

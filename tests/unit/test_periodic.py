@@ -66,3 +66,9 @@ def test_no_fragment_is_empty_beside_a_large_tensor() -> None:
 def test_bytes_are_counted_not_elements() -> None:
     tensors = [torch.zeros(2, dtype=torch.float64), torch.zeros(2), torch.zeros(2)]
     assert [len(part) for part in split_by_bytes(tensors, 2)] == [1, 2]  # 16 and 8 + 8
+
+
+def test_a_learning_rate_that_never_drops_is_refused() -> None:
+    replica = Replica(nn.Linear(1, 1), partial(torch.optim.SGD, lr=0.1))
+    with connect() as link, pytest.raises(ConfigError, match="has no schedule, so it never drops"):
+        LocalSGD(8, local_after="lr_drop").attach(replica, link)

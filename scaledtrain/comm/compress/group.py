@@ -14,16 +14,22 @@ __all__ = ["CompressedGroup", "Later", "PlainGroup"]
 
 
 class Later:
-    """A handle whose ``wait`` does what is left, once."""
+    """A handle whose ``wait`` does what is left, once; an error stays."""
 
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish: Callable[[], None] | None = finish
+        self._error: BaseException | None = None
 
     def wait(self) -> None:
         """Do it."""
         finish, self._finish = self._finish, None
         if finish is not None:
-            finish()
+            try:
+                finish()
+            except BaseException as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
 
 
 class CompressedGroup(ABC):
