@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from scaledtrain.replica import Replica
 from scaledtrain.strategies.periodic import Periodic
 
 __all__ = ["LocalSGD"]
+
+_logger = logging.getLogger(__name__)
 
 
 class LocalSGD(Periodic):
@@ -78,10 +81,10 @@ class LocalSGD(Periodic):
         """Give every replica rank 0's parameters; the first period begins. Collective; once."""
         super().attach(replica, link)
         if self.local_after == "lr_drop" and not self._updater.has_schedule:
-            raise ConfigError(
-                "local_after is 'lr_drop', but the learning rate has no schedule, so it never "
-                "drops and replicas would average after every step for ever; give one "
-                "(lr_schedule=cosine, Trainer(lr_scheduler=...)), or a number of steps"
+            _logger.warning(
+                "local_after is 'lr_drop', but the learning rate has no schedule, so it never drops "
+                "and replicas average after every step; give one (lr_schedule=cosine, "
+                "Trainer(lr_scheduler=...)), or a number of steps"
             )
         self._highest = self.learning_rate
 
