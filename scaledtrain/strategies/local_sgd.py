@@ -82,8 +82,8 @@ class LocalSGD(Periodic):
         super().attach(replica, link)
         if self.local_after == "lr_drop" and not self._updater.has_schedule:
             _logger.warning(
-                "local_after is 'lr_drop', but the learning rate has no schedule, so it never drops "
-                "and replicas average after every step; give one (lr_schedule=cosine, "
+                "local_after is 'lr_drop', but the learning rate has no schedule, so it never "
+                "drops and replicas average after every step; give one (lr_schedule=cosine, "
                 "Trainer(lr_scheduler=...)), or a number of steps"
             )
         self._highest = self.learning_rate
