@@ -11,6 +11,7 @@ that fails names the ranks that are missing.
 from __future__ import annotations
 
 import atexit
+import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -108,6 +109,9 @@ class Connection:
             if self.attempt > 0:
                 self.group, self.transport = AbsentGroup(info.rank, info.size), "server"
                 return
+            # Its functions have the process group that is there when it is imported, which making
+            # an optimizer does, as a default: they would keep it, and its threads, to the end.
+            importlib.import_module("torch.distributed.nn.functional")
             cuda = self.device.type == "cuda"
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -136,8 +140,9 @@ class Connection:
                 "one container) with CPU tensors; use 'auto' or 'torch'"
             )
         else:
-            self.group = TorchGroup(world, self.store, self.timeline, self.timeout_seconds)
-            self.transport = "torch"
+            group = TorchGroup(world, self.store, self.timeline, self.timeout_seconds)
+            self._closing.append(group.close)
+            self.group, self.transport = group, "torch"
 
     @property
     def bytes_sent(self) -> int:

@@ -43,7 +43,7 @@ class TorchGroup:
         timeline: Timeline,
         timeout_seconds: float,
     ) -> None:
-        self._process_group = process_group
+        self._open: dist.ProcessGroup | None = process_group
         self._store = store
         self._timeline = timeline
         self._timeout_seconds = timeout_seconds
@@ -53,6 +53,21 @@ class TorchGroup:
         # Tensors that nobody else holds would be freed by a thread of the backend when it is done
         # with them; if Python is ending just then, that aborts the process.
         self._under_way: set[_Pending] = set()
+
+    @property
+    def _process_group(self) -> dist.ProcessGroup:
+        if self._open is None:
+            raise ClusterError(f"rank {self.rank} has closed its connection; make a new one")
+        return self._open
+
+    def close(self) -> None:
+        """Let go of the process group, so that its threads end before Python does.
+
+        One of them that frees the tensors of a collective while Python ends would abort the
+        process, and whoever keeps this group would keep them.
+        """
+        self._under_way.clear()
+        self._open = None
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0

@@ -5,7 +5,9 @@ What holds for every strategy is in tests/contract.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -272,3 +274,18 @@ def test_mean_staleness_among_n_equal_workers_is_n_minus_1() -> None:
     values = [s for one in seen for s in one]
     assert len(values) >= updates - n
     assert 0.85 * (n - 1) <= sum(values) / len(values) <= n - 1
+
+
+def threads_after_closing() -> list[str]:
+    link = connect(transport="torch", timeout_seconds=30)
+    trainer = Trainer(net(), F.cross_entropy, SGD, console=False, link=link)
+    trainer.fit(DataLoader(data(16), batch_size=4), max_steps=2)
+    link.close()
+    names = [task / "comm" for task in Path("/proc/self/task").iterdir()]
+    return [name for file in names if "gloo" in (name := file.read_text().strip())]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_thread_of_gloo_outlives_the_connection() -> None:
+    """One that frees a tensor while Python ends aborts the process; the trainer is still there."""
+    assert run_ranks(threads_after_closing, 2) == [[], []]
