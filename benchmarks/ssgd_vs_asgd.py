@@ -3,6 +3,7 @@
 python -m benchmarks.ssgd_vs_asgd                       everything; results/ and README.md
 python -m benchmarks.ssgd_vs_asgd --only async,ddp      some contenders (and always the references)
 python -m benchmarks.ssgd_vs_asgd --cases slept:4       some of slept:2, slept:4, real:2
+python -m benchmarks.ssgd_vs_asgd --conditions gamma    some of equal, straggler, gamma
 python -m benchmarks.ssgd_vs_asgd --quick               does it run? A second each, stores nothing
 python -m benchmarks.ssgd_vs_asgd --table               write README.md's table and picture anew
 python -m benchmarks.ssgd_vs_asgd --check               fail if README.md is not up to date
@@ -254,6 +255,8 @@ BARS = (
     Bar(("slept", 2), "async_overlap", 0.99),
     Bar(("slept", 4), "async_overlap", 0.99),
     Bar(("real", 2), "async", 0.90),
+    Bar(("real", 2), "async_overlap", 0.90),
+    Bar(("real", 2), "async_shards_overlap", 0.90),
 )
 
 
@@ -397,6 +400,7 @@ REPORT = Report("ssgd_vs_asgd", Race, render, draw)
 
 def rounds(
     cases: Sequence[tuple[str, int]],
+    conditions: Sequence[str],
     contenders: Sequence[str],
     count: int,
     before: Sequence[Race],
@@ -407,11 +411,11 @@ def rounds(
         (case, c): max((r.round for r in before if (r.case, r.condition) == (case, c)), default=-1)
         + 1
         for case in cases
-        for c in CONDITIONS
+        for c in conditions
     }
     for number in range(count):
         for case in cases:
-            for condition in CONDITIONS:
+            for condition in conditions:
                 this = number + first[case, condition]
                 taking_part = [c for c in contenders if able(c, case, condition)]
                 for contender in rotated(taking_part, this):
@@ -425,11 +429,16 @@ def rounds(
                     yield race
 
 
-def run(cases: Sequence[tuple[str, int]], contenders: Sequence[str], count: int) -> None:
+def run(
+    cases: Sequence[tuple[str, int]],
+    conditions: Sequence[str],
+    contenders: Sequence[str],
+    count: int,
+) -> None:
     """Measure, store, and write table and picture."""
     folder = REPORT.open(environment(PACKAGES, SETTINGS))
     folder.add_command(" ".join(["python -m benchmarks.ssgd_vs_asgd", *sys.argv[1:]]))
-    for race in rounds(cases, contenders, count, folder.read(Race), False):
+    for race in rounds(cases, conditions, contenders, count, folder.read(Race), False):
         folder.add(race)
     REPORT.write()
 
@@ -444,6 +453,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="each in fresh processes (default 3)")
     parser.add_argument("--only", default="", help="some of: " + ", ".join(names))
     parser.add_argument("--cases", default="", help="some of slept:2, slept:4, real:2")
+    parser.add_argument("--conditions", default="", help="some of: " + ", ".join(CONDITIONS))
     parser.add_argument("--quick", action="store_true", help="a second each; nothing is stored")
     parser.add_argument("--table", action="store_true", help="write README.md's table anew")
     parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
@@ -459,6 +469,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         if case not in known:
             parser.error(f"--cases {case}: it can be some of {', '.join(known)}")
     options.cases = [known[case] for case in asked]
+    options.conditions = [c for c in options.conditions.split(",") if c] or list(CONDITIONS)
+    for condition in options.conditions:
+        if condition not in CONDITIONS:
+            parser.error(f"--conditions {condition}: it can be some of {', '.join(CONDITIONS)}")
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: it is at least 1")
     return options
@@ -477,10 +491,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         contenders = [*options.only, *REFERENCES]
         if options.quick:
-            races = list(rounds(options.cases, contenders, 1, [], True))
+            races = list(rounds(options.cases, options.conditions, contenders, 1, [], True))
             print(render(races, environment(PACKAGES, SETTINGS)))
         else:
-            run(options.cases, contenders, options.rounds)
+            run(options.cases, options.conditions, contenders, options.rounds)
     return 0
 
 

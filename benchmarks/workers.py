@@ -97,7 +97,7 @@ WORKLOADS = {
         batch_size=32,
         learning_rate=0.25,
         min_compute_seconds=0.02,
-        seconds=10.0,
+        seconds=8.0,
         vote_every=10,
     ),
     "real": Workload(

@@ -224,6 +224,7 @@ def test_each_rank_starts_from_the_same_parameters(tmp_path: Path) -> None:
     [
         (["--only", "alone"], "--only alone: it can be some of sync, sync_top_k"),
         (["--cases", "slept:3"], "--cases slept:3: it can be some of slept:2, slept:4, real:2"),
+        (["--conditions", "rain"], "--conditions rain: it can be some of equal, straggler, gamma"),
         (["--rounds", "0"], "--rounds 0"),
     ],
 )
