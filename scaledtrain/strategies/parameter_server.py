@@ -223,7 +223,8 @@ class ParameterServer(Strategy):
     def state_dict(self) -> dict[str, Any]:
         """The step, and the state of the server's shard that lives on this rank.
 
-        With one shard at any time; with several when all workers have settled.
+        With one shard at any time; with several, or with ``overlap``, when all workers have
+        settled: until then gradients and parameters are on their way.
         """
         return {"step": self.step, "server": self._store.state_dict()}
 

@@ -25,7 +25,7 @@ from scaledtrain.server import (
     StaleSynchronous,
     Synchronous,
 )
-from scaledtrain.strategies import SlowMo
+from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, Hogwild, PushSum, SlowMo
 
 __all__ = ["CASES", "Case"]
 
@@ -39,7 +39,8 @@ class Case:
         make: the strategy, for so many replicas.
         tolerance: one replica is plain training up to this: 0.0 bit for bit, 1e-5 where only
             rounding differs; None: by its mathematics it is not plain training.
-        equal_data: replicas given the same data do, up to ``tolerance``, what one process does.
+        equal_data: replicas given the same data do, up to ``tolerance``, what one process does;
+            None: it depends on who is faster.
         deterministic: a run is a function of its seed on several replicas as well: twice the same,
             over shared memory what it is over gloo, and, where the replicas are in lockstep, the
             same when it was saved in the middle and resumed.
@@ -51,10 +52,15 @@ class Case:
     name: str
     make: Callable[[int], Strategy]
     tolerance: float | None = 0.0
-    equal_data: bool = True
+    equal_data: bool | None = True
     deterministic: bool = True
     skips_alone: bool = True
     keeps_mean: bool = False
+
+
+def alone(name: str, make: Callable[[int], Strategy], tolerance: float | None = 0.0) -> Case:
+    """A case whose replicas are in step with no other: what happens depends on who is faster."""
+    return Case(name, make, tolerance, equal_data=None, deterministic=False)
 
 
 def server(name: str, admission: Callable[[int], Admission]) -> Case:
@@ -69,6 +75,11 @@ SGD_1 = partial(torch.optim.SGD, lr=1.0)  # outside it takes the mean: theta - 1
 # drops after the fourth.
 CASES = [
     Case("sync", lambda n: Sync(), skips_alone=False),
+    Case(
+        "sync_overlap",
+        lambda n: Sync(overlap=True, bucket_bytes=64),
+        skips_alone=False,
+    ),
     Case("server_synchronous", lambda n: ParameterServer(Synchronous())),
     server("server_asynchronous", lambda n: Asynchronous()),
     server("server_backup_workers", lambda n: BackupWorkers(k=1)),
@@ -95,4 +106,12 @@ CASES = [
         lambda n: DiLoCo(4, fragments=3, overlap_steps=2),
         tolerance=None,
     ),
+    alone("async_local_sgd", lambda n: AsyncLocalSGD(3, SGD_1), tolerance=1e-5),
+    alone("async_local_sgd_nesterov", lambda n: AsyncLocalSGD(3), tolerance=None),
+    alone("easgd", lambda n: EASGD(3), tolerance=None),  # it is pulled back to where it was
+    alone("gossip", lambda n: Gossip()),
+    alone("push_sum", lambda n: PushSum()),
+    alone("push_sum_overlap", lambda n: PushSum(overlap=True)),
+    alone("hogwild", lambda n: Hogwild()),
+    alone("server_shards", lambda n: ParameterServer(shards=n)),
 ]
