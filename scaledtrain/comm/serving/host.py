@@ -59,6 +59,7 @@ class ServerHost:
         self._stopped = False
         self._staleness = [-1] * server.n_workers
         self._faults = 0
+        self._last_fault = ""
         self._roll = Roll(server.n_workers)
         self._waiting: set[int] = set()
         self._heard = dict.fromkeys(range(server.n_workers), time.monotonic())
@@ -318,8 +319,9 @@ class ServerHost:
 
     def _count_fault(self, fault: str) -> None:
         self._faults += 1
-        if self._faults == 1:
+        if self._faults == 1 or fault != self._last_fault:
             _logger.warning("a gradient was rejected: %s", fault)
+        self._last_fault = fault
         if self._faults >= _MAX_FAULTS:
             self.fail(
                 ClusterError(
