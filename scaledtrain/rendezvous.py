@@ -85,6 +85,8 @@ class Connection:
         self.timeline = Timeline(device)
         self.timeout_seconds = timeout_seconds
         self.store: dist.Store | None = None
+        # For threads, which only look: whoever waits in a client of the store keeps them out of it.
+        self._store_of_threads: dist.Store | None = None
         self.transport = "local"
         self.group: Group = LocalGroup()
         self._owns_process_group = False
@@ -238,7 +240,9 @@ class Connection:
         number = self._made[what] = self._made.get(what, 0) + 1
         if self.store is None:
             return None
-        return dist.PrefixStore(f"{what}/{number}", self.store)
+        if self._store_of_threads is None:
+            self._store_of_threads = self.store.clone()  # type: ignore[attr-defined]
+        return dist.PrefixStore(f"{what}/{number}", self._store_of_threads)
 
     def _job(self, store: dist.Store | None) -> Job:
         return Job(
@@ -277,7 +281,7 @@ class Connection:
             self._shared = None
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
-        self.group, self.store = LocalGroup(), None
+        self.group, self.store, self._store_of_threads = LocalGroup(), None, None
 
     def __enter__(self) -> Connection:
         return self

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -381,3 +382,21 @@ def test_a_killed_worker_comes_back_under_its_own_torchrun(tmp_path: Path) -> No
 
 def events_accepted(events: Sequence[Event]) -> int:
     return sum(event.accepted for event in events)
+
+
+def wait_in_the_store() -> int:
+    """Rank 0 waits in the job's store while its threads still connect the server to rank 1."""
+    with connect(timeout_seconds=30) as link:
+        strategy = ParameterServer(SoftSync(1))
+        strategy.attach(Replica(nn.Linear(2, 1), PLAIN), link)
+        assert link.store is not None
+        if link.group.rank == 0:
+            link.store.wait(["pulled"], timedelta(seconds=20))
+        else:
+            assert strategy.before_forward()
+            link.store.set("pulled", "1")
+        return strategy.step
+
+
+def test_a_rank_that_waits_in_the_store_holds_nobody_up() -> None:
+    assert run_ranks(wait_in_the_store, 2) == [0, 0]
