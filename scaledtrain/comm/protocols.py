@@ -119,9 +119,9 @@ class Store(Protocol):
     """One worker's access to the server's parameters."""
 
     def start(self, last_version: int | None) -> None:
-        """Wait until every worker has come here. No update is made beyond this version.
+        """Wait until every worker has come here; a stop that was asked for before is over.
 
-        None: there is no limit.
+        No update is made beyond this version; None: there is no limit.
         """
 
     def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
@@ -156,7 +156,7 @@ class Store(Protocol):
         """Ask that every worker ends: from now on every pull says ``stopped``."""
 
     def settle(self, into: Sequence[Tensor]) -> Pulled:
-        """Wait until every worker has come here, then pull; a stop that was asked for is over.
+        """Wait until every worker has come here, then pull; the run is over until `start`.
 
         The tensors are in memory of their own again.
         """

@@ -145,7 +145,7 @@ class ParameterServer(Strategy):
     def _check_overlap(self) -> None:
         if self._may_abandon or not self.admission.accepts(0, 1, Ledger(2, self.admission)):
             raise ConfigError(
-                f"overlap makes every gradient one version older, but {self.admission} "
+                f"overlap makes every gradient a version older at least, but {self.admission} "
                 + (
                     "stops work under way, for which a worker has to ask the server meanwhile"
                     if self._may_abandon
