@@ -46,6 +46,7 @@ class Case:
             same when it was saved in the middle and resumed.
         skips_alone: a replica may skip an update that the others make; False: their gradients are
             the same, so that they skip together.
+        own_memory: nobody else writes to a replica's parameters.
         keeps_mean: replicas that only meet keep the mean of their parameters, and get closer.
     """
 
@@ -55,6 +56,7 @@ class Case:
     equal_data: bool | None = True
     deterministic: bool = True
     skips_alone: bool = True
+    own_memory: bool = True
     keeps_mean: bool = False
 
 
@@ -63,10 +65,15 @@ def alone(name: str, make: Callable[[int], Strategy], tolerance: float | None = 
     return Case(name, make, tolerance, equal_data=None, deterministic=False)
 
 
-def server(name: str, admission: Callable[[int], Admission]) -> Case:
-    """An asynchronous case: on several workers, what happens depends on who is faster."""
+def server(
+    name: str, admission: Callable[[int], Admission], equal_data: bool | None = False
+) -> Case:
+    """An asynchronous case: on several workers, what happens depends on who is faster.
+
+    Where every gradient is an update of its own, n workers make n times those of one process.
+    """
     return Case(
-        name, lambda n: ParameterServer(admission(n)), equal_data=False, deterministic=False
+        name, lambda n: ParameterServer(admission(n)), equal_data=equal_data, deterministic=False
     )
 
 
@@ -82,10 +89,10 @@ CASES = [
     ),
     Case("server_synchronous", lambda n: ParameterServer(Synchronous())),
     server("server_asynchronous", lambda n: Asynchronous()),
-    server("server_backup_workers", lambda n: BackupWorkers(k=1)),
-    server("server_softsync", lambda n: SoftSync(c=n)),
+    server("server_backup_workers", lambda n: BackupWorkers(k=1), equal_data=None),
+    server("server_softsync", lambda n: SoftSync(c=n), equal_data=None),
     server("server_stale_synchronous", lambda n: StaleSynchronous(staleness_bound=1)),
-    server("server_rennala", lambda n: Rennala(batch=n)),
+    server("server_rennala", lambda n: Rennala(batch=n), equal_data=None),
     server("server_ringmaster", lambda n: Ringmaster(delay_threshold=2)),
     server("server_ringmaster_stop", lambda n: Ringmaster(delay_threshold=2, stop=True)),
     Case("local_sgd", lambda n: LocalSGD(3), keeps_mean=True),
@@ -112,6 +119,12 @@ CASES = [
     alone("gossip", lambda n: Gossip()),
     alone("push_sum", lambda n: PushSum()),
     alone("push_sum_overlap", lambda n: PushSum(overlap=True)),
-    alone("hogwild", lambda n: Hogwild()),
+    Case(
+        "hogwild",
+        lambda n: Hogwild(),
+        equal_data=None,
+        deterministic=False,
+        own_memory=False,
+    ),
     alone("server_shards", lambda n: ParameterServer(shards=n)),
 ]

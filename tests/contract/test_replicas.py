@@ -148,7 +148,7 @@ def test_equal_data_is_one_process(
         assert torch.equal(final, outcomes[transport][0][case.name].equal_data)
         if case.equal_data and case.tolerance is not None:
             torch.testing.assert_close(final, plain, rtol=case.tolerance, atol=case.tolerance)
-        else:
+        elif case.equal_data is not None:
             assert not torch.allclose(final, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -178,7 +178,8 @@ def test_skipped_updates_do_not_part_the_replicas(
     zero, one = (rank[case.name].skipping for rank in outcomes[transport])
     assert torch.equal(zero.final, one.final)
     for replica in (zero, one):
-        assert torch.equal(replica.after_consensus, replica.before)
+        if case.own_memory:
+            assert torch.equal(replica.after_consensus, replica.before)
         if replica.in_lockstep:
             assert replica.clock == 10
             assert torch.equal(replica.inside_consensus, replica.final)
