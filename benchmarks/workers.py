@@ -261,12 +261,13 @@ class Task:
 
     def compute(self, model: Callable[..., Any] | None = None) -> Schedule:
         """Forward and backward, and the sleep of this rank."""
+        pace = self.slowdown.pace(self.rank, self.seed)
         return MicrobatchLoop(
             model or self.model,
             F.cross_entropy,
             Precision(),
             list(self.model.parameters()),
-            pace=self.slowdown.pace(self.rank, self.seed),
+            paces=[] if pace is None else [pace],
         )
 
     def batches(self) -> Iterator[StepBatch]:

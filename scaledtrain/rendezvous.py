@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaledtrain.clock import HostClock
 from scaledtrain.comm.boards import SharedBoard, StoreBoard
 from scaledtrain.comm.flat import FlatBuffer, flat_bytes
 from scaledtrain.comm.local import AbsentGroup, LocalBoard, LocalGroup, LocalPeers
@@ -68,6 +69,7 @@ class Connection:
         info: this rank's place in the job.
         device: where this rank computes.
         group: all replicas.
+        clock: the host's.
         timeline: what this rank spent its time on.
         store: the job's key-value store; None for a job of one process.
         event_log: where the next server writes its events; None: nowhere.
@@ -82,7 +84,8 @@ class Connection:
         self.device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        self.timeline = Timeline(device)
+        self.clock = HostClock()
+        self.timeline = Timeline(device, clock=self.clock)
         self.timeout_seconds = timeout_seconds
         self.store: dist.Store | None = None
         # For threads, which only look: whoever waits in a client of the store keeps them out of it.
@@ -145,6 +148,9 @@ class Connection:
             group = TorchGroup(world, self.store, self.timeline, self.timeout_seconds)
             self._closing.append(group.close)
             self.group, self.transport = group, "torch"
+
+    def pace(self, seed: int) -> None:
+        """Computing takes as long as it takes."""
 
     @property
     def bytes_sent(self) -> int:

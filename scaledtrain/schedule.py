@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.clock import Clock, HostClock
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
@@ -28,8 +28,7 @@ __all__ = [
 ]
 
 LossFn = Callable[[Any, Any], Tensor]
-
-_NAP_SECONDS = 0.005  # a sleeper looks so often whether its work is still wanted
+Abandon = Callable[[], bool] | None
 
 
 class Computed(NamedTuple):
@@ -41,19 +40,16 @@ class Computed(NamedTuple):
     """How many of the batch's samples were computed with."""
 
 
-def _never() -> bool:
-    return False
-
-
 class Schedule(Protocol):
     """Runs one step's microbatches; their gradients add up in the parameters' ``.grad``."""
 
-    def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
+    def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """Run forward and backward.
 
         Args:
             batch: the microbatches.
-            abandon: asked now and then; once it is true the rest need not be computed.
+            abandon: asked now and then; once it is true the rest need not be computed. None: all
+                of it is wanted in any case.
 
         Returns:
             Loss and samples; None if it was abandoned: the gradients are then of no use.
@@ -108,50 +104,19 @@ def _describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How fast a device pretends to compute.
+class Pace(Protocol):
+    """How long computing takes on a device that is slower than the host's, or only imagined."""
 
-    Args:
-        factor: how many times longer everything takes, >= 1.
-        min_compute_seconds: a whole step takes at least so long, before the factor.
-        draws: for each step one more factor; None: 1.
-    """
+    def begin_step(self) -> None:
+        """A step begins: what is drawn once for a step is drawn now."""
 
-    factor: float = 1.0
-    min_compute_seconds: float = 0.0
-    draws: Iterator[float] | None = None
-
-    @property
-    def is_real(self) -> bool:
-        """Whether nothing is pretended."""
-        return (self.factor, self.min_compute_seconds, self.draws) == (1.0, 0.0, None)
-
-    def of_step(self) -> float:
-        """How many times longer the step that begins takes."""
-        return self.factor if self.draws is None else self.factor * next(self.draws)
-
-    def rest(
-        self, start: float, multiple: float, share: float, abandon: Callable[[], bool]
-    ) -> bool:
-        """Sleep for the rest of the pretended time.
+    def seconds(self, elapsed: float, share: float) -> float:
+        """How long a microbatch of this step takes in all, at least ``elapsed``.
 
         Args:
-            start: when computing began, by ``time.perf_counter``.
-            multiple: how many times longer it takes.
-            share: of a step that was computed since.
-            abandon: asked now and then.
-
-        Returns:
-            Whether the work is still wanted.
+            elapsed: what it took the host.
+            share: of the step's samples that are in it.
         """
-        elapsed = time.perf_counter() - start
-        end = start + multiple * max(elapsed, self.min_compute_seconds * share)
-        while (left := end - time.perf_counter()) > 0:
-            if abandon():
-                return False
-            time.sleep(min(left, _NAP_SECONDS))
-        return True
 
 
 class MicrobatchLoop:
@@ -167,7 +132,8 @@ class MicrobatchLoop:
         precision: its ``autocast`` and ``scale`` are used.
         parameters: whose gradients are computed.
         drop_compute: when to begin no further microbatch.
-        pace: how fast to compute, for experiments.
+        paces: how long computing takes: each is asked with the time that the one before told.
+        clock: by which it takes that long.
 
     Attributes:
         microbatch_seconds: what each microbatch of the last step took, in order. On CUDA the time
@@ -182,7 +148,8 @@ class MicrobatchLoop:
         parameters: Sequence[nn.Parameter],
         *,
         drop_compute: DropCompute | None = None,
-        pace: Pace | None = None,
+        paces: Sequence[Pace] = (),
+        clock: Clock | None = None,
     ) -> None:
         self.model = model
         self.microbatch_seconds: list[float] = []
@@ -190,26 +157,28 @@ class MicrobatchLoop:
         self._precision = precision
         self._parameters = parameters
         self._drop_compute = drop_compute or DropCompute()
-        self._pace = pace or Pace()
+        self._paces = paces
+        self._clock = clock or HostClock()
         # Else the clock would show when kernels were launched.
         may_drop = math.isfinite(self._drop_compute.threshold_seconds)
-        self._waits_for_device = may_drop or not self._pace.is_real
+        self._waits_for_device = may_drop or bool(paces)
 
-    def run(self, batch: StepBatch, abandon: Callable[[], bool] = _never) -> Computed | None:
+    def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """Run forward and backward for each microbatch; asks ``abandon`` between the two."""
         total: Tensor | None = None
         samples = batch.samples
         computed = 0
         self.microbatch_seconds = []
-        multiple = self._pace.of_step()
+        for pace in self._paces:
+            pace.begin_step()
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
             if computed and self._drop_compute.is_over(sum(self.microbatch_seconds)):
                 break
-            start = time.perf_counter()
+            start = self._clock.now()
             with self._precision.autocast():
                 # The outputs are let go of before backward, which can use their memory.
                 loss = call_model(self.model, microbatch, self._loss_fn)[1]
-            if abandon():
+            if abandon is not None and abandon():
                 return None
             if size != samples:
                 loss = loss * (size / samples)
@@ -219,9 +188,9 @@ class MicrobatchLoop:
             computed += size
             if self._waits_for_device and loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
-            if not self._pace.rest(start, multiple, size / samples, abandon):
+            if self._paces and not self._take_time(start, size / samples, abandon):
                 return None
-            self.microbatch_seconds.append(time.perf_counter() - start)
+            self.microbatch_seconds.append(self._clock.now() - start)
         if total is None:  # this replica has no samples left in a step that others still make
             total = torch.zeros(())
         if computed < samples:
@@ -229,6 +198,12 @@ class MicrobatchLoop:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
             torch._foreach_mul_(gradients, samples / computed)
         return Computed(total, computed)
+
+    def _take_time(self, start: float, share: float, abandon: Abandon) -> bool:
+        seconds = self._clock.now() - start
+        for pace in self._paces:
+            seconds = pace.seconds(seconds, share)
+        return self._clock.sleep_until(start + seconds, abandon)
 
 
 @dataclass(frozen=True)
@@ -275,15 +250,25 @@ class Slowdown:
                 "times), or None for times that do not vary"
             )
 
-    def pace(self, rank: int, seed: int = 0) -> Pace:
-        """How fast that rank is to compute; the draws follow from rank and seed."""
-        factor, shape = self.factors.get(rank, 1.0), self.gamma_shape
-        if shape is None:
-            return Pace(factor, self.min_compute_seconds)
-        return Pace(factor, self.min_compute_seconds, _gamma_draws(shape, f"{seed} {rank}"))
+    def pace(self, rank: int, seed: int = 0) -> Pace | None:
+        """How fast that rank is to compute, None: as it can; draws follow from rank and seed."""
+        factor = self.factors.get(rank, 1.0)
+        if (factor, self.min_compute_seconds, self.gamma_shape) == (1.0, 0.0, None):
+            return None
+        return _Slowed(self, factor, random.Random(f"{seed} {rank}"))
 
 
-def _gamma_draws(shape: float, seed: str) -> Iterator[float]:
-    generator = random.Random(seed)
-    while True:
-        yield generator.gammavariate(shape, 1.0 / shape)
+class _Slowed:
+    def __init__(self, slowdown: Slowdown, factor: float, generator: random.Random) -> None:
+        self._factor = self._multiple = factor
+        self._least = slowdown.min_compute_seconds
+        self._shape = slowdown.gamma_shape
+        self._generator = generator
+
+    def begin_step(self) -> None:
+        if self._shape is not None:
+            draw = self._generator.gammavariate(self._shape, 1.0 / self._shape)
+            self._multiple = self._factor * draw
+
+    def seconds(self, elapsed: float, share: float) -> float:
+        return max(elapsed, self._multiple * max(elapsed, self._least * share))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+
+from scaledtrain.clock import Clock, HostClock
 
 __all__ = ["Phase", "Span", "Timeline"]
 
@@ -37,10 +38,16 @@ class Timeline:
             waits for the device at the end of each; one that only adds up does not, and counts
             device time to the phase in which the host waits for it.
         keep: keep every span for ``drain``, not only the sums.
+        clock: whose seconds are counted; default the host's.
     """
 
-    def __init__(self, device: torch.device | None = None, keep: bool = False) -> None:
-        self.now: Callable[[], float] = time.perf_counter
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        keep: bool = False,
+        clock: Clock | None = None,
+    ) -> None:
+        self.now: Callable[[], float] = (clock or HostClock()).now
         self.keep = keep
         self._device = device if device is not None and device.type == "cuda" else None
         self._spans: list[Span] = []

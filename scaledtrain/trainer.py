@@ -23,7 +23,7 @@ from scaledtrain.metrics import Metrics
 from scaledtrain.precision import Precision
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
-from scaledtrain.schedule import LossFn, MicrobatchLoop, Slowdown, call_model
+from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
 from scaledtrain.seeding import be_deterministic, seed_everything
 from scaledtrain.strategies import Strategy, Sync
 
@@ -151,7 +151,8 @@ class Trainer:
             self.precision,
             self.replica.parameters,
             drop_compute=drop_compute,
-            pace=(slowdown or Slowdown({})).pace(self.link.group.rank, seed),
+            paces=self._paces(slowdown, seed),
+            clock=self.link.clock,
         )
         self.timeline = self.link.timeline
         self.timeline.keep = trace
@@ -180,6 +181,10 @@ class Trainer:
         """Updates that this replica's parameters have received."""
         return self.strategy.step
 
+    def _paces(self, slowdown: Slowdown | None, seed: int) -> list[Pace]:
+        handicap = slowdown.pace(self.link.group.rank, seed) if slowdown is not None else None
+        return [pace for pace in (self.link.pace(seed), handicap) if pace is not None]
+
     def step(self, batch: StepBatch) -> bool:
         """Make one step; False if the strategy says that the run is over."""
         computed = None
@@ -190,7 +195,8 @@ class Trainer:
             if not going:
                 return False
             start = self.timeline.now()
-            computed = self.schedule.run(batch, self.strategy.abandons)
+            abandon = self.strategy.abandons if self.strategy.may_abandon else None
+            computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
         self._call("on_gradients")
         self.strategy.reduce_gradients(batch.weight * _share(computed.samples, batch.samples))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain import Replica, Strategy
+from scaledtrain.clock import HostClock
 from scaledtrain.comm.local import Done
 from scaledtrain.comm.protocols import Handle, MakeServer, Peer, ReduceOp, ServeOptions
 from scaledtrain.comm.serving.host import ServerHost
@@ -80,10 +81,14 @@ class WorldLink:
         self.rank = rank
         self.size = world.size
         self.group = self
+        self.clock = HostClock()
         self.timeline = Timeline()
         self.event_log = None
         self.returned = False
         self.bytes_sent = 0
+
+    def pace(self, seed: int) -> None:
+        pass
 
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0

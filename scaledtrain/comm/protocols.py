@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from scaledtrain.clock import Clock
     from scaledtrain.comm.compress import Codec
     from scaledtrain.comm.serving.partition import Piece
+    from scaledtrain.schedule import Pace
     from scaledtrain.server import Server
     from scaledtrain.timeline import Timeline
 
@@ -281,6 +283,17 @@ class Link(Protocol):
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
+
+    @property
+    def clock(self) -> Clock:
+        """By which this rank computes and waits."""
+
+    def pace(self, seed: int) -> Pace | None:
+        """How long computing takes on this rank's device; None: as long as it really does.
+
+        Args:
+            seed: of what is drawn.
+        """
 
     @property
     def bytes_sent(self) -> int:

@@ -106,7 +106,7 @@ class ParameterServer(Strategy):
         self._learning_rate = 0.0
         self._has_gradient = True
         self._pushed = False
-        self._may_abandon = self.admission.abandons(_ANCIENT)
+        self.may_abandon = self.admission.abandons(_ANCIENT)
         if overlap:
             self._check_overlap()
 
@@ -143,12 +143,12 @@ class ParameterServer(Strategy):
         self._store = link.serve(replica.parameters, make_server, self._options)
 
     def _check_overlap(self) -> None:
-        if self._may_abandon or not self.admission.accepts(0, 1, Ledger(2, self.admission)):
+        if self.may_abandon or not self.admission.accepts(0, 1, Ledger(2, self.admission)):
             raise ConfigError(
                 f"overlap makes every gradient a version older at least, but {self.admission} "
                 + (
                     "stops work under way, for which a worker has to ask the server meanwhile"
-                    if self._may_abandon
+                    if self.may_abandon
                     else "does not accept one that is"
                 )
                 + "; leave overlap out, or take another policy (Asynchronous, SoftSync)"
@@ -181,7 +181,7 @@ class ParameterServer(Strategy):
 
     def abandons(self) -> bool:
         """Ask the server how old the work under way has become, if the policy may stop it."""
-        return self._may_abandon and self.admission.abandons(self._store.version() - self.step)
+        return self.may_abandon and self.admission.abandons(self._store.version() - self.step)
 
     def reduce_gradients(self, weight: float = 1.0) -> None:
         """Nothing is combined here; a replica without samples (weight 0) has nothing to push."""

@@ -36,9 +36,11 @@ class Strategy(ABC):
         step: updates that the parameters of this replica have received.
         staleness: of this replica's last gradient that was judged; None where there is no such
             thing.
+        may_abandon: whether ``abandons`` is worth asking.
     """
 
     staleness: int | None = None
+    may_abandon = False
 
     def __init__(self) -> None:
         self.step = 0

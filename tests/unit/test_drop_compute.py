@@ -30,23 +30,30 @@ from scaledtrain.schedule import Computed, MicrobatchLoop, Pace
 
 
 class Clock:
-    """A clock that computing and sleeping move, in place of the module ``time``."""
+    """A clock that computing and sleeping move; who may abandon is asked once in a second."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.seconds = 100.0
 
-    def perf_counter(self) -> float:
-        return self.now
+    def now(self) -> float:
+        return self.seconds
 
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
+    def sleep_until(self, moment: float, abandon: Callable[[], bool] | None = None) -> bool:
+        while self.seconds < moment:
+            if abandon is not None and abandon():
+                return False
+            self.seconds = moment if abandon is None else min(moment, self.seconds + 1.0)
+        return True
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("scaledtrain.schedule.time", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
+
+
+def paces(slowdown: Slowdown | None, rank: int) -> list[Pace]:
+    pace = slowdown.pace(rank) if slowdown is not None else None
+    return [] if pace is None else [pace]
 
 
 class Line(nn.Module):
@@ -59,12 +66,15 @@ class Line(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.clock is not None:
-            self.clock.now += 1.0
+            self.clock.seconds += 1.0
         return (self.w * x).mean()
 
 
 def run(
-    clock: Clock, microbatches: list[list[float]], threshold: float, pace: Pace | None = None
+    clock: Clock,
+    microbatches: list[list[float]],
+    threshold: float,
+    slowdown: Slowdown | None = None,
 ) -> tuple[Computed, float, list[float]]:
     """What was computed, the gradient, and what each microbatch took."""
     model = Line(clock)
@@ -74,7 +84,8 @@ def run(
         Precision(),
         list(model.parameters()),
         drop_compute=DropCompute(threshold),
-        pace=pace,
+        paces=paces(slowdown, 3),
+        clock=clock,
     )
     tensors = [torch.tensor(values) for values in microbatches]
     computed = loop.run(StepBatch(tensors, [len(t) for t in tensors]))
@@ -115,30 +126,37 @@ def test_the_gradient_is_the_mean_over_the_samples_that_were_used(clock: Clock) 
 def test_a_replica_without_samples_has_nothing_to_leave_out(clock: Clock) -> None:
     model = Line(clock)
     loop = MicrobatchLoop(
-        model, None, Precision(), [model.w], drop_compute=DropCompute(0.0), pace=Pace(4.0, 1.0)
+        model,
+        None,
+        Precision(),
+        [model.w],
+        drop_compute=DropCompute(0.0),
+        paces=paces(Slowdown({3: 4.0}, min_compute_seconds=1.0), 3),
+        clock=clock,
     )
     assert loop.run(StepBatch([], [], 0.0)) == Computed(torch.zeros(()), 0)
-    assert clock.now == 100.0
+    assert clock.now() == 100.0
 
 
 def test_a_slowed_replica_leaves_out_what_a_slow_one_would(clock: Clock) -> None:
     """Four times slower, a microbatch takes 4 s; at least 24 s for two of them 12 s each, x 4."""
-    pace = Slowdown({3: 4.0}).pace(rank=3)
-    computed, _, seconds = run(clock, [[1.0], [2.0], [3.0]], 5.0, pace)
+    computed, _, seconds = run(clock, [[1.0], [2.0], [3.0]], 5.0, Slowdown({3: 4.0}))
     assert computed.samples == 2
     assert seconds == pytest.approx([4.0, 4.0])
-    pace = Slowdown({3: 4.0}, min_compute_seconds=24.0).pace(rank=3)
-    computed, _, seconds = run(clock, [[1.0], [2.0]], math.inf, pace)
+    slowdown = Slowdown({3: 4.0}, min_compute_seconds=24.0)
+    computed, _, seconds = run(clock, [[1.0], [2.0]], math.inf, slowdown)
     assert seconds == pytest.approx([48.0, 48.0])
-    assert Slowdown({3: 4.0}).pace(rank=2).is_real
+    assert Slowdown({3: 4.0}).pace(rank=2) is None
 
 
 def test_a_sleeper_looks_whether_its_work_is_still_wanted(clock: Clock) -> None:
     model = Line(clock)
-    loop = MicrobatchLoop(model, None, Precision(), [model.w], pace=Pace(factor=4.0))
+    loop = MicrobatchLoop(
+        model, None, Precision(), [model.w], paces=paces(Slowdown({3: 4.0}), 3), clock=clock
+    )
     batch = StepBatch([torch.ones(1)], [1])
-    assert loop.run(batch, lambda: clock.now > 102.0) is None  # 1 s of computing, then 3 of sleep
-    assert 102.0 < clock.now < 102.1
+    assert loop.run(batch, lambda: clock.now() > 102.0) is None  # 1 s of computing, then 3 of sleep
+    assert clock.now() == 103.0  # not 104
 
 
 @pytest.mark.parametrize("strategy", [Sync, ParameterServer])
