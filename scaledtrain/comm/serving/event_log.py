@@ -11,7 +11,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,12 +44,13 @@ class EventLog:
 
     Args:
         path: a new file; an old one is replaced.
+        now: the clock, in seconds.
 
     Raises:
         ConfigError: the file cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, now: Callable[[], float] = time.perf_counter) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -58,12 +59,13 @@ class EventLog:
                 f"the event log {path} cannot be written: {error}; choose another run_dir"
             ) from error
         os.write(self._file, MAGIC)
-        self._begin = time.perf_counter()
+        self._now = now
+        self._begin = now()
 
     def add(self, operation: Operation, accepted: bool = False, staleness: int = -1) -> None:
         """Write one event down."""
         kind, worker, version = operation
-        seconds = time.perf_counter() - self._begin
+        seconds = self._now() - self._begin
         record = _RECORD.pack(kind, accepted, 0, worker, staleness, version, seconds)
         os.write(self._file, record + _CHECKSUM.pack(zlib.crc32(record)))
 

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
 from scaledtrain.server import Server
 from scaledtrain.server.operations import Kind, Operation, Outcome, apply
 
-__all__ = ["SIGNS_OF_LIFE", "ServerHost", "Write"]
+__all__ = ["SIGNS_OF_LIFE", "Condition", "ServerHost", "Write"]
 
 _logger = logging.getLogger(__name__)
 
@@ -32,6 +33,39 @@ Write = Callable[[Sequence[Tensor]], object]
 
 _MAX_FAULTS = 100  # in a row: then no good gradient is to be expected any more
 SIGNS_OF_LIFE = 4  # to a worker that waits, in the time after which it would give up
+
+
+class Condition(Protocol):
+    """Where threads wait until something is true, as ``threading.Condition`` has it."""
+
+    def __enter__(self) -> bool:
+        """Take the lock."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        """Give it back."""
+
+    def acquire(self) -> bool:
+        """Take the lock again."""
+
+    def release(self) -> None:
+        """Give it back for a while."""
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Wait, without the lock, until it is true or the time is over; returns which."""
+
+    def notify_all(self) -> None:
+        """Let those that wait here look again."""
+
+
+def _conditions_of_threads() -> Callable[[], Condition]:
+    lock = threading.RLock()
+    return lambda: threading.Condition(lock)
 
 
 class ServerHost:
@@ -47,14 +81,28 @@ class ServerHost:
         server: the pure state machine; nothing else may touch it.
         timeout_seconds: the longest that workers wait for one that does nothing.
         log: where events are written.
+        condition: makes conditions that share one lock; default: for threads.
+        now: the clock, in seconds.
     """
 
-    def __init__(self, server: Server, timeout_seconds: float, log: EventLog | None = None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        timeout_seconds: float,
+        log: EventLog | None = None,
+        *,
+        condition: Callable[[], Condition] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        condition = condition or _conditions_of_threads()
         self._server = server
         self._timeout_seconds = timeout_seconds
         self._log = log
         self._shards: list[Wire] = []
-        self._changed = threading.Condition()
+        self._changed = condition()  # on which those wait whom the admission policy keeps
+        self._met = condition()  # ... who have come to a meeting
+        self._now = now
+        self._progress = 0
         self._failure: BaseException | None = None
         self._stopped = False
         self._staleness = [-1] * server.n_workers
@@ -62,7 +110,7 @@ class ServerHost:
         self._last_fault = ""
         self._roll = Roll(server.n_workers)
         self._waiting: set[int] = set()
-        self._heard = dict.fromkeys(range(server.n_workers), time.monotonic())
+        self._heard = dict.fromkeys(range(server.n_workers), now())
         self._speeds: dict[int, float] = {}
 
     def add_shard(self, wire: Wire) -> None:
@@ -139,7 +187,13 @@ class ServerHost:
             if worker not in self._roll.alive:
                 self._take_back(worker)
             server = self._server
-            self._wait(worker, "pull", lambda: self._stopped or server.may_go_on(worker), still)
+            self._wait(
+                self._changed,
+                worker,
+                "pull",
+                lambda: self._stopped or server.may_go_on(worker),
+                still,
+            )
             write(self._do(Operation(Kind.PULL, worker)).tensors)
             return self._tell(worker, self._roll.complete)
 
@@ -228,7 +282,7 @@ class ServerHost:
         with self._changed:
             self._roll.attempts[worker] = attempt
             self._lose(worker, "a new process has taken its place")
-            self._changed.notify_all()  # the one before may still wait for something
+            self._notify_everybody()  # the one before may still wait for something
             for shard in self._shards:
                 shard.send([Request.JOIN, worker, attempt])
 
@@ -236,7 +290,7 @@ class ServerHost:
         """Every call from now on, and every waiting one, raises: the run cannot go on."""
         with self._changed:
             self._failure = self._failure or error
-            self._changed.notify_all()
+            self._notify_everybody()
 
     @property
     def failure(self) -> BaseException | None:
@@ -266,7 +320,7 @@ class ServerHost:
         """What the calls of workers begin with."""
         self._raise_failure()
         self._raise_if_replaced(worker, attempt)
-        self._heard[worker] = time.monotonic()
+        self._heard[worker] = self._now()
 
     def _raise_if_replaced(self, worker: int, attempt: int) -> None:
         if attempt != self._roll.attempts[worker]:
@@ -283,7 +337,7 @@ class ServerHost:
             )
             if worker in self._server.members:
                 self._do(Operation(Kind.REMOVE, worker))
-            self._roll.hold_meetings()
+            self._hold_meetings()
         self._changed.notify_all()
 
     def _take_back(self, worker: int) -> None:
@@ -295,6 +349,8 @@ class ServerHost:
 
     def _do(self, operation: Operation, gradient: Sequence[Tensor] = (), why: str = "") -> Outcome:
         """Let the server do it, then its other shards, and write it down."""
+        if operation.kind not in (Kind.PULL, Kind.READ):
+            self._progress += 1
         try:
             outcome = apply(self._server, operation, gradient, why)
             for shard in self._shards:
@@ -335,12 +391,20 @@ class ServerHost:
         """Return when all workers that are awaited there have come."""
         meeting.here.add(worker)
         mine = meeting.held
-        self._roll.hold_meetings()
+        self._hold_meetings()
+        self._wait(self._met, worker, meeting.what, lambda: meeting.held > mine, still)
+
+    def _hold_meetings(self) -> None:
+        if self._roll.hold_meetings():
+            self._met.notify_all()
+
+    def _notify_everybody(self) -> None:
         self._changed.notify_all()
-        self._wait(worker, meeting.what, lambda: meeting.held > mine, still)
+        self._met.notify_all()
 
     def _wait(
         self,
+        condition: Condition,
         worker: int,
         what: str,
         ready: Callable[[], bool],
@@ -356,31 +420,27 @@ class ServerHost:
 
         self._waiting.add(worker)
         try:
-            begin, before = time.monotonic(), self._standing()
-            while not self._changed.wait_for(over, seconds):
+            begin, before = self._now(), self._progress
+            while not condition.wait_for(over, seconds):
                 if still is not None:
-                    self._changed.release()  # nobody else has to wait until it is taken
+                    condition.release()  # nobody else has to wait until it is taken
                     try:
                         still()
                     finally:
-                        self._changed.acquire()
+                        condition.acquire()
                 self._give_up_the_silent(worker, what)
-                if before != self._standing():
-                    begin, before = time.monotonic(), self._standing()
-                if time.monotonic() - begin >= self._timeout_seconds:
+                if before != self._progress:
+                    begin, before = self._now(), self._progress
+                if self._now() - begin >= self._timeout_seconds:
                     self._fail_if_all_wait(worker, what)
         finally:
             self._waiting.discard(worker)
-            self._heard[worker] = time.monotonic()
+            self._heard[worker] = self._now()
         self._raise_failure()
         self._raise_if_replaced(worker, attempt)
 
-    def _standing(self) -> tuple[list[int], set[int]]:
-        """What changes whenever anybody gets on."""
-        return list(self._server.clocks), set(self._roll.alive)
-
     def _give_up_the_silent(self, worker: int, what: str) -> None:
-        now = time.monotonic()
+        now = self._now()
         for one in sorted(self._roll.alive - self._waiting):
             if now - self._heard[one] >= self._timeout_seconds:
                 self._lose(

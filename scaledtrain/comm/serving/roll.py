@@ -86,12 +86,16 @@ class Roll:
         if self.beginning.held > self.end.held:
             self._latecomers.add(worker)
 
-    def hold_meetings(self) -> None:
-        """End the meetings to which all that are awaited have come."""
-        begin = self.alive - self._latecomers
-        for meeting, awaited in ((self.beginning, begin), (self.end, self.alive)):
-            if meeting.here and meeting.here >= awaited:
+    def hold_meetings(self) -> bool:
+        """End the meetings to which all that are awaited have come; returns whether one did."""
+        held = False
+        for meeting, not_awaited in ((self.beginning, self._latecomers), (self.end, set[int]())):
+            # The number first: thousands may come, one by one.
+            enough = len(meeting.here) >= len(self.alive) - len(not_awaited)
+            if enough and meeting.here and meeting.here >= self.alive - not_awaited:
                 meeting.here.clear()
                 meeting.held += 1
+                held = True
                 if meeting is self.end:
                     self.ended_complete = self.complete
+        return held
