@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.sim.compute import ComputeModel
+from scaledtrain.sim.compute import StepPace
 
 __all__ = ["best_count", "order_statistics"]
 
 
 def order_statistics(
-    model: ComputeModel, n_workers: int, *, n_steps: int, seed: int = 0
+    pace: Callable[[int, int], StepPace], n_workers: int, *, n_steps: int, seed: int = 0
 ) -> NDArray[np.float64]:
     """E[T_(k:M)], the k-th shortest of M workers' times for the same step, by drawing.
 
     Args:
-        model: of the workers' times; each of them has its own.
+        pace: from worker and seed to its times, as ``pace`` of a compute model, or of a `Cluster`.
         n_workers: M.
         n_steps: over which the mean is taken; its standard error falls as 1 / sqrt(n_steps).
         seed: of the draws.
@@ -30,7 +32,7 @@ def order_statistics(
 
     Example:
         >>> from scaledtrain.sim.compute import Constant
-        >>> order_statistics(Constant(2.0), n_workers=3, n_steps=5).tolist()
+        >>> order_statistics(Constant(2.0).pace, n_workers=3, n_steps=5).tolist()
         [2.0, 2.0, 2.0]
     """
     if n_workers < 1 or n_steps < 1:
@@ -39,10 +41,10 @@ def order_statistics(
         )
     times = np.empty((n_workers, n_steps))
     for worker in range(n_workers):
-        pace = model.pace(worker, seed)
+        of_worker = pace(worker, seed)
         for step in range(n_steps):
-            pace.begin_step()
-            times[worker, step] = pace.seconds(0.0, 1.0)
+            of_worker.begin_step()
+            times[worker, step] = of_worker.seconds(0.0, 1.0)
     mean: NDArray[np.float64] = np.sort(times, axis=0).mean(axis=1)
     return mean
 

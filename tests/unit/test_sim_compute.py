@@ -187,37 +187,37 @@ class TestOrderStatistics:
         exact = float(torch.trapezoid(1.0 - cdf**n, t))
         assert exact == pytest.approx(expected, abs=1e-3)
         # Standard deviation of the maximum about 0.06, of the mean of 4,000 about 0.001.
-        drawn = order_statistics(Gamma(1.0), n, n_steps=4000)[-1]
+        drawn = order_statistics(Gamma(1.0).pace, n, n_steps=4000)[-1]
         assert drawn == pytest.approx(exact, abs=4e-3)
 
     def test_exponential_times_are_harmonic_numbers(self) -> None:
         # H_4 = 1 + 1/2 + 1/3 + 1/4; E T_(k:4) = H_4 - H_(4-k)
         expected = [1 / 4, 1 / 4 + 1 / 3, 1 / 4 + 1 / 3 + 1 / 2, 25 / 12]
         assert expected == pytest.approx([harmonic(4) - harmonic(4 - k) for k in range(1, 5)])
-        drawn = order_statistics(ShiftedExponential(0.0, 1.0), 4, n_steps=40_000)
+        drawn = order_statistics(ShiftedExponential(0.0, 1.0).pace, 4, n_steps=40_000)
         assert drawn == pytest.approx(expected, abs=0.02)  # 4 of 1.19 / sqrt(40,000)
 
     @pytest.mark.parametrize(("n", "expected"), [(8, 1.156), (32, 1.278)])
     def test_slowest_of_shifted_exponential_times(self, n: int, expected: float) -> None:
         exact = 1.0 + 0.1 * harmonic(n)  # 1.2718 and 1.4058; relative to the mean 1.1:
         assert exact / 1.1 == pytest.approx(expected, abs=1e-3)
-        drawn = order_statistics(ShiftedExponential(1.0, 0.1), n, n_steps=4000)
+        drawn = order_statistics(ShiftedExponential(1.0, 0.1).pace, n, n_steps=4000)
         k = n // 2
         assert drawn[-1] == pytest.approx(exact, abs=8e-3)  # 4 of 0.127 / sqrt(4,000)
         halfway = 1.0 + 0.1 * (harmonic(n) - harmonic(n - k))
         assert drawn[k - 1] == pytest.approx(halfway, abs=8e-3)
 
     def test_best_number_of_backup_workers(self) -> None:
-        times = order_statistics(Gamma(1.0), 100, n_steps=2000)
+        times = order_statistics(Gamma(1.0).pace, 100, n_steps=2000)
         backups = 100 - best_count(times)
         assert abs(backups - 4) <= 1
 
     def test_of_equal_workers_one_waits_for_all(self) -> None:
-        assert best_count(order_statistics(Constant(0.1), 7, n_steps=3)) == 7
+        assert best_count(order_statistics(Constant(0.1).pace, 7, n_steps=3)) == 7
 
     def test_numbers_that_cannot_be(self) -> None:
         with pytest.raises(ConfigError, match="of 0 workers over 5 steps; both must be >= 1"):
-            order_statistics(Constant(1.0), 0, n_steps=5)
+            order_statistics(Constant(1.0).pace, 0, n_steps=5)
 
 
 @pytest.mark.parametrize(
