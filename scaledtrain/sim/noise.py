@@ -20,8 +20,8 @@ class MicrobatchNoise:
 
         e = min(mean_noise exp(sigma z - sigma^2 / 2), max_noise)
 
-    so e without its bound has the mean ``mean_noise``. With m, s and c for the three arguments and
-    Phi the standard normal distribution function::
+    so e without its bound has the mean ``mean_noise``. With m = mean_noise, s = sigma,
+    c = max_noise and Phi the standard normal distribution function::
 
         E e = m Phi((log(c / m) - s^2 / 2) / s) + c Phi((log(m / c) - s^2 / 2) / s)
 
