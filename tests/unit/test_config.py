@@ -16,7 +16,11 @@ from scaledtrain.launching import workers_to_start
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.train import build, run
 
-FILES = sorted(file.relative_to(config_folder()) for file in config_folder().glob("*/**/*.yaml"))
+FILES = sorted(
+    file.relative_to(config_folder())
+    for file in config_folder().glob("*/**/*.yaml")
+    if file.parent.name != "cluster"  # no part of a run on real processes
+)
 
 # What a choice needs beside it, where the defaults do not fit it.
 COMPANIONS = {
