@@ -15,6 +15,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "compare": "train with several strategies, and report them side by side",
+    "trace": "show what each rank did when, of runs that were made with trace=true",
 }
 
 

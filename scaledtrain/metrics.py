@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -60,7 +61,9 @@ class Metrics:
     * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
 
     An evaluation is a line with ``kind`` ``"evaluation"``. With a traced timeline
-    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began.
+    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began, and
+    before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
+    ranks share.
 
     A crash loses the records since the last interval; every line written is whole.
 
@@ -98,6 +101,7 @@ class Metrics:
         self._console = Console(None, False)
         self._lines: TextIO | None = None
         self._trace: TextIO | None = None
+        self._traced_begin: float | None = None
         self._events: EventFileWriter | None = None
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -251,6 +255,9 @@ class Metrics:
             return
         if self._trace is None:
             self._trace = self._trace_path.open("a", encoding="utf-8")
+        if self._traced_begin != self._begin:
+            self._traced_begin = self._begin
+            rows = [["begin", self._begin, socket.gethostname()], *rows]
         self._trace.writelines(json.dumps(row) + "\n" for row in rows)
         self._trace.flush()
 

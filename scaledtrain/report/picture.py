@@ -16,11 +16,11 @@ from scaledtrain.timeline import Phase
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "require_matplotlib"]
+__all__ = ["PHASE_COLOURS", "draw", "require_matplotlib"]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _STRATEGY_COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_PHASE_COLOURS: dict[Phase, str] = {
+PHASE_COLOURS: dict[Phase, str] = {
     "compute": "#3B4A6B",
     "waiting": "#E9E4D8",
     "data": "#56B4E9",
@@ -183,7 +183,7 @@ def _strip(axes: Axes, log: RunLog, summary: Summary, colour: str, *, legend: bo
     width = min(_WINDOW_SECONDS, end)
     for worker in log.workers:
         shown = [s for s in worker.spans if s.end > begin and s.start < begin + width]
-        for phase, phase_colour in _PHASE_COLOURS.items():
+        for phase, phase_colour in PHASE_COLOURS.items():
             bars = [(s.start, s.end - s.start) for s in shown if s.phase == phase]
             axes.broken_barh(
                 bars, (worker.rank - 0.38, 0.76), color=phase_colour, linewidth=0, zorder=2
@@ -214,10 +214,10 @@ def _strip(axes: Axes, log: RunLog, summary: Summary, colour: str, *, legend: bo
 
         axes.set_xlabel("seconds of training")
         axes.legend(
-            handles=[Patch(color=c, label=phase) for phase, c in _PHASE_COLOURS.items()],
+            handles=[Patch(color=c, label=phase) for phase, c in PHASE_COLOURS.items()],
             loc="upper center",
             bbox_to_anchor=(0.5, -0.32),
-            ncols=len(_PHASE_COLOURS),
+            ncols=len(PHASE_COLOURS),
             fontsize=9,
             frameon=False,
         )

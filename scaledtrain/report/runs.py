@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.report.lines import parse_lines
+from scaledtrain.report.traces import PHASES, read_spans
 from scaledtrain.timeline import Phase, Span
 
 __all__ = ["PHASES", "Evaluation", "Interval", "RunLog", "WorkerLog", "read_run"]
-
-PHASES: tuple[Phase, ...] = get_args(Phase)
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ def read_run(folder: str | Path) -> RunLog:
 
 def _read_worker(folder: Path, rank: int) -> WorkerLog:
     path = folder / f"metrics-rank{rank}.jsonl"
-    records = _read_lines(path, _record)
+    records = list(parse_lines(path, _record))
     intervals = tuple(r for r in records if isinstance(r, Interval))
     if not intervals:
         raise ConfigError(
@@ -168,25 +165,8 @@ def _read_worker(folder: Path, rank: int) -> WorkerLog:
         )
     evaluations = tuple(r for r in records if isinstance(r, Evaluation))
     trace = folder / f"trace-rank{rank}.jsonl"
-    spans = _read_lines(trace, _span) if trace.exists() else []
-    return WorkerLog(rank, intervals, evaluations, tuple(spans))
-
-
-def _read_lines(path: Path, parse: Callable[[Any], _T]) -> list[_T]:
-    """Parse each line; the last may be cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            parsed.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"{path}, line {number} is not a record of a run ({type(error).__name__}: {error});"
-                " the file was changed, or another version of scaledtrain wrote it"
-            ) from error
-    return parsed
+    spans = tuple(read_spans(trace)) if trace.exists() else ()
+    return WorkerLog(rank, intervals, evaluations, spans)
 
 
 def _record(line: dict[str, Any]) -> Interval | Evaluation:
@@ -208,10 +188,3 @@ def _record(line: dict[str, Any]) -> Interval | Evaluation:
         staleness={int(s): int(n) for s, n in line["staleness_counts"].items()},
         loss=None if line.get("loss") is None else float(line["loss"]),
     )
-
-
-def _span(line: list[Any]) -> Span:
-    phase, start, end = line
-    if phase not in PHASES:
-        raise ValueError(f"unknown phase {phase!r}")
-    return Span(phase, float(start), float(end))

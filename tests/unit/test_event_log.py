@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scaledtrain.comm.serving.event_log import MAGIC, EventLog, read_events
+from scaledtrain.comm.serving.event_log import MAGIC, EventLog, begun_at, read_events
 from scaledtrain.errors import ConfigError
 from scaledtrain.server.operations import Kind, Operation
 
@@ -35,6 +36,14 @@ def test_events_come_back_in_their_order(tmp_path: Path) -> None:
     seconds = [e.seconds for e in events]
     assert seconds == sorted(seconds)
     assert path.stat().st_size == 32 * (1 + len(EVENTS))
+
+
+def test_a_log_says_when_it_was_begun(tmp_path: Path) -> None:
+    path = tmp_path / "events.bin"
+    before = time.perf_counter()
+    write(path)
+    assert before <= begun_at(path) <= time.perf_counter()
+    assert begun_at(path) + max(e.seconds for e in read_events(path)) <= time.perf_counter()
 
 
 @pytest.mark.parametrize("cut", [1, 17, 31])
@@ -71,7 +80,7 @@ def test_whatever_follows_the_beginning_is_an_event_or_an_error(
     tmp_path: Path, content: bytes
 ) -> None:
     path = tmp_path / "events.bin"
-    path.write_bytes(MAGIC + content)
+    path.write_bytes(MAGIC + bytes(8) + content)
     try:
         events = list(read_events(path))
     except ConfigError:

@@ -6,6 +6,7 @@ What holds for every strategy is in tests/contract.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -281,7 +282,8 @@ def test_metrics_files(tmp_path: Path) -> None:
         assert r["memory_bytes"] > 0
     evaluation = next(line for line in lines if line["kind"] == "evaluation")
     assert evaluation["step"] == 5
-    spans = read_lines(tmp_path / "trace-rank0.jsonl")
+    (begin, _, host), *spans = read_lines(tmp_path / "trace-rank0.jsonl")
+    assert (begin, host) == ("begin", socket.gethostname())
     assert [phase for phase, _, _ in spans].count("data") == 5
     assert all(0 <= start <= end for _, start, end in spans)
     assert list((tmp_path / "tensorboard").iterdir())

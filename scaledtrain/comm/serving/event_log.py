@@ -1,6 +1,7 @@
 """The order of events of an asynchronous run, on disk: with it the run can be made again.
 
-A file begins with `MAGIC`; then come records of 32 bytes, each with its own checksum. A record is
+A file begins with `MAGIC` and the moment at which it was begun, on the clock of the host; then come
+records of 32 bytes, each with its own checksum. A record is
 written at once and whole, so a run that is killed leaves a log that can be read up to its last
 event; what a crash of the machine cuts in half is left out by the reader.
 """
@@ -13,14 +14,15 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.server.operations import Kind, Operation
 
-__all__ = ["MAGIC", "Event", "EventLog", "read_events"]
+__all__ = ["MAGIC", "Event", "EventLog", "begun_at", "read_events"]
 
-MAGIC = b"scaledtrain events 1\n".ljust(32, b"\0")
+MAGIC = b"scaledtrain events 1\n".ljust(24, b"\0")
+_BEGIN = struct.Struct("<d")  # seconds on the clock of the spans of time of the same run
 _RECORD = struct.Struct("<BBHiiqd")  # kind, accepted, unused, worker, staleness, version, seconds
 _CHECKSUM = struct.Struct("<I")
 _BYTES = _RECORD.size + _CHECKSUM.size
@@ -58,9 +60,9 @@ class EventLog:
             raise ConfigError(
                 f"the event log {path} cannot be written: {error}; choose another run_dir"
             ) from error
-        os.write(self._file, MAGIC)
         self._now = now
         self._begin = now()
+        os.write(self._file, MAGIC + _BEGIN.pack(self._begin))
 
     def add(self, operation: Operation, accepted: bool = False, staleness: int = -1) -> None:
         """Write one event down."""
@@ -83,12 +85,29 @@ def read_events(path: Path) -> Iterator[Event]:
         ConfigError: the file is no event log, or one of its records is damaged.
     """
     with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ConfigError(f"{path} is no event log of this version; it begins with other bytes")
+        _read_head(file, path)
         number = 0
         while len(record := file.read(_BYTES)) == _BYTES:
             number += 1
             yield _parse(record, f"event {number} of {path}")
+
+
+def begun_at(path: Path) -> float:
+    """When a log was begun: seconds on the clock that its rank's `Timeline` used, too.
+
+    Raises:
+        ConfigError: the file is no event log.
+    """
+    with open(path, "rb") as file:
+        return _read_head(file, path)
+
+
+def _read_head(file: BinaryIO, path: Path) -> float:
+    head = file.read(len(MAGIC) + _BEGIN.size)
+    if len(head) < len(MAGIC) + _BEGIN.size or not head.startswith(MAGIC):
+        raise ConfigError(f"{path} is no event log of this version; it begins with other bytes")
+    (begin,) = _BEGIN.unpack_from(head, len(MAGIC))
+    return float(begin)
 
 
 def _parse(record: bytes, which: str) -> Event:
