@@ -6,7 +6,8 @@
     └── ClusterError           the ranks of one job cannot work together
         ├── RendezvousError    they never met: a missing rank, a port in use
         ├── WaitTimeoutError   one waited too long for another
-        └── PeerLostError      one died
+        ├── PeerLostError      one died
+        └── DeadlockError      simulated ranks wait for each other for ever
 
 A message says what was given, why it cannot be, and what to do.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 __all__ = [
     "ClusterError",
     "ConfigError",
+    "DeadlockError",
     "NonFiniteLossError",
     "PeerLostError",
     "RendezvousError",
@@ -50,3 +52,7 @@ class WaitTimeoutError(ClusterError, TimeoutError):
 
 class PeerLostError(ClusterError):
     """A rank that another one needs has died."""
+
+
+class DeadlockError(ClusterError):
+    """Ranks of a simulated cluster wait, and nothing is left that could end it."""

@@ -14,6 +14,7 @@ from scaledtrain.sim.network import Network, Queue, bottleneck, seconds_alone
 from scaledtrain.sim.noise import MicrobatchNoise
 from scaledtrain.sim.order_statistics import best_count, order_statistics
 from scaledtrain.sim.recorded import CsvTimes, Measured
+from scaledtrain.sim.simulate import Simulation, simulate
 from scaledtrain.sim.speeds import (
     LogNormalSpeeds,
     ParetoSpeeds,
@@ -57,4 +58,6 @@ __all__ = [
     "GivenFailures",
     "Outage",
     "RandomFailures",
+    "Simulation",
+    "simulate",
 ]

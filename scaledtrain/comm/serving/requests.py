@@ -20,12 +20,18 @@ whether it was accepted), and besides DISCARD, JOIN and CLOSE.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from enum import IntEnum
 
-from scaledtrain.comm.protocols import Pulled
+from torch import Tensor
 
-__all__ = ["FAULTS", "Request", "numbers_of", "pulled_from"]
+from scaledtrain.comm.protocols import Pulled
+from scaledtrain.server.checks import find_misfit, find_not_finite
+
+__all__ = ["FAULTS", "Request", "find_fault", "numbers_of", "pulled_from"]
+
+_logger = logging.getLogger(__name__)
 
 FAULTS = ("its gradient holds NaN or infinity", "its gradient does not fit the parameters")
 
@@ -66,3 +72,14 @@ def numbers_of(kind: Request, pulled: Pulled) -> list[float]:
     return [
         kind, pulled.version, pulled.staleness, pulled.learning_rate, flags, pulled.fastest
     ]  # fmt: skip
+
+
+def find_fault(worker: int, gradient: Sequence[Tensor], like: Sequence[Tensor]) -> int | None:
+    """Which of `FAULTS` it has; the log of this worker says where."""
+    why, fault = find_misfit(gradient, like), 1
+    if why is None:
+        why, fault = find_not_finite(gradient), 0
+    if why is None:
+        return None
+    _logger.warning("worker %d made a gradient that no server can use: %s", worker, why)
+    return fault

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,15 +13,13 @@ from torch import Tensor
 from scaledtrain.comm.protocols import Pulled
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Partition
-from scaledtrain.comm.serving.requests import FAULTS, Request, pulled_from
+from scaledtrain.comm.serving.requests import FAULTS, Request, find_fault, pulled_from
 from scaledtrain.comm.wires.wire import Message, Wire
 from scaledtrain.errors import ClusterError, ConfigError
-from scaledtrain.server.checks import find_misfit, find_not_finite
+from scaledtrain.server.checks import find_misfit
 from scaledtrain.timeline import Timeline
 
 __all__ = ["DirectStore", "Local", "WireStore"]
-
-_logger = logging.getLogger(__name__)
 
 
 class Local(Protocol):
@@ -66,7 +63,7 @@ class DirectStore:
     def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
         """Let the server take the gradient now."""
         start = self._timeline.now()
-        fault = _find_fault(self._worker, update, self._like)
+        fault = find_fault(self._worker, update, self._like)
         if fault is None:
             self._host.push(self._worker, update, version, speed)
         else:
@@ -176,7 +173,7 @@ class WireStore:
     def _written(self, update: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], int | None]:
         """Each shard's part where its wire sends it from; and what is wrong with the update."""
         if self._encode is not None or find_misfit(update, self._like) is not None:
-            fault = _find_fault(self._worker, update, self._like)
+            fault = find_fault(self._worker, update, self._like)
             return [] if fault is not None else self._encoded(update), fault
         parts, total = [], 0.0
         for shard, wire in enumerate(self._wires):
@@ -184,7 +181,7 @@ class WireStore:
             parts.append(part)
             total += of_part
         # The sum of finite values may overflow, too.
-        fault = None if math.isfinite(total) else _find_fault(self._worker, update, self._like)
+        fault = None if math.isfinite(total) else find_fault(self._worker, update, self._like)
         return parts, fault
 
     def _encoded(self, update: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -314,14 +311,3 @@ def _copy_to(into: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
             torch._foreach_copy_(list(into), list(tensors))
 
     return copy
-
-
-def _find_fault(worker: int, gradient: Sequence[Tensor], like: Sequence[Tensor]) -> int | None:
-    """Which of `FAULTS` it has; the log of this worker says where."""
-    why, fault = find_misfit(gradient, like), 1
-    if why is None:
-        why, fault = find_not_finite(gradient), 0
-    if why is None:
-        return None
-    _logger.warning("worker %d made a gradient that no server can use: %s", worker, why)
-    return fault

@@ -1,0 +1,302 @@
+"""A worker's access to a server in virtual time: the server is the one of real runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scaledtrain.comm.compress import Feedback
+from scaledtrain.comm.flat import bytes_of
+from scaledtrain.comm.protocols import Pulled, ServeOptions
+from scaledtrain.comm.serving.host import ServerHost
+from scaledtrain.comm.serving.partition import Partition
+from scaledtrain.comm.serving.requests import FAULTS, find_fault
+from scaledtrain.errors import ClusterError
+from scaledtrain.sim.post import Post
+from scaledtrain.sim.world import Rank, World
+from scaledtrain.timeline import Timeline
+
+__all__ = ["VirtualServer", "VirtualStore"]
+
+
+@dataclass(frozen=True)
+class VirtualServer:
+    """One server, whose shards are places from where its parts are sent.
+
+    Args:
+        host: does what the workers ask for.
+        homes: the rank of each shard; the first one orders.
+        partition: what each shard holds.
+        options: as the strategy gave them.
+    """
+
+    host: ServerHost
+    homes: Sequence[int]
+    partition: Partition
+    options: ServeOptions
+
+    def bytes_of_shards(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Of these parameters, by shard."""
+        return [bytes_of(self.partition.part(tensors, s)) for s in range(len(self.homes))]
+
+
+class VirtualStore:
+    """The store of one worker.
+
+    A push travels to every shard, and counts when its last part has come; a pull is asked of the
+    first shard, behind the push, and answered by all of them at that moment. The parts' way is what
+    takes time; what the server computes takes none.
+
+    Args:
+        server: the one.
+        world: where it is.
+        post: carries the messages.
+        me: the worker's rank.
+        attempt: how often it has come back.
+        like: the parameters.
+        timeline: where waiting and communication are recorded.
+    """
+
+    def __init__(
+        self,
+        server: VirtualServer,
+        world: World,
+        post: Post,
+        me: Rank,
+        attempt: int,
+        like: Sequence[Tensor],
+        timeline: Timeline,
+    ) -> None:
+        self._server = server
+        self._host = server.host
+        self._world = world
+        self._post = post
+        self._me = me
+        self._worker = me.number
+        self._attempt = attempt
+        self._like = list(like)
+        self._timeline = timeline
+        self._pull_bytes = server.bytes_of_shards(like)
+        codec = server.options.compression
+        parts = [server.partition.part(like, shard) for shard in range(len(server.homes))]
+        self._feedback = [] if codec is None else [Feedback(codec, part) for part in parts]
+        self._ahead: _Ahead | None = None
+        self._line = _Line()
+        self.bytes_sent = 0
+
+    def start(self, last_version: int | None) -> None:
+        """Wait for all workers."""
+        start = self._timeline.now()
+        self._ask(self._me)
+        self._host.start(self._worker, last_version, None, self._attempt)
+        self._answer(self._me, [0])
+        self._timeline.add("waiting", start)
+
+    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
+        """Send the shards their parts."""
+        fault = None if update[0].is_meta else find_fault(self._worker, update, self._like)
+        if fault is not None:
+            why = FAULTS[fault]
+            self._tell(lambda: self._host.reject(self._worker, version, why, self._attempt))
+            return
+        sizes, gradient = self._encoded(update)
+        self.bytes_sent += sum(sizes)
+        missing = len(sizes)
+
+        def arrived() -> None:
+            nonlocal missing
+            missing -= 1
+            if missing == 0:
+                self._line.come(place, push)
+
+        def push() -> None:
+            with suppress(ClusterError):  # the server failed: whoever asks it next is told
+                self._host.push(self._worker, gradient, version, speed, self._attempt)
+
+        place = self._line.next_place()
+        for home, n_bytes in zip(self._server.homes, sizes, strict=True):
+            self._post.send(self._worker, home, n_bytes, arrived)
+
+    def _encoded(self, update: Sequence[Tensor]) -> tuple[list[int], Sequence[Tensor]]:
+        """What each shard is sent, in bytes; and what the server makes of it, as it is now."""
+        codec = self._server.options.compression
+        if codec is None:
+            if self._server.homes == [self._worker]:  # it is used before anybody changes it
+                return [0], update
+            return self._server.bytes_of_shards(update), [u.detach().clone() for u in update]
+        partition, sizes = self._server.partition, []
+        gradient = [torch.empty_like(u) for u in update]
+        for shard, feedback in enumerate(self._feedback):
+            part = partition.part(update, shard)
+            encoded = feedback.encode(part)
+            sizes.append(bytes_of(encoded))
+            decoded = codec.decode(encoded, part)
+            for place, value in zip(partition.part(gradient, shard), decoded, strict=True):
+                place.copy_(value)
+        return sizes, gradient
+
+    def pull(self, into: Sequence[Tensor]) -> Pulled:
+        """Take what was asked for, or ask now."""
+        if not self._server.options.overlap:
+            return self._take(self._me, self._host.pull, into)
+        ahead = self._ahead or self._ask_ahead(self._host.pull)
+        start = self._timeline.now()
+        pulled = ahead.wait(self._me)
+        self._timeline.add("waiting", start)
+        _copy(into, ahead.tensors)
+        self._ahead = None if pulled.stopped else self._ask_ahead(self._host.pull)
+        return pulled
+
+    def settle(self, into: Sequence[Tensor]) -> Pulled:
+        """Wait for all workers, then take the parameters."""
+        if self._ahead is not None:
+            self._ahead.wait(self._me)
+            self._ahead = None
+        return self._take(self._me, self._host.settle, into)
+
+    def skip(self) -> None:
+        """Let the server count a step without a gradient."""
+        self._tell(lambda: self._host.skip(self._worker, self._attempt))
+
+    def version(self) -> int:
+        """Ask the server."""
+        self._ask(self._me)
+        version = self._host.version(self._worker, self._attempt)
+        self._answer(self._me, [0])
+        return version
+
+    def stop(self) -> None:
+        """Ask that every worker ends."""
+        self._tell(self._host.stop)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server's state, on the rank of its first shard."""
+        return self._host.state_dict() if self._worker == self._server.homes[0] else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the server's state."""
+        self._host.load_state_dict(state)
+
+    def close(self) -> None:
+        """Leave."""
+        self._tell(lambda: self._host.leave(self._worker, self._attempt))
+
+    def _take(self, me: Rank, give: Callable[..., Pulled], into: Sequence[Tensor]) -> Pulled:
+        start = self._timeline.now()
+        self._ask(me)
+        pulled = give(self._worker, lambda tensors: _copy(into, tensors), None, self._attempt)
+        start = self._timeline.add("waiting", start)
+        self._answer(me, self._pull_bytes)
+        self._timeline.add("communication", start)
+        return pulled
+
+    def _ask_ahead(self, give: Callable[..., Pulled]) -> _Ahead:
+        ahead = _Ahead([torch.empty_like(t) for t in self._like])
+        errand = Rank(self._world, self._worker, errand=True)
+
+        def run() -> None:
+            self._ask(errand)
+            pulled = give(
+                self._worker, lambda tensors: _copy(ahead.tensors, tensors), None, self._attempt
+            )
+            self._answer(errand, self._pull_bytes)
+            ahead.came(pulled)
+
+        errand.start(run)
+        return ahead
+
+    def _ask(self, me: Rank) -> None:
+        """Return when the server has heard a question, behind all that was sent before."""
+        heard = waits = False
+
+        def hear() -> None:
+            nonlocal heard
+            heard = True
+            if waits:
+                me.wake()
+
+        self._tell(hear)
+        if not heard:
+            waits = True
+            me.wait("for the server to hear it")
+
+    def _answer(self, me: Rank, sizes: Sequence[int]) -> None:
+        """The shards' parts come; ``me`` waits for the last."""
+        missing = len(sizes)
+
+        def arrived() -> None:
+            nonlocal missing
+            missing -= 1
+            if missing == 0 and waits:
+                me.wake()
+
+        waits = False
+        for home, n_bytes in zip(self._server.homes, sizes, strict=False):
+            self._post.send(home, self._worker, n_bytes, arrived)
+        if missing:
+            waits = True
+            me.wait("for the server's parameters to come")
+
+    def _tell(self, what: Callable[[], object]) -> None:
+        """Send the first shard a message without tensors."""
+
+        def arrived() -> None:
+            with suppress(ClusterError):
+                what()
+
+        place = self._line.next_place()
+        home = self._server.homes[0]
+        self._post.send(self._worker, home, 0, lambda: self._line.come(place, arrived))
+
+
+class _Line:
+    """A worker's messages are taken in the order in which it sent them, whatever their ways."""
+
+    def __init__(self) -> None:
+        self._places = 0
+        self._turn = 0
+        self._here: dict[int, Callable[[], None]] = {}
+
+    def next_place(self) -> int:
+        """For the message that is sent now."""
+        self._places += 1
+        return self._places - 1
+
+    def come(self, place: int, action: Callable[[], None]) -> None:
+        """It has come; what is done with it is done when all before it have come."""
+        self._here[place] = action
+        while self._turn in self._here:
+            self._turn += 1
+            self._here.pop(self._turn - 1)()
+
+
+class _Ahead:
+    """Parameters that were asked for, and are taken later."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self._pulled: Pulled | None = None
+        self._waiting: Rank | None = None
+
+    def came(self, pulled: Pulled) -> None:
+        self._pulled = pulled
+        if self._waiting is not None:
+            self._waiting.wake()
+
+    def wait(self, me: Rank) -> Pulled:
+        if self._pulled is None:
+            self._waiting = me
+            me.wait("for parameters that it asked for ahead")
+        assert self._pulled is not None
+        return self._pulled
+
+
+@torch.no_grad()
+def _copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    if not tensors[0].is_meta:
+        torch._foreach_copy_(list(into), list(tensors))
