@@ -1,9 +1,9 @@
-"""What every strategy keeps to on two replicas, over shared memory and over gloo."""
+"""What every strategy keeps to on two replicas: over shared memory, over gloo, and simulated."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -13,12 +13,17 @@ from torch.nn import functional as F
 from scaledtrain import Replica, connect
 from scaledtrain.comm.protocols import Link
 from scaledtrain.rendezvous import Transport
+from scaledtrain.sim import Cluster, Gamma, SlowWorkers, Topology, Wire, simulate
 from tests.contract.cases import CASES, Case
 from tests.contract.training import SGD, SaveAt, batches, flat, net, plain_training, trainer
 from tests.ranks import run_ranks
 
 RANKS = 2
-TRANSPORTS: list[Transport] = ["shared_memory", "torch"]
+REAL: list[Transport] = ["shared_memory", "torch"]
+World = Transport | Literal["simulated"]
+WORLDS: list[World] = [*REAL, "simulated"]
+HOST = Topology(ranks_per_host=2, hosts=1, port=Wire(1e-4, gigabits_per_second=1.0))
+UNEVEN = Cluster(Gamma(seconds=0.01, shape=4.0), HOST, SlowWorkers({1: 1.5}))
 
 
 class Alone(NamedTuple):
@@ -44,18 +49,25 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[Transport, list[dict[str, Outcome]]]:
-    """By transport, rank and strategy; every transport is one run of real processes."""
-    return {t: run_ranks(every_case, RANKS, t, timeout_seconds=100) for t in TRANSPORTS}
+def outcomes() -> Outcomes:
+    """By world, rank and strategy; a transport is one run of real processes."""
+    real: Outcomes = {t: run_ranks(over, RANKS, t, timeout_seconds=100) for t in REAL}
+    return {**real, "simulated": simulate(every_case, UNEVEN, RANKS).results}
 
+
+Outcomes = dict[World, list[dict[str, Outcome]]]
 
 every_strategy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-over_both = pytest.mark.parametrize("transport", TRANSPORTS)
+in_every_world = pytest.mark.parametrize("world", WORLDS)
 
 
-def every_case(transport: Transport) -> dict[str, Outcome]:
+def over(transport: Transport) -> dict[str, Outcome]:
     with connect(transport=transport, timeout_seconds=20) as link:
-        return {case.name: observe(case, link) for case in CASES}
+        return every_case(link)
+
+
+def every_case(link: Link) -> dict[str, Outcome]:
+    return {case.name: observe(case, link) for case in CASES}
 
 
 def observe(case: Case, link: Link) -> Outcome:
@@ -136,32 +148,28 @@ def vector(replica: Replica) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in replica.parameters])
 
 
-@over_both
+@in_every_world
 @every_strategy
-def test_equal_data_is_one_process(
-    case: Case, transport: Transport, outcomes: dict[Transport, list[dict[str, Outcome]]]
-) -> None:
+def test_equal_data_is_one_process(case: Case, world: World, outcomes: Outcomes) -> None:
     """The mean of n equal values is that value; for n = 2 without rounding."""
     plain = plain_training(batches(40))
-    for rank in outcomes[transport]:
+    for rank in outcomes[world]:
         final = rank[case.name].equal_data
-        assert torch.equal(final, outcomes[transport][0][case.name].equal_data)
+        assert torch.equal(final, outcomes[world][0][case.name].equal_data)
         if case.equal_data and case.tolerance is not None:
             torch.testing.assert_close(final, plain, rtol=case.tolerance, atol=case.tolerance)
         elif case.equal_data is not None:
             assert not torch.allclose(final, plain, rtol=1e-5, atol=1e-5)
 
 
-@over_both
+@in_every_world
 @every_strategy
-def test_replicas_end_equal_and_runs_repeat(
-    case: Case, transport: Transport, outcomes: dict[Transport, list[dict[str, Outcome]]]
-) -> None:
-    """Over both transports as well: a sum of two has no order."""
-    first = outcomes[TRANSPORTS[0]][0][case.name]
-    for rank in outcomes[transport]:
+def test_replicas_end_equal_and_runs_repeat(case: Case, world: World, outcomes: Outcomes) -> None:
+    """In all worlds the same bits: a sum of two has no order."""
+    first = outcomes[WORLDS[0]][0][case.name]
+    for rank in outcomes[world]:
         outcome = rank[case.name]
-        for run, expected in zip(outcome.runs, outcomes[transport][0][case.name].runs, strict=True):
+        for run, expected in zip(outcome.runs, outcomes[world][0][case.name].runs, strict=True):
             assert torch.equal(run, expected)
         if case.deterministic:
             assert outcome.steps == 11
@@ -170,12 +178,12 @@ def test_replicas_end_equal_and_runs_repeat(
             assert torch.equal(outcome.resumed, first.runs[0])
 
 
-@over_both
+@in_every_world
 @every_strategy
 def test_skipped_updates_do_not_part_the_replicas(
-    case: Case, transport: Transport, outcomes: dict[Transport, list[dict[str, Outcome]]]
+    case: Case, world: World, outcomes: Outcomes
 ) -> None:
-    zero, one = (rank[case.name].skipping for rank in outcomes[transport])
+    zero, one = (rank[case.name].skipping for rank in outcomes[world])
     assert torch.equal(zero.final, one.final)
     for replica in (zero, one):
         if case.own_memory:
@@ -185,13 +193,11 @@ def test_skipped_updates_do_not_part_the_replicas(
             assert torch.equal(replica.inside_consensus, replica.final)
 
 
-@over_both
+@in_every_world
 @pytest.mark.parametrize("case", [c for c in CASES if c.keeps_mean], ids=lambda case: case.name)
-def test_meeting_keeps_the_mean(
-    case: Case, transport: Transport, outcomes: dict[Transport, list[dict[str, Outcome]]]
-) -> None:
+def test_meeting_keeps_the_mean(case: Case, world: World, outcomes: Outcomes) -> None:
     """Parameters of about 1: a rounding of 6e-8 each in a difference, a sum and a quotient."""
-    met: list[Any] = [rank[case.name].met for rank in outcomes[transport]]
+    met: list[Any] = [rank[case.name].met for rank in outcomes[world]]
     (zero, one), (zero_after, one_after) = zip(*met, strict=True)
     torch.testing.assert_close(zero_after + one_after, zero + one, rtol=1e-6, atol=1e-6)
     assert (one_after - zero_after).norm() < 0.9 * (one - zero).norm()
