@@ -11,9 +11,9 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event
@@ -99,14 +99,12 @@ class Metrics:
         self._bytes_sent = bytes_sent or (lambda: 0)
         self._show = console and rank == 0
         self._console = Console(None, False)
-        self._lines: TextIO | None = None
-        self._trace: TextIO | None = None
+        self._run_dir = run_dir
         self._traced_begin: float | None = None
         self._events: EventFileWriter | None = None
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._lines = (run_dir / f"metrics-rank{rank}.jsonl").open("a", encoding="utf-8")
-            self._trace_path = run_dir / f"trace-rank{rank}.jsonl"
+            self._append("metrics", [])  # so that who cannot write is told now
             if tensorboard and rank == 0:
                 self._events = EventFileWriter(str(run_dir / "tensorboard"))
         self._begin = timeline.now()
@@ -237,10 +235,8 @@ class Metrics:
         Console(None, self._show).say(text)
 
     def _write(self, kind: str, step: int, values: dict[str, float], **more: Any) -> None:
-        if self._lines is not None:
-            record = {"kind": kind, "step": step, "seconds": self.seconds, **values, **more}
-            self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
+        record = {"kind": kind, "step": step, "seconds": self.seconds, **values, **more}
+        self._append("metrics", [record])
         if self._events is not None:
             prefix = "evaluation" if kind == "evaluation" else "train"
             summary = Summary(
@@ -251,15 +247,17 @@ class Metrics:
             self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _write_trace(self, rows: list[list[Any]]) -> None:
-        if self._lines is None:
-            return
-        if self._trace is None:
-            self._trace = self._trace_path.open("a", encoding="utf-8")
         if self._traced_begin != self._begin:
             self._traced_begin = self._begin
             rows = [["begin", self._begin, socket.gethostname()], *rows]
-        self._trace.writelines(json.dumps(row) + "\n" for row in rows)
-        self._trace.flush()
+        self._append("trace", rows)
+
+    def _append(self, what: str, rows: Sequence[Any]) -> None:
+        """Add lines to a file of this rank, which is not kept open: there may be thousands."""
+        if self._run_dir is not None:
+            path = self._run_dir / f"{what}-rank{self._rank}.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def finish(self) -> None:
         """The fit is over: what is written is on its way to the disk, the bar is gone."""
@@ -273,7 +271,3 @@ class Metrics:
         if self._events is not None:
             self._events.close()
             self._events = None
-        for file in (self._lines, self._trace):
-            if file is not None:
-                file.close()
-        self._lines = self._trace = None

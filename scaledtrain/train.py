@@ -39,7 +39,17 @@ from scaledtrain.seeding import seed_everything
 from scaledtrain.tasks import Task
 from scaledtrain.trainer import FitResult, Trainer
 
-__all__ = ["build", "choose_run_dir", "join", "main", "run"]
+__all__ = [
+    "build",
+    "choose_run_dir",
+    "join",
+    "main",
+    "make_run_dir",
+    "report_result",
+    "run",
+    "run_settled",
+    "settle",
+]
 
 Loader = DataLoader[Any]
 Config = TrainConfig | DictConfig | Mapping[str, Any]
@@ -72,10 +82,11 @@ def _main() -> None:
                 run_dir.rmdir()
             raise
         if link.group.rank == 0:
-            _report(result, run_dir)
+            report_result(result, run_dir)
 
 
-def _report(result: FitResult, run_dir: Path) -> None:
+def report_result(result: FitResult, run_dir: Path) -> None:
+    """Print how a run ended, and where everything is."""
     values = "  ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     # The only callback here is the one that watches for the target.
     why = "target reached" if result.stopped_by == "callback" else result.stopped_by
@@ -105,7 +116,7 @@ def choose_run_dir(config: TrainConfig, link: Connection) -> Path:
     path = ""
     if link.group.rank == 0:
         try:
-            path = str(_make_run_dir(config).resolve())
+            path = str(make_run_dir(config).resolve())
         except OSError as error:
             raise ConfigError(
                 f"the folder of the run cannot be made: {error}; set run_dir to one that can"
@@ -117,7 +128,12 @@ def choose_run_dir(config: TrainConfig, link: Connection) -> Path:
     return Path(path)
 
 
-def _make_run_dir(config: TrainConfig) -> Path:
+def make_run_dir(config: TrainConfig) -> Path:
+    """Make the folder of a run: the one that is asked for, or a new one.
+
+    Raises:
+        ConfigError: it holds a run already.
+    """
     if config.run_dir is not None:
         path = Path(config.run_dir)
         if any(path.glob("metrics-rank*.jsonl")):
@@ -154,7 +170,17 @@ def run(
         ConfigError: the config's parts do not fit each other.
         Interrupted: Ctrl-C.
     """
-    config, task = _settle(check(config))
+    return run_settled(*settle(check(config)), link, run_dir, callbacks)
+
+
+def run_settled(
+    config: TrainConfig,
+    task: Task,
+    link: Link,
+    run_dir: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> FitResult:
+    """As `run`, with what `settle` returned: so that many ranks of one process load data once."""
     trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
     if run_dir is not None and writes:
@@ -189,11 +215,15 @@ def build(
     Raises:
         ConfigError: the config's parts do not fit each other.
     """
-    return _assemble(*_settle(check(config)), link, run_dir)
+    return _assemble(*settle(check(config)), link, run_dir)
 
 
-def _settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
-    """Load the data, and give the model what follows from it."""
+def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
+    """Load the data, and give the model what follows from it.
+
+    Raises:
+        ConfigError: the config's parts do not fit each other.
+    """
     source = config.data["_target_"]
     task = make(Node({k: v for k, v in config.data.items() if k not in _BATCH_KEYS}))
     if not isinstance(task, Task):
