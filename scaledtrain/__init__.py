@@ -5,6 +5,7 @@ from scaledtrain.drop_compute import DropCompute, choose_threshold
 from scaledtrain.errors import (
     ClusterError,
     ConfigError,
+    DeadlockError,
     NonFiniteLossError,
     PeerLostError,
     RendezvousError,
@@ -18,6 +19,7 @@ from scaledtrain.replica import Replica
 from scaledtrain.schedule import Slowdown
 from scaledtrain.seeding import seed_everything
 from scaledtrain.server import Asynchronous, Server
+from scaledtrain.simulate import simulate
 from scaledtrain.strategies import DiLoCo, LocalSGD, ParameterServer, Strategy, Sync
 from scaledtrain.trainer import FitResult, Trainer
 
@@ -28,6 +30,7 @@ __all__ = [
     "Callback",
     "ClusterError",
     "ConfigError",
+    "DeadlockError",
     "DropCompute",
     "DiLoCo",
     "FitResult",
@@ -50,4 +53,5 @@ __all__ = [
     "choose_threshold",
     "connect",
     "seed_everything",
+    "simulate",
 ]

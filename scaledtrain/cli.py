@@ -1,4 +1,4 @@
-"""The ``scaledtrain`` command: one word, and what `scaledtrain.<word>` makes of the rest."""
+"""The ``scaledtrain`` command: one word, and what that command makes of the rest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "compare": "train with several strategies, and report them side by side",
+    "simulate": "train on a cluster that is not there: real gradients, virtual time",
     "trace": "show what each rank did when, of runs that were made with trace=true",
 }
+
+_MODULES = {"simulate": "scaledtrain.simulate.command"}  # the others' have their names
 
 
 def main() -> None:
@@ -24,7 +27,7 @@ def main() -> None:
     word, *rest = sys.argv[1:] or ["--help"]
     if word in COMMANDS:
         sys.argv = [f"scaledtrain {word}", *rest]
-        importlib.import_module(f"scaledtrain.{word}").main()
+        importlib.import_module(_MODULES.get(word, f"scaledtrain.{word}")).main()
     elif word in ("-h", "--help", "help"):
         print(_help())
     elif word == "--version":

@@ -22,6 +22,7 @@ from scaledtrain.sim.speeds import (
     Speeds,
     SquareRootSpeeds,
 )
+from scaledtrain.sim.times import Times, simulate_times
 from scaledtrain.sim.topology import Nic, Placement, Topology, Wire
 
 __all__ = [
@@ -59,5 +60,7 @@ __all__ = [
     "Outage",
     "RandomFailures",
     "Simulation",
+    "Times",
     "simulate",
+    "simulate_times",
 ]

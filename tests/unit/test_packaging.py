@@ -72,6 +72,7 @@ def test_the_metadata_names_the_extras_the_licence_and_the_oldest_python(
 def test_the_core_needs_few_other_packages(metadata: Message) -> None:
     core = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert {need.partition(">=")[0] for need in core} == {
+        "greenlet",
         "hydra-core",
         "numpy",
         "omegaconf",
