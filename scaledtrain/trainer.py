@@ -257,6 +257,7 @@ class Trainer:
             accumulation=self._accumulation,
             seed=self._seed,
             device=self.link.device,
+            alone=self.strategy.lockstep.size < self.link.group.size,
         )
         self._introduce(loader)
         self._stopping = False
@@ -471,8 +472,8 @@ class _Run:
                     return reason
                 start = timeline.now()
             trainer.epoch += 1
-            trainer.steps_in_epoch = 0
-            if self._eval_every is None and self._eval_loader is not None:
+            trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0
+            if trained and self._eval_every is None and self._eval_loader is not None:
                 evaluated = self._evaluate()
                 if reason := self._reason_to_stop(evaluated):
                     return reason

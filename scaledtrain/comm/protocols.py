@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -99,8 +99,7 @@ class Group(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Pulled:
+class Pulled(NamedTuple):
     """What a worker learns when it pulls."""
 
     version: int

@@ -5,6 +5,10 @@ step takes ``gradient_accumulation_steps`` batches on every replica. So the samp
 the same whatever the number of replicas, every sample is used exactly once, and all replicas make
 the same number of steps: where the epoch ends unevenly, some replicas get fewer samples, or none,
 and a smaller weight in the mean.
+
+Replicas that are in step with no other go on counting batches where an epoch ends, so that each has
+its part also of a data set with fewer batches than there are replicas: batch i of epoch e, of b
+batches each, goes to replica (e b + i) modulo their number. None of them makes a step on nothing.
 """
 
 from __future__ import annotations
@@ -89,9 +93,9 @@ class _EveryNth:
         self._skipped = 0
         self._seed = 0
 
-    def begin(self, seed: int, skipped: int) -> None:
+    def begin(self, seed: int, skipped: int, rank: int) -> None:
         """The next iteration is of this order, without so many of this replica's first batches."""
-        self._seed, self._skipped = seed, skipped
+        self._seed, self._skipped, self._rank = seed, skipped, rank
 
     def __iter__(self) -> Iterator[Any]:
         order: Iterable[Any] = self._sampler
@@ -151,6 +155,7 @@ class ReplicaLoader:
         accumulation: batches of a step on each replica.
         seed: of the order of the samples and of the loader's workers.
         device: where the batches go.
+        alone: this replica is in step with no other.
 
     Attributes:
         batch_size: samples in a full batch; None until the first one of a plain iterable.
@@ -174,8 +179,10 @@ class ReplicaLoader:
         accumulation: int = 1,
         seed: int = 0,
         device: torch.device | None = None,
+        alone: bool = False,
     ) -> None:
         self._rank = rank
+        self._alone = alone
         self._replicas = replicas
         self._accumulation = accumulation
         self._seed = seed
@@ -239,11 +246,14 @@ class ReplicaLoader:
         The order of the samples is the same for the same (seed, epoch). Of a loader over a
         map-style data set no skipped sample is read.
         """
+        rank = self._rank
+        if self._alone and self._total is not None:
+            rank = (self._rank - epoch * self._total) % self._replicas
         if self._order is not None:
-            self._order.begin(self._seed + epoch, start * self._accumulation)
-        windows = self._of_all(start) if self._reads_all else self._own_only(start)
+            self._order.begin(self._seed + epoch, start * self._accumulation, rank)
+        windows = self._of_all(start) if self._reads_all else self._own_only(start, rank)
         window = next(windows, None)
-        if window is None and start == 0:
+        if window is None and start == 0 and not self._total:
             raise ConfigError(
                 "the loader has no batch; check the data set's length and drop_last (a batch_size "
                 "larger than the data set with drop_last=True leaves nothing), and that it can be "
@@ -253,15 +263,17 @@ class ReplicaLoader:
             yield self._step(window)
             window = next(windows, None)
 
-    def _own_only(self, first: int) -> Iterator[list[Any]]:
+    def _own_only(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from a loader that yields no others."""
         assert self._total is not None
         window = self._replicas * self._accumulation
-        batches = iter(self._own)
+        batches: Iterator[Any] | None = None
         for start in range(first * window, self._total, window):
             stop = min(start + window, self._total)
-            count = len(range(start + self._rank, stop, self._replicas))
-            yield list(islice(batches, count))
+            count = len(range(start + rank, stop, self._replicas))
+            if count or not self._alone:
+                batches = batches or iter(self._own)
+                yield list(islice(batches, count))
 
     def _of_all(self, first: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""

@@ -45,6 +45,7 @@ class Machines:
         self.world = World(workers, own_generators)
         network = cluster.network(workers)
         self._placement = cluster.topology.placement(workers)
+        self.alone_on_hosts = cluster.topology.ranks_per_host == 1
         self.post = Post(self.world, network)
         self.collectives = Collectives(self.world, network)
         self.attempts = [0] * workers
@@ -238,7 +239,14 @@ class VirtualLink:
             server.host.replace(self._me.number, self._attempt)
             server.host.join(self._me.number, self._attempt)
         store = VirtualStore(
-            server, machines.world, machines.post, self._me, self._attempt, like, self.timeline
+            server,
+            machines.world,
+            machines.post,
+            self._me,
+            self._attempt,
+            like,
+            self.timeline,
+            machines.alone_on_hosts and len(server.homes) == 1,
         )
         self._stores.append(store)
         return store

@@ -86,7 +86,8 @@ class VirtualPeers:
         def receive(door: Door) -> None:
             answer = door.peer.receive(me, tensors)
             copies = [t.clone() for t in answer] if self._answers else []
-            self._post.send(rank, me, bytes_of(copies), lambda: answered(copies))
+            back = self._post.route(rank, me)
+            self._post.send(back, bytes_of(copies), me, lambda: answered(copies))
 
         @torch.no_grad()
         def answered(copies: list[Tensor]) -> None:
@@ -95,7 +96,7 @@ class VirtualPeers:
             call.received = True
             call.end()
 
-        self._post.send(me, rank, bytes_of(tensors), arrived)
+        self._post.send(self._post.route(me, rank), bytes_of(tensors), me, arrived)
         return call
 
 

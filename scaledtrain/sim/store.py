@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Partition
 from scaledtrain.comm.serving.requests import FAULTS, find_fault
 from scaledtrain.errors import ClusterError
-from scaledtrain.sim.post import Post
+from scaledtrain.sim.post import Post, Route
 from scaledtrain.sim.world import Rank, World
 from scaledtrain.timeline import Timeline
 
@@ -60,6 +61,7 @@ class VirtualStore:
         attempt: how often it has come back.
         like: the parameters.
         timeline: where waiting and communication are recorded.
+        own_card: what comes from this server is all that comes into this worker's host.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class VirtualStore:
         attempt: int,
         like: Sequence[Tensor],
         timeline: Timeline,
+        own_card: bool,
     ) -> None:
         self._server = server
         self._host = server.host
@@ -81,6 +84,9 @@ class VirtualStore:
         self._attempt = attempt
         self._like = list(like)
         self._timeline = timeline
+        self._own_card = own_card
+        self._there = [post.route(self._worker, home) for home in server.homes]
+        self._back = [post.route(home, self._worker) for home in server.homes]
         self._pull_bytes = server.bytes_of_shards(like)
         codec = server.options.compression
         parts = [server.partition.part(like, shard) for shard in range(len(server.homes))]
@@ -106,21 +112,12 @@ class VirtualStore:
             return
         sizes, gradient = self._encoded(update)
         self.bytes_sent += sum(sizes)
-        missing = len(sizes)
-
-        def arrived() -> None:
-            nonlocal missing
-            missing -= 1
-            if missing == 0:
-                self._line.come(place, push)
 
         def push() -> None:
             with suppress(ClusterError):  # the server failed: whoever asks it next is told
                 self._host.push(self._worker, gradient, version, speed, self._attempt)
 
-        place = self._line.next_place()
-        for home, n_bytes in zip(self._server.homes, sizes, strict=True):
-            self._post.send(self._worker, home, n_bytes, arrived)
+        self._send(self._there, sizes, self._line.place(push, self._world.now))
 
     def _encoded(self, update: Sequence[Tensor]) -> tuple[list[int], Sequence[Tensor]]:
         """What each shard is sent, in bytes; and what the server makes of it, as it is now."""
@@ -218,7 +215,7 @@ class VirtualStore:
             nonlocal heard
             heard = True
             if waits:
-                me.wake()
+                me.go_on()
 
         self._tell(hear)
         if not heard:
@@ -227,20 +224,40 @@ class VirtualStore:
 
     def _answer(self, me: Rank, sizes: Sequence[int]) -> None:
         """The shards' parts come; ``me`` waits for the last."""
-        missing = len(sizes)
+        come = waits = False
 
         def arrived() -> None:
-            nonlocal missing
-            missing -= 1
-            if missing == 0 and waits:
-                me.wake()
+            nonlocal come
+            come = True
+            if waits:
+                me.go_on()
 
-        waits = False
-        for home, n_bytes in zip(self._server.homes, sizes, strict=False):
-            self._post.send(home, self._worker, n_bytes, arrived)
-        if missing:
+        self._send(self._back, sizes, arrived, self._own_card)
+        if not come:
             waits = True
             me.wait("for the server's parameters to come")
+
+    def _send(
+        self,
+        routes: Sequence[Route],
+        sizes: Sequence[int],
+        arrived: Callable[[], None],
+        last_is_own: bool = False,
+    ) -> None:
+        """Send parts over several ways; ``arrived``, when the last has come."""
+        missing = len(sizes)
+        if missing == 1:
+            self._post.send(routes[0], sizes[0], self._worker, arrived, last_is_own)
+            return
+
+        def one_arrived() -> None:
+            nonlocal missing
+            missing -= 1
+            if missing == 0:
+                arrived()
+
+        for route, n_bytes in zip(routes, sizes, strict=False):
+            self._post.send(route, n_bytes, self._worker, one_arrived, last_is_own)
 
     def _tell(self, what: Callable[[], object]) -> None:
         """Send the first shard a message without tensors."""
@@ -249,30 +266,56 @@ class VirtualStore:
             with suppress(ClusterError):
                 what()
 
-        place = self._line.next_place()
-        home = self._server.homes[0]
-        self._post.send(self._worker, home, 0, lambda: self._line.come(place, arrived))
+        if not self._line.follow(arrived, self._world.now):
+            self._send(self._there, [0], self._line.place(arrived, self._world.now))
 
 
 class _Line:
-    """A worker's messages are taken in the order in which it sent them, whatever their ways."""
+    """A worker's messages are taken in the order in which it sent them, whatever their ways.
+
+    One without tensors that is sent at the same moment as the one before it, and so comes with it,
+    needs no way of its own.
+    """
 
     def __init__(self) -> None:
-        self._places = 0
-        self._turn = 0
-        self._here: dict[int, Callable[[], None]] = {}
+        self._under_way: deque[_Sent] = deque()
 
-    def next_place(self) -> int:
-        """For the message that is sent now."""
-        self._places += 1
-        return self._places - 1
+    def place(self, action: Callable[[], None], now: float) -> Callable[[], None]:
+        """For a message that is sent now; to be called when it has come.
 
-    def come(self, place: int, action: Callable[[], None]) -> None:
-        """It has come; what is done with it is done when all before it have come."""
-        self._here[place] = action
-        while self._turn in self._here:
-            self._turn += 1
-            self._here.pop(self._turn - 1)()
+        Args:
+            action: what is done with it when all before it have come, too.
+            now: the time.
+        """
+        sent = _Sent(action, now)
+        self._under_way.append(sent)
+
+        def come() -> None:
+            sent.has_come = True
+            while self._under_way and self._under_way[0].has_come:
+                for action in self._under_way.popleft().actions:
+                    action()
+
+        return come
+
+    def follow(self, action: Callable[[], None], now: float) -> bool:
+        """Let something be done right after the last message, if that is sent at this moment."""
+        last = self._under_way[-1] if self._under_way else None
+        if last is None or last.sent_at != now:
+            return False
+        last.actions.append(action)
+        return True
+
+
+class _Sent:
+    """A message, and what is done when it has come."""
+
+    __slots__ = ("actions", "has_come", "sent_at")
+
+    def __init__(self, action: Callable[[], None], sent_at: float) -> None:
+        self.actions = [action]
+        self.sent_at = sent_at
+        self.has_come = False
 
 
 class _Ahead:

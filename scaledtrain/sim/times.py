@@ -96,6 +96,8 @@ class SizedReplica(Replica):
         self.parameters = [nn.Parameter(p) for p in parameters]
         self.frozen = []
         self._gradients: list[Tensor] = [p.detach() for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
     @property
     def buffers(self) -> list[Tensor]:

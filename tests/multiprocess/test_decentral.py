@@ -102,9 +102,9 @@ def everything_rank(transport: Transport) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("transport", ["shared_memory", "torch"])
 def test_all_train_end_equal_and_do_not_wait(transport: Transport) -> None:
-    """64 samples are 16 batches, on 3 ranks 6 steps of each in an epoch, 60 in ten.
+    """64 samples are 16 batches, 160 in ten epochs: 54 steps of rank 0, 53 of the others.
 
-    A rank counts its own steps, under Hogwild those of all: 180, and 200 or at most 2 more.
+    A rank counts its own steps, under Hogwild those of all: 160, and 180 or at most 2 more.
 
     Rank 1, where it is slowed, needs 20 ms for a step and the others 5. In lockstep all would make
     the same number of them; here it is nearly 4 times as many. At least 2 leaves room for a machine
@@ -115,14 +115,14 @@ def test_all_train_end_equal_and_do_not_wait(transport: Transport) -> None:
         results = [rank[name] for rank in ranks]
         assert results[0]["loss"] < 0.45, name  # ln 2 = 0.69 at the start
         assert results[0]["loss"] == results[0]["loss_at_the_end"], name
-        for r in results:
+        for rank, r in enumerate(results):
             for got, want in zip(r["parameters"], results[0]["parameters"], strict=True):
                 assert torch.equal(got, want), name
             if name == "hogwild":
-                assert r["steps"][0] == 180
-                assert 200 <= r["steps"][1] <= 202
+                assert r["steps"][0] == 160
+                assert 180 <= r["steps"][1] <= 182
             else:
-                assert r["steps"] == (60, 80), name
+                assert r["steps"] == ((54, 74) if rank == 0 else (53, 73)), name
         ended_by = [r["ended_by"] for r in results]
         mine, others = ("max_epochs", "max_steps", "callback"), "another replica"
         assert ended_by == [(*mine[:2], others), (*mine[:2], others), mine], name

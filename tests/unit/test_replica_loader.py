@@ -147,6 +147,26 @@ def test_uneven_end_has_smaller_weights() -> None:
     assert weights == [[1.0, 0.5], [1.0, 0.0]]
 
 
+def test_replicas_in_step_with_no_other_share_the_sequence_of_epochs() -> None:
+    """3 batches, 5 replicas: 0 1 2 | 3 4 0 | 1 2 3 | 4 0 1 | ... is who gets which.
+
+    So after five epochs each has had three batches, and nobody a step on nothing.
+    """
+    loader = DataLoader(numbers(6), batch_size=2)  # batches (0, 1), (2, 3), (4, 5)
+
+    def of(rank: int) -> list[list[list[int]]]:
+        own = ReplicaLoader(loader, rank=rank, replicas=5, alone=True)
+        return [[samples(step) for step in own.epoch(epoch)] for epoch in range(5)]
+
+    assert of(0) == [[[0, 1]], [[4, 5]], [], [[2, 3]], []]
+    assert of(1) == [[[2, 3]], [], [[0, 1]], [[4, 5]], []]
+    assert [sum(len(steps) for steps in of(rank)) for rank in range(5)] == [3] * 5
+    # In the middle of an epoch, of 3 batches of 2 replicas: 0 1 0 | 1 0 1.
+    one = ReplicaLoader(loader, rank=1, replicas=2, alone=True)
+    assert [samples(step) for step in one.epoch(1)] == [[0, 1], [4, 5]]
+    assert [samples(step) for step in one.epoch(1, start=1)] == [[4, 5]]
+
+
 def test_the_users_loader_is_left_as_it_was() -> None:
     loader = DataLoader(numbers(8), batch_size=4, shuffle=True)
     list(ReplicaLoader(loader, rank=0, replicas=2).epoch(0))

@@ -186,14 +186,12 @@ class ServerHost:
             self._hear(worker, attempt)
             if worker not in self._roll.alive:
                 self._take_back(worker)
-            server = self._server
-            self._wait(
-                self._changed,
-                worker,
-                "pull",
-                lambda: self._stopped or server.may_go_on(worker),
-                still,
-            )
+
+            def ready() -> bool:
+                return self._stopped or self._server.may_go_on(worker)
+
+            if not ready():
+                self._wait(self._changed, worker, "pull", ready, still)
             write(self._do(Operation(Kind.PULL, worker)).tensors)
             return self._tell(worker, self._roll.complete)
 
