@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from scaledtrain.clock import HostClock
 from scaledtrain.comm.boards import SharedBoard, StoreBoard
 from scaledtrain.comm.flat import FlatBuffer, flat_bytes
 from scaledtrain.comm.local import AbsentGroup, LocalBoard, LocalGroup, LocalPeers
+from scaledtrain.comm.ordered_group import OrderedGroup
 from scaledtrain.comm.process_group import TorchGroup
 from scaledtrain.comm.protocols import (
     Board,
@@ -52,7 +53,8 @@ __all__ = ["Connection", "Transport", "connect"]
 
 _ABANDON_SECONDS = 3.0  # for workers to hear from the server; longer than they compare notes
 
-Transport = Literal["auto", "shared_memory", "torch"]
+Transport = Literal["auto", "shared_memory", "torch", "torch_ordered"]
+_OVER_TORCH = ("torch", "torch_ordered")
 
 
 def _choose_device(info: RankInfo, device: str | torch.device | None) -> torch.device:
@@ -74,7 +76,7 @@ class Connection:
         store: the job's key-value store; None for a job of one process.
         event_log: where the next server writes its events; None: nowhere.
         attempt: how often this rank has come back to its job.
-        transport: ``"local"``, ``"shared_memory"`` or ``"torch"``: how ``group`` moves its bytes.
+        transport: how ``group`` moves its bytes: ``"local"``, or as `connect` has it.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Connection:
         self.group: Group = LocalGroup()
         self._owns_process_group = False
         self._shared: SharedMemoryGroup | None = None
-        self._shares_memory = transport != "torch" and device.type == "cpu"
+        self._shares_memory = transport not in _OVER_TORCH and device.type == "cpu"
         self._serving: list[Serving] = []
         self._made: dict[str, int] = {}
         self._peers: list[WirePeers] = []
@@ -129,7 +131,7 @@ class Connection:
             self._owns_process_group = True
         world = dist.group.WORLD
         assert world is not None
-        if transport != "torch" and self.device.type == "cpu":
+        if self._shares_memory:
             self._shared = SharedMemoryGroup.connect(
                 info.rank,
                 info.size,
@@ -147,7 +149,9 @@ class Connection:
         else:
             group = TorchGroup(world, self.store, self.timeline, self.timeout_seconds)
             self._closing.append(group.close)
-            self.group, self.transport = group, "torch"
+            ordered = transport == "torch_ordered"
+            self.group = OrderedGroup(group) if ordered else group
+            self.transport = transport if ordered else "torch"
 
     def pace(self, seed: int) -> None:
         """Computing takes as long as it takes."""
@@ -324,7 +328,8 @@ def connect(
         device: where this rank computes; default: its own GPU if there is one, else the CPU.
         transport: ``"shared_memory"``: through memory that ranks on one Linux host share (CPU
             tensors), ``"torch"``: torch.distributed (gloo, NCCL); ``"auto"``: the first if
-            possible.
+            possible. ``"torch_ordered"``: the second, slower: sums are taken in the order of ranks,
+            as in shared memory, so that a run has the same bits wherever it is made.
         timeout_seconds: the longest that any rank waits for another, now and later.
 
     Raises:
@@ -337,9 +342,9 @@ def connect(
         ...     link.group.size
         1
     """
-    if transport not in ("auto", "shared_memory", "torch"):
+    if transport not in get_args(Transport):
         raise ConfigError(
-            f"transport is {transport!r}; it can be: 'auto', 'shared_memory', 'torch'"
+            f"transport is {transport!r}; it can be: {', '.join(map(repr, get_args(Transport)))}"
         )
     info = RankInfo.from_environment()
     if dist.is_initialized():

@@ -50,8 +50,8 @@ def simulate(
 
     A rank that ``cluster.failures`` lets die is stopped where it is; one that comes back runs the
     program anew, with ``link.returned``. All ranks are in this process and one thread, which
-    computes with one core. What they share by accident in one process (a global of the program)
-    they share here, too; random generators are each rank's own.
+    computes with one core. So the program has to make model, strategy and Trainer itself, for each
+    rank its own; a data set may be shared. Random generators are each rank's own.
 
     Left out: the time that reading data, metrics, an evaluation, the optimizer and the server's own
     arithmetic take; put what matters into ``cluster.compute``. A wait has no timeout: where nobody
