@@ -117,6 +117,7 @@ class RandomFailures:
     Args:
         mean_seconds_between_failures: from a worker's start, or return, to its next death.
         mean_seconds_to_return: from its death to its return; None: it stays away.
+        spared: workers that do not die, such as one that holds the server.
 
     Raises:
         ConfigError: an argument that is not positive and finite.
@@ -129,6 +130,7 @@ class RandomFailures:
 
     mean_seconds_between_failures: float
     mean_seconds_to_return: float | None = None
+    spared: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_positive(self, mean_seconds_between_failures=self.mean_seconds_between_failures)
@@ -137,6 +139,8 @@ class RandomFailures:
 
     def events(self, worker: int, seed: int) -> Iterator[Outage]:
         """This worker's outages: without end, or one if it does not return."""
+        if worker in self.spared:
+            return
         source = generator(seed, worker, "failure")
         dies_at = float(source.exponential(self.mean_seconds_between_failures))
         if self.mean_seconds_to_return is None:

@@ -82,7 +82,8 @@ class TestPresets:
         # 2.5 MB/s out of a home; 12.5 MB/s into it
         assert seconds_alone(network.path(7, 0), 2.5e6) == pytest.approx(1.020)
         assert seconds_alone(network.path(0, 7), 12.5e6) == pytest.approx(1.015)
-        first = [next(cluster.outages(worker, seed=0)) for worker in range(1000)]
+        assert list(cluster.outages(0, seed=0)) == []
+        first = [next(cluster.outages(worker, seed=0)) for worker in range(1, 1000)]
         assert np.mean([o.dies_at for o in first]) == pytest.approx(7200, rel=0.1)
 
     def test_a_misspelt_key_is_told(self) -> None:
@@ -151,6 +152,16 @@ class TestRandomFailures:
         assert [outage] == list(RandomFailures(10.0).events(3, seed=0))
         assert [outage] != list(RandomFailures(10.0).events(3, seed=1))
         assert [outage] != list(RandomFailures(10.0).events(4, seed=0))
+
+    def test_who_is_spared_does_not_die(self) -> None:
+        failures = RandomFailures(10.0, spared=[0, 3])
+        assert [len(list(failures.events(worker, seed=0))) for worker in range(5)] == [
+            0,
+            1,
+            1,
+            0,
+            1,
+        ]
 
     def test_what_cannot_be_is_told(self) -> None:
         with pytest.raises(ConfigError, match="mean_seconds_between_failures of RandomFailures"):
