@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -139,6 +140,14 @@ class Replica:
         own = self.parameters if parameters is None else parameters
         named = zip(self.names if names is None else names, own, strict=True)
         return Updater(list(named), self._make_optimizer, self._make_scheduler)
+
+    def sha256(self) -> str:
+        """SHA-256 of the bytes of all parameters, in order: equal if, and only if, every bit is."""
+        digest = hashlib.sha256()
+        for parameter in self.parameters:
+            value = parameter.detach().cpu().contiguous().reshape(-1)
+            digest.update(value.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def zero_grad(self) -> None:
         """Forget all gradients (they become None, so that backward need not add to zeros)."""

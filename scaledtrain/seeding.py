@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["be_deterministic", "seed_everything"]
+__all__ = ["be_deterministic", "kept_generators", "seed_everything"]
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
@@ -20,6 +22,18 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators are put back afterwards as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def be_deterministic() -> None:

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 4 -m scaledtrain.train strategy=async
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import sys
@@ -183,8 +184,9 @@ def run_settled(
     """As `run`, with what `settle` returned: so that many ranks of one process load data once."""
     trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
+    written = to_yaml(config).encode()
     if run_dir is not None and writes:
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (run_dir / "config.yaml").write_bytes(written)
     with trainer:
         try:
             result = trainer.fit(
@@ -198,7 +200,14 @@ def run_settled(
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted at step {trainer.step_count}") from None
     if run_dir is not None and writes:
-        told = {"result": asdict(result), "data": task.facts, "environment": environment(link)}
+        told = {
+            "result": asdict(result),
+            # Of rank 0's trainable parameters at the end, in their order, as `Replica.sha256`.
+            "parameters_sha256": trainer.replica.sha256(),
+            "config_sha256": hashlib.sha256(written).hexdigest(),
+            "data": task.facts,
+            "environment": environment(link),
+        }
         text = json.dumps(told, indent=2)
         (run_dir / "result.json").write_text(f"{text}\n", encoding="utf-8")
     return result

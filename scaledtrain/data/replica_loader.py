@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -36,6 +33,7 @@ from torch.utils.data import (
 )
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.seeding import kept_generators, seed_everything
 
 __all__ = ["ReplicaLoader", "StepBatch", "count_samples"]
 
@@ -103,7 +101,8 @@ class _EveryNth:
             self._random.generator = torch.Generator().manual_seed(self._seed)
         elif not _is_sequential(order):
             # It may draw from global generators, whose state differs between the replicas.
-            with _seeded(self._seed):
+            with kept_generators():
+                seed_everything(self._seed)
                 order = list(order)
         first = self._rank + self._skipped * self._replicas
         return islice(iter(order), first, None, self._replicas)
@@ -125,21 +124,6 @@ def _is_sequential(sampler: Any) -> bool:
     while isinstance(sampler, BatchSampler):
         sampler = sampler.sampler
     return isinstance(sampler, SequentialSampler)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's CPU generators begin at a seed, and are put back after."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 class ReplicaLoader:

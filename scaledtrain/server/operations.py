@@ -32,7 +32,8 @@ class Kind(IntEnum):
     REMOVE = 5
     """A worker takes part no longer."""
     ADD = 6
-    """A worker takes part (again)."""
+    """A worker takes part (again); ``version``: how often its process has been replaced by a new
+    one, -1 where it goes on from a run to the next."""
     LIMIT = 7
     """``version`` is the last that may be made from now on; -1: there is no limit."""
     READ = 8

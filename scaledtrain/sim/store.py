@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.compress import Feedback
 from scaledtrain.comm.flat import bytes_of
 from scaledtrain.comm.protocols import Pulled, ServeOptions
+from scaledtrain.comm.serving.encoding import RoundTrip
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Partition
 from scaledtrain.comm.serving.requests import FAULTS, find_fault
@@ -88,9 +88,10 @@ class VirtualStore:
         self._there = [post.route(self._worker, home) for home in server.homes]
         self._back = [post.route(home, self._worker) for home in server.homes]
         self._pull_bytes = server.bytes_of_shards(like)
-        codec = server.options.compression
-        parts = [server.partition.part(like, shard) for shard in range(len(server.homes))]
-        self._feedback = [] if codec is None else [Feedback(codec, part) for part in parts]
+        codec, shards = server.options.compression, len(server.homes)
+        self._compressed: RoundTrip | None = None
+        if codec is not None:
+            self._compressed = RoundTrip(codec, server.partition, like, shards)
         self._ahead: _Ahead | None = None
         self._line = _Line()
         self.bytes_sent = 0
@@ -121,21 +122,11 @@ class VirtualStore:
 
     def _encoded(self, update: Sequence[Tensor]) -> tuple[list[int], Sequence[Tensor]]:
         """What each shard is sent, in bytes; and what the server makes of it, as it is now."""
-        codec = self._server.options.compression
-        if codec is None:
-            if self._server.homes == [self._worker]:  # it is used before anybody changes it
-                return [0], update
-            return self._server.bytes_of_shards(update), [u.detach().clone() for u in update]
-        partition, sizes = self._server.partition, []
-        gradient = [torch.empty_like(u) for u in update]
-        for shard, feedback in enumerate(self._feedback):
-            part = partition.part(update, shard)
-            encoded = feedback.encode(part)
-            sizes.append(bytes_of(encoded))
-            decoded = codec.decode(encoded, part)
-            for place, value in zip(partition.part(gradient, shard), decoded, strict=True):
-                place.copy_(value)
-        return sizes, gradient
+        if self._compressed is not None:
+            return self._compressed.make(update)
+        if self._server.homes == [self._worker]:  # it is used before anybody changes it
+            return [0], update
+        return self._server.bytes_of_shards(update), [u.detach().clone() for u in update]
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:
         """Take what was asked for, or ask now."""

@@ -371,7 +371,7 @@ def test_what_a_process_asked_for_before_it_was_replaced_is_not_done(
         [Kind.PUSH, 1, 0, True],
         [Kind.REMOVE, 1, -1, False],
         [Request.JOIN, 1, 1],
-        [Kind.ADD, 1, -1, False],
+        [Kind.ADD, 1, 1, False],
     ]
 
 

@@ -342,7 +342,8 @@ class ServerHost:
         _logger.warning("worker %d is back, and goes on from the current version", worker)
         self._roll.take_back(worker)
         self._staleness[worker] = -1
-        self._do(Operation(Kind.ADD, worker))
+        # A log must tell a new process from one that had merely been given up.
+        self._do(Operation(Kind.ADD, worker, self._roll.attempts[worker]))
         self._changed.notify_all()
 
     def _do(self, operation: Operation, gradient: Sequence[Tensor] = (), why: str = "") -> Outcome:
