@@ -16,10 +16,14 @@ COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "compare": "train with several strategies, and report them side by side",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
+    "replay": "make an asynchronous run again from its event log, and step through it",
     "trace": "show what each rank did when, of runs that were made with trace=true",
 }
 
-_MODULES = {"simulate": "scaledtrain.simulate.command"}  # the others' have their names
+_MODULES = {  # the others' have their names
+    "replay": "scaledtrain.replay.command",
+    "simulate": "scaledtrain.simulate.command",
+}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     ScaledTrainError
     ├── ConfigError            what was asked for cannot be: a wrong key, size, model or loader
     ├── NonFiniteLossError     the loss became NaN or infinite
+    ├── ReplayError            a run that is made again does not come to the same
     └── ClusterError           the ranks of one job cannot work together
         ├── RendezvousError    they never met: a missing rank, a port in use
         ├── WaitTimeoutError   one waited too long for another
@@ -21,6 +22,7 @@ __all__ = [
     "NonFiniteLossError",
     "PeerLostError",
     "RendezvousError",
+    "ReplayError",
     "ScaledTrainError",
     "WaitTimeoutError",
 ]
@@ -36,6 +38,10 @@ class ConfigError(ScaledTrainError, ValueError):
 
 class NonFiniteLossError(ScaledTrainError, ArithmeticError):
     """The loss became NaN or infinite."""
+
+
+class ReplayError(ScaledTrainError, RuntimeError):
+    """A run that is made again by its event log does not come to the same."""
 
 
 class ClusterError(ScaledTrainError, RuntimeError):

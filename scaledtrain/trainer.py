@@ -27,7 +27,7 @@ from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_mo
 from scaledtrain.seeding import be_deterministic, seed_everything
 from scaledtrain.strategies import Strategy, Sync
 
-__all__ = ["FitResult", "Trainer"]
+__all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
 
 Metric = Callable[[Any, Any], Tensor]
 
@@ -312,7 +312,7 @@ class Trainer:
         share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
-        with self.strategy.consensus(), _eval_mode(self.model):
+        with self.strategy.consensus(), eval_mode(self.model):
             for step in share.epoch(0):
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch)
@@ -340,7 +340,7 @@ class Trainer:
         inputs alone, (inputs, targets), or dicts for the model.
         """
         outputs = []
-        with _eval_mode(self.model):
+        with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
                 for batch in step.microbatches:
                     with self.precision.autocast():
@@ -416,7 +416,7 @@ def _share(computed: int, planned: int) -> float:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module is then put back into the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
