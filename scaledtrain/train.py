@@ -184,9 +184,8 @@ def run_settled(
     """As `run`, with what `settle` returned: so that many ranks of one process load data once."""
     trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
-    written = to_yaml(config).encode()
     if run_dir is not None and writes:
-        (run_dir / "config.yaml").write_bytes(written)
+        (run_dir / "config.yaml").write_bytes(to_yaml(config).encode())
     with trainer:
         try:
             result = trainer.fit(
@@ -204,7 +203,7 @@ def run_settled(
             "result": asdict(result),
             # Of rank 0's trainable parameters at the end, in their order, as `Replica.sha256`.
             "parameters_sha256": trainer.replica.sha256(),
-            "config_sha256": hashlib.sha256(written).hexdigest(),
+            "config_sha256": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
             "data": task.facts,
             "environment": environment(link),
         }
