@@ -182,13 +182,23 @@ class Player:
         """End the replay with an error, from whatever rank runs now."""
 
         def raise_error() -> None:
-            raise ReplayError(
-                f"{why}; the code or the data of this run are not those that it was made with, or "
-                "time decided something that the log does not say"
-            )
+            raise _unlike(why)
 
         self._failed = True
         self._world.at(self._world.now, -1, raise_error)
+
+    def raise_unless_finished(self) -> None:
+        """Nobody can go on: at the end of the log, that is as it should be.
+
+        Raises:
+            ReplayError: it is not the end.
+        """
+        if not (self.finished or self.stopped):
+            kind, worker, _ = self._events[self.position].operation
+            raise _unlike(
+                f"event {self.position + 1} of the log: worker {worker} {_NAMES[kind]}, but in the "
+                "replay it does not"
+            )
 
     def _answer(self, request: Request, life: Life, stopped: bool = False) -> None:
         assert self.shards is not None
@@ -261,20 +271,20 @@ class Player:
                 self._world.at(self._world.now, -1, self._end)
 
     def _on_stall(self) -> bool:
-        """Nobody can go on: at the end of the log, that is as it should be."""
-        if not self.finished:
-            kind, worker, _ = self._events[self.position].operation
-            self.fail(
-                f"event {self.position + 1} of the log: worker {worker} {_NAMES[kind]}, but in the "
-                "replay it does not"
-            )
-        else:
-            self._end()
+        self.raise_unless_finished()
+        self._end()
         return True
 
     def _end(self) -> None:
         for rank in self._world.ranks:
             rank.kill()
+
+
+def _unlike(why: str) -> ReplayError:
+    return ReplayError(
+        f"{why}; the code or the data of this run are not those that it was made with, or time "
+        "decided something that the log does not say"
+    )
 
 
 def _judged(accepted: bool) -> str:

@@ -213,6 +213,7 @@ class _Rerun:
         self._world.run()
         if player.shards is None:
             raise ReplayError("rank 0 ended before it had made a server; nothing can be replayed")
+        player.raise_unless_finished()
         sha256 = self._witnesses[0].sha256
         if sha256 is None and recorded.sha256 is not None and not player.stopped:
             raise ReplayError(
