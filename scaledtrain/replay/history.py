@@ -139,6 +139,10 @@ class History:
         every = [life for lives in self._lives for life in lives.values()]
         self.losses = {number for life in every for number in life.losses()}
 
+    def survived(self, worker: int) -> bool:
+        """Whether the worker had one process, and the others never went on without it."""
+        return len(self._lives[worker]) == 1 and not self.first(worker).losses()
+
     def first(self, worker: int) -> Life:
         """The process with which a worker began."""
         return self._lives[worker][0]

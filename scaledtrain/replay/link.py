@@ -103,6 +103,8 @@ class ReplayStore:
         """Return when the log has it that the worker took the final parameters."""
         if self._ahead is not None:
             self._take_ahead(self._ahead, into)
+        elif self._life.expects(Kind.READ) == "other":  # it was told to end by one more pull
+            self._done(Request(Kind.PULL, tensors=into))
         return self._done(Request(Kind.READ, tensors=into))
 
     def version(self) -> int:

@@ -38,6 +38,8 @@ class Recorded:
     """Of the parameters at the end; None: the run did not come to its end."""
     facts: dict[str, Any] | None
     """About the data; None: not known."""
+    steps: Sequence[int | None]
+    """By rank, the steps that it made, if it was time that ended the run; None: it is not known."""
     notes: Sequence[str]
     """What a reader should know."""
 
@@ -77,6 +79,7 @@ def read_run(folder: Path) -> Recorded:
         threads,
         None if result is None else result["parameters_sha256"],
         None if result is None else result["data"],
+        [None if result is None else _steps(folder, config, rank) for rank in range(workers)],
         _notes(environment),
     )
 
@@ -127,6 +130,14 @@ def _size(folder: Path, config: TrainConfig, environment: dict[str, Any]) -> tup
         raise ConfigError(f"{folder} does not say how many workers there were")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return workers, int(os.environ.get("OMP_NUM_THREADS", max(1, (cores or 1) // workers)))
+
+
+def _steps(folder: Path, config: TrainConfig, rank: int) -> int | None:
+    path = folder / f"metrics-rank{rank}.jsonl"
+    if (config.max_seconds is None and config.target.metric is None) or not path.is_file():
+        return None
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return sum(int(record["steps"]) for record in records if record["kind"] == "step")
 
 
 def _notes(environment: dict[str, Any]) -> list[str]:

@@ -129,10 +129,10 @@ def replay(run_dir: str | Path, on_push: Callable[[Push], bool] | None = None) -
     A log that ends early, since the run was killed, is replayed up to its end.
 
     Left out, and refused where the config shows it: what time decided and no event says. That is
-    ``drop_compute``, ``proportional_steps``; the length of the last round of `AsyncLocalSGD` if a
-    time limit ended it; with several microbatches in a step and random numbers in the model, at
-    which of them `Ringmaster` stopped. Also GPUs, and optimizers on the server that draw random
-    numbers. The loss of time is that of computing everything on one core after another.
+    ``drop_compute`` and ``proportional_steps``; and, with several microbatches in a step and random
+    numbers in the model, at which of them `Ringmaster` stopped. Also GPUs, and optimizers on the
+    server that draw random numbers. Where a time limit or a target ended the run, the number of
+    steps that each worker made is taken from its metrics.
 
     Args:
         run_dir: the folder of a real or simulated run.
@@ -187,12 +187,16 @@ class _Rerun:
         wire = Wire(latency_seconds=0.0, gigabits_per_second=float("inf"))
         one_host = Topology(ranks_per_host=workers, hosts=1, port=wire)
         self._collectives = Collectives(self._world, Network(one_host, workers))
-        self._witnesses = [_Witness() for _ in range(workers)]
+        self._limits = [
+            steps if history.survived(worker) else None
+            for worker, steps in enumerate(recorded.steps)
+        ]
+        self._witnesses: dict[int, _Witness] = {}
         for rank in self._world.ranks:
             self._start(rank, history.first(rank.number))
 
     def _start(self, rank: Rank, life: Life) -> None:
-        witness = self._witnesses[rank.number] = _Witness()
+        witness = self._witnesses[rank.number] = _Witness(self._limits[rank.number])
         link = ReplayLink(self._player, life, rank, self._collectives)
         rank.start(lambda: run_settled(self._config, self._task, link, callbacks=[witness]))
 
@@ -280,9 +284,14 @@ class _Rerun:
 
 
 class _Witness(Callback):
-    """Sees one process's Trainer, its last batch, and its parameters at the end."""
+    """Sees one process's Trainer, its last batch, and its parameters at the end.
 
-    def __init__(self) -> None:
+    Args:
+        limit: the steps after which time ended the run; None: something else ends it.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._left = limit
         self.trainer: Trainer | None = None
         self.sha256: str | None = None
         self.batches: Sequence[Any] = ()
@@ -302,6 +311,13 @@ class _Witness(Callback):
             return MicrobatchLoop.run(schedule, batch, abandon)
 
         schedule.run = run  # type: ignore[method-assign]
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Let it end where it did."""
+        if self._left is not None:
+            self._left -= 1
+            if self._left <= 0:
+                trainer.stop()
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """All replicas are equal."""

@@ -80,6 +80,8 @@ CASES = {
         "strategy=async", "strategy/admission=softsync", "strategy.admission.c=2",
         "target.metric=accuracy", "target.at_least=0.3", "eval_every=5", "max_steps=400",
     ],
+    "part of a round": ["strategy=async_local_sgd", "strategy.sync_every=1000", "max_steps=null",
+                        "max_seconds=0.3", OWN],
     "local": ["strategy=async_local_sgd", "strategy.sync_every=5", "max_steps=42", OWN],
     "easgd": ["strategy=easgd", "strategy.sync_every=4", "max_steps=null", "max_seconds=0.3", OWN],
 }  # fmt: skip
