@@ -9,6 +9,7 @@ from scaledtrain.errors import (
     NonFiniteLossError,
     PeerLostError,
     RendezvousError,
+    ReplayError,
     ScaledTrainError,
     WaitTimeoutError,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "PeerLostError",
     "Precision",
     "RendezvousError",
+    "ReplayError",
     "Replica",
     "ScaledTrainError",
     "Server",

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from scaledtrain.launching import FAILED, INTERRUPTED, MISUSED, TERMINATED, tell
 
-__all__ = ["start_workers"]
+__all__ = ["start_workers", "threads_for"]
 
 _POLL_SECONDS = 0.05
 _LEAVE_SECONDS = 300.0  # for the other ranks, when rank 0 has ended without an error
@@ -41,8 +41,7 @@ def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
         SystemExit: the job failed, or a signal came; all have ended then.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    environment = {"OMP_NUM_THREADS": str(max(1, (cores or 1) // workers)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads_for(workers)), **os.environ}
     # Until the child guards itself, Ctrl-C ends it without a traceback of its imports.
     # And it ends when this process is killed (1: PR_SET_PDEATHSIG), its imports included.
     code = (
@@ -70,6 +69,12 @@ def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
     for rank, status in codes.items():
         if status < 0:
             tell(f"rank {rank} was lost ({_how(status)}); the others went on to the end")
+
+
+def threads_for(workers: int) -> int:
+    """With how many threads each of so many processes on this host computes, if nobody says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // workers)
 
 
 def _environment(rank: int, workers: int, port: int) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """``scaledtrain.replay.replay(...)``, and the command ``python -m scaledtrain.replay``."""
 
-from scaledtrain.replay.rerun import Push, Replayed, replay
+from scaledtrain.replay.rerun import replay
+from scaledtrain.replay.results import Push, Replayed
 
 __all__ = ["Push", "Replayed", "replay"]

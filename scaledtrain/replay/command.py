@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from scaledtrain.command_line import read_command_line
 from scaledtrain.errors import ConfigError, ReplayError
 from scaledtrain.launching import guarded, tell
-from scaledtrain.replay.rerun import Push, Replayed, replay
+from scaledtrain.replay.rerun import replay
+from scaledtrain.replay.results import Push, Replayed
 from scaledtrain.schema import parse
 
 __all__ = ["HEADER", "Prompt", "ReplayConfig", "Table", "main", "row"]

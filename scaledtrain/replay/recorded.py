@@ -19,6 +19,7 @@ from scaledtrain.comm.serving.event_log import Event, read_events
 from scaledtrain.config import TrainConfig, check
 from scaledtrain.environment import cpu
 from scaledtrain.errors import ConfigError
+from scaledtrain.local_job import threads_for
 from scaledtrain.trainer import EVENTS
 
 __all__ = ["Recorded", "read_run"]
@@ -80,7 +81,7 @@ def read_run(folder: Path) -> Recorded:
         None if result is None else result["parameters_sha256"],
         None if result is None else result["data"],
         [None if result is None else _steps(folder, config, rank) for rank in range(workers)],
-        _notes(environment),
+        _notes(environment, threads),
     )
 
 
@@ -128,8 +129,7 @@ def _size(folder: Path, config: TrainConfig, environment: dict[str, Any]) -> tup
     workers = config.workers or len(list(folder.glob("metrics-rank*.jsonl")))
     if workers < 1:
         raise ConfigError(f"{folder} does not say how many workers there were")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return workers, int(os.environ.get("OMP_NUM_THREADS", max(1, (cores or 1) // workers)))
+    return workers, int(os.environ.get("OMP_NUM_THREADS", threads_for(workers)))
 
 
 def _steps(folder: Path, config: TrainConfig, rank: int) -> int | None:
@@ -140,7 +140,12 @@ def _steps(folder: Path, config: TrainConfig, rank: int) -> int | None:
     return sum(int(record["steps"]) for record in records if record["kind"] == "step")
 
 
-def _notes(environment: dict[str, Any]) -> list[str]:
+def _notes(environment: dict[str, Any], threads: int) -> list[str]:
+    if not environment:
+        return [
+            "there is no result.json, which would say with how many threads and which versions the "
+            f"run was made; it is replayed with {threads} thread{'s' if threads > 1 else ''}"
+        ]
     now = {
         "torch": str(torch.__version__),
         "scaledtrain": scaledtrain.__version__,
@@ -149,5 +154,5 @@ def _notes(environment: dict[str, Any]) -> list[str]:
     return [
         f"the run was made with {key} {environment[key]}, and this is {value}: bits may differ"
         for key, value in now.items()
-        if key in environment and environment[key] != value
+        if environment[key] != value
     ]

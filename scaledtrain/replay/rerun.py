@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from scaledtrain.callbacks import Callback
@@ -21,6 +21,7 @@ from scaledtrain.replay.history import History, Life
 from scaledtrain.replay.link import ReplayLink
 from scaledtrain.replay.player import Arrived, Player
 from scaledtrain.replay.recorded import Recorded, read_run
+from scaledtrain.replay.results import Push, Replayed
 from scaledtrain.schedule import Computed, MicrobatchLoop, call_model
 from scaledtrain.seeding import kept_generators
 from scaledtrain.server.operations import Kind
@@ -32,89 +33,9 @@ from scaledtrain.tasks import Task
 from scaledtrain.train import run_settled, settle
 from scaledtrain.trainer import Trainer, eval_mode
 
-__all__ = ["Push", "Replayed", "replay"]
+__all__ = ["replay"]
 
 _EVAL_BATCH = 256  # samples at once, where the config does not say
-
-
-@dataclass(frozen=True)
-class Push:
-    """A push that has just happened; its tensors are valid until the callback returns.
-
-    Losses are those on the data that the run is evaluated on; without such data, those of the last
-    step's batch of the worker that pushes. They are computed when they are first asked for.
-    """
-
-    number: int
-    """Of its event, from 1."""
-    seconds: float
-    """In the run, since its log was begun."""
-    worker: int
-    step: int
-    """Which of the worker's pushes it is, from 1."""
-    version: int
-    """At which the gradient was computed."""
-    staleness: int
-    """Updates that had been made since."""
-    accepted: bool
-    gradient: Sequence[Tensor]
-    """As the server received it."""
-    before: Sequence[Tensor]
-    """The server's parameters before it."""
-    after: Sequence[Tensor]
-    """... and after it."""
-    loss: Callable[[Sequence[Tensor]], float]
-    """Of a model with these parameters."""
-
-    @cached_property
-    def gradient_norm(self) -> float:
-        """2-norm of the gradient."""
-        return _norm(self.gradient)
-
-    @cached_property
-    def update_norm(self) -> float:
-        """2-norm of what the parameters were changed by."""
-        pairs = zip(self.after, self.before, strict=True)
-        return _norm([after - before for after, before in pairs])
-
-    @cached_property
-    def loss_before(self) -> float:
-        """Without this push."""
-        return self.loss(self.before)
-
-    @cached_property
-    def loss_after(self) -> float:
-        """With it."""
-        return self.loss_before if self.update_norm == 0.0 else self.loss(self.after)
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """What a replay came to."""
-
-    parameters: Mapping[str, Tensor]
-    """The server's, by name, after the last event that was replayed."""
-    workers: int
-    events: int
-    """That were replayed."""
-    pushes: int
-    """Among them."""
-    accepted: int
-    """Among these."""
-    sha256: str | None
-    """Of rank 0's parameters at the end, as `Replica.sha256`; None: the replay, or the run, ended
-    before."""
-    recorded_sha256: str | None
-    """The same of the run; None: it did not come to its end."""
-    notes: Sequence[str]
-    """Why bits might differ."""
-
-    @property
-    def equal(self) -> bool | None:
-        """Whether the parameters are those of the run, bit for bit; None: nothing to compare."""
-        if self.sha256 is None or self.recorded_sha256 is None:
-            return None
-        return self.sha256 == self.recorded_sha256
 
 
 def replay(run_dir: str | Path, on_push: Callable[[Push], bool] | None = None) -> Replayed:
@@ -304,7 +225,7 @@ class _Witness(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """Look at what it computes with, too."""
         self.trainer = trainer
-        schedule = trainer.schedule
+        schedule = trainer.schedule  # nothing else sees the batch of a step
 
         def run(batch: StepBatch, abandon: Callable[[], bool] | None = None) -> Computed | None:
             self.batches = batch.microbatches
@@ -334,7 +255,3 @@ def _computing_as_before(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(nn.utils.get_total_norm(list(tensors)))

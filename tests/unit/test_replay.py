@@ -371,6 +371,7 @@ class TestRefusals:
         assert (replayed.events, replayed.pushes) == (5, 2)
         assert replayed.parameters["weight"].item() == 0.75
         assert "the run did not come to its end, so there are no" in verdict(replayed)
+        assert "with how many threads" in replayed.notes[0]
 
 
 class TestCommand:
