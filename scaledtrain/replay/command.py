@@ -153,6 +153,8 @@ class Table:
                 self._begun = True
                 self._output.write(f"{HEADER}\n")
             self._output.write(f"{row(push)}\n")
+        if push.number >= self._last and not self._begun:
+            self._output.write(f"no event from {self._first} to {self._last} is a push\n")
         return push.number < self._last
 
 

@@ -142,6 +142,11 @@ class TestSteps:
             "0", "2", "1", "0", "yes", "1", "0.25", "0.25000", "0.06250"
         ]  # fmt: skip
 
+    def test_a_table_without_a_push_says_so(self, by_hand: Path) -> None:
+        output = io.StringIO()
+        replay(by_hand, Table(4, 4, output))
+        assert output.getvalue() == "no event from 4 to 4 is a push\n"
+
     @pytest.mark.parametrize(
         ("answers", "shown"),
         [
