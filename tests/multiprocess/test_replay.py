@@ -56,7 +56,7 @@ def largest() -> Task:
 OWN = "model=tests.multiprocess.test_replay.Net"
 DATA = ["data=tests.multiprocess.test_replay.largest", "data.local_batch_size=32", "console=false"]
 CASES = {
-    # 29 batches are 10 steps of each worker, in the last of which one of them has none.
+    # An epoch is 29 batches, so that one worker has one less than the others.
     "asgd": ["strategy=async", OWN, "max_steps=120", "data.local_batch_size=50"],
     "everything": [
         "strategy=async", "strategy/correction=dc_asgd_adaptive", "optimizer=adamw",
@@ -116,7 +116,7 @@ def test_runs_of_three_processes_are_made_again_bit_for_bit(tmp_path: Path) -> N
     assert replayed["local"].accepted == 3 * 9
     # Each shows what it is there for.
     logs = {name: list(read_events(tmp_path / name / "events.bin")) for name in CASES}
-    assert any(e.operation.kind == Kind.SKIP for e in logs["asgd"])
+    assert max(e.staleness for e in logs["asgd"]) >= 2
     assert max(e.staleness for e in logs["everything"]) >= 2
     assert replayed["backup"].pushes > replayed["backup"].accepted
     assert pulled_twice(logs["stopped"]) >= 2
