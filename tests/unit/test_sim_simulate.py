@@ -217,29 +217,23 @@ def test_local_sgd_pays_the_ring_once_a_period() -> None:
     assert lengths(at).tolist() == pytest.approx(([1.0] * 4 + [1.0 + ALL_REDUCE]) * 4)
 
 
-@pytest.mark.parametrize(
-    ("shards", "rate"),
-    [
-        # 1 MB down through 125 MB/s, once for each gradient of a worker elsewhere.
-        (1, 125.0),
-        # In a round of 32 gradients a host with a quarter of the server sends 31 quarters down, and
-        # three up, of its own worker's gradient: 34 * 2 ms. Without the latter it would be 516.
-        (4, 32 / 0.068),
-    ],
-)
+@pytest.mark.parametrize(("shards", "rate"), [(1, 125.0), (4, 500.0)])
 def test_a_servers_network_card_bounds_the_rate(shards: int, rate: float) -> None:
-    slow = {0: 1e6} if shards == 1 else {}  # the server's own worker needs no network
+    """1 MB goes down through 125 MB/s for each gradient; four cards give a quarter of it each.
+
+    Workers on the server's own hosts are left out: they need its cards less, or for other things.
+    """
+    homes = {shard * 32 // shards: 1e6 for shard in range(shards)}
     ended = train(
-        Cluster(Constant(0.001), Topology(nic=CARD), SlowWorkers(slow)),
+        Cluster(Constant(0.001), Topology(nic=CARD), SlowWorkers(homes)),
         32,
         partial(ParameterServer, shards=shards),
         stop_after={1: 12},
         shapes=(MEGABYTE,),
     )
-    end = ended[1].at[-1]
-    begin = ended[1].at[3]
+    begin, end = ended[1].at[3], ended[1].at[-1]
     counted = sum(begin < at <= end for seen in ended for at in seen.at)
-    assert counted / (end - begin) == pytest.approx(rate, rel=0.02)
+    assert counted / (end - begin) == pytest.approx(rate, rel=0.01)
 
 
 @pytest.mark.parametrize(("overlap", "step"), [(False, 0.118), (True, 0.1)])
