@@ -9,6 +9,7 @@ and a smaller weight in the mean.
 Replicas that are in step with no other go on counting batches where an epoch ends, so that each has
 its part also of a data set with fewer batches than there are replicas: batch i of epoch e, of b
 batches each, goes to replica (e b + i) modulo their number. None of them makes a step on nothing.
+(Of an iterable b is known only once it has been read to its end, and 0 until then.)
 """
 
 from __future__ import annotations
@@ -190,6 +191,7 @@ class ReplicaLoader:
         self._order: _EveryNth | None = None
         self.batch_size: int | None = None
         self._total: int | None = None
+        self._read = 0  # batches of the last epoch of an iterable
         self._own: Iterable[Any] = loader
         self._reads_all = True
         if isinstance(loader, DataLoader):
@@ -247,13 +249,13 @@ class ReplicaLoader:
         map-style data set no skipped sample is read.
         """
         rank = self._rank
-        if self._alone and self._total is not None:
-            rank = (self._rank - epoch * self._total) % self._replicas
+        if self._alone:
+            rank = (self._rank - epoch * (self._total or self._read)) % self._replicas
         if self._order is not None:
             self._order.begin(self._seed + epoch, start * self._accumulation, rank)
-        windows = self._of_all(start) if self._reads_all else self._own_only(start, rank)
+        windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
         window = next(windows, None)
-        if window is None and start == 0 and not self._total:
+        if window is None and start == 0 and not (self._total or self._read):
             raise ConfigError(
                 "the loader has no batch; check the data set's length and drop_last (a batch_size "
                 "larger than the data set with drop_last=True leaves nothing), and that it can be "
@@ -272,17 +274,23 @@ class ReplicaLoader:
             stop = min(start + window, self._total)
             count = len(range(start + rank, stop, self._replicas))
             if count or not self._alone:
-                batches = batches or iter(self._own)
+                if batches is None:
+                    batches = iter(self._own)
                 yield list(islice(batches, count))
 
-    def _of_all(self, first: int) -> Iterator[list[Any]]:
+    def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
         size = self._replicas * self._accumulation
-        batches = islice(iter(self._own), first * size, None)
+        batches = iter(self._own)
+        read = sum(1 for _ in islice(batches, first * size))
         while window := list(islice(batches, size)):
+            read += len(window)
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])
-            yield window[self._rank :: self._replicas]
+            mine = window[rank :: self._replicas]
+            if mine or not self._alone:
+                yield mine
+        self._read = read
 
     def _step(self, microbatches: list[Any]) -> StepBatch:
         sizes = [count_samples(batch) for batch in microbatches]

@@ -107,14 +107,22 @@ class Machines:
         )
         homes = [shard * size // options.shards for shard in range(options.shards)]
         partition = Partition(like, options.shards, options.cut)
+        for dead in self._dead():
+            host.lose(dead, f"rank {dead} died")
         made = VirtualServer(host, homes, partition, options)
         self._servers.append(made)
         return made
 
     def words(self) -> Words:
         """Make a board."""
-        self._boards.append(Words(self.world))
-        return self._boards[-1]
+        board = Words(self.world)
+        for dead in self._dead():
+            board.lose(dead)
+        self._boards.append(board)
+        return board
+
+    def _dead(self) -> list[int]:
+        return [rank.number for rank in self.world.ranks if not rank.alive]
 
     def doors(self) -> dict[int, Door]:
         """Where all peers will be."""

@@ -167,6 +167,22 @@ def test_replicas_in_step_with_no_other_share_the_sequence_of_epochs() -> None:
     assert [samples(step) for step in one.epoch(1, start=1)] == [[4, 5]]
 
 
+def test_replicas_in_step_with_no_other_share_the_sequence_of_an_iterables_epochs() -> None:
+    batches = [torch.tensor([i]) for i in range(3)]
+
+    def of(rank: int) -> list[list[list[int]]]:
+        own = ReplicaLoader(batches, rank=rank, replicas=5, alone=True)
+        return [[samples(step) for step in own.epoch(epoch)] for epoch in range(5)]
+
+    # The batches 0 1 2 | 0 1 2 | 0 1 2 ... are given to the replicas 0 1 2 3 4 0 1 2 3 4 ...
+    assert of(0) == [[[0]], [[2]], [], [[1]], []]
+    assert of(3) == [[], [[0]], [[2]], [], [[1]]]
+    # A replica that goes on in an epoch whose batches it has had learns its length, too.
+    late = ReplicaLoader(batches, rank=0, replicas=2, alone=True)
+    assert [samples(step) for step in late.epoch(0, start=2)] == []
+    assert [samples(step) for step in late.epoch(1)] == [[1]]  # 0 1 0 | 1 0 1
+
+
 def test_the_users_loader_is_left_as_it_was() -> None:
     loader = DataLoader(numbers(8), batch_size=4, shuffle=True)
     list(ReplicaLoader(loader, rank=0, replicas=2).epoch(0))
