@@ -12,20 +12,25 @@ import pytest
 import torch
 from torch import nn
 
-from scaledtrain import ParameterServer, Strategy, Trainer, simulate
+from scaledtrain import DiLoCo, ParameterServer, Strategy, Sync, Trainer, simulate
 from scaledtrain.callbacks import Callback
+from scaledtrain.comm.compress import FP16, TopK
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
 from scaledtrain.server import StaleSynchronous
 from scaledtrain.sim import (
     Cluster,
     Constant,
     Failure,
+    Gamma,
     GivenFailures,
     Nic,
     SlowWorkers,
     Topology,
     Wire,
+    simulate_times,
 )
+from scaledtrain.strategies import EASGD, PushSum
 
 FREE = Wire(latency_seconds=0.0, gigabits_per_second=float("inf"))
 ONE_HOST = Topology(ranks_per_host=4, hosts=1, port=FREE)
@@ -170,6 +175,46 @@ def test_the_inference_mode_of_a_rank_that_waits_is_its_own() -> None:
         return weight.grad.item() == 2.0
 
     assert simulate(program, Cluster(Constant(1.0), ONE_HOST), 2).results == [True, True]
+
+
+TIMED: dict[str, Callable[[], Strategy]] = {
+    "sync": Sync,
+    "sync_buckets": lambda: Sync(bucket_bytes=1000),
+    "diloco": lambda: DiLoCo(4, fragments=2, overlap_steps=1),
+    "async_shards": lambda: ParameterServer(shards=2, overlap=True, compression=FP16()),
+    "easgd": lambda: EASGD(sync_every=2),
+    "push_sum": lambda: PushSum(overlap=True),
+}
+
+
+@pytest.mark.parametrize("make_strategy", TIMED.values(), ids=TIMED.keys())
+def test_times_alone_are_those_of_training(make_strategy: Callable[[], Strategy]) -> None:
+    """Also of what goes on during the backward pass: buckets of 1,000 bytes over 1 Mb/s."""
+
+    def program(link: Link) -> float:
+        model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8))
+        optimizer = partial(torch.optim.SGD, lr=0.01)
+        loss_fn = nn.functional.mse_loss
+        strategy = make_strategy()
+        trainer = Trainer(model, loss_fn, optimizer, strategy=strategy, console=False, link=link)
+        return trainer.fit([(torch.ones(2, 8), torch.ones(2, 8))] * 64, max_steps=12).seconds
+
+    card = Nic(Wire(latency_seconds=1e-3, gigabits_per_second=1e-3))
+    cluster = Cluster(Gamma(0.02, 4.0), Topology(nic=card), SlowWorkers({2: 2.0}))
+    model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8))
+    times = simulate_times(make_strategy, cluster, 3, max_steps=12, parameters=model)
+    trained = simulate(program, cluster, 3).results
+    assert [worker and worker.ended - worker.began for worker in times.workers] == pytest.approx(
+        trained, rel=1e-12
+    )
+
+
+def test_what_looks_at_values_cannot_be_timed_without() -> None:
+    cluster = Cluster(Constant(1.0), ONE_HOST)
+    with pytest.raises(ConfigError, match="looks at values.*simulate it with real gradients"):
+        simulate_times(
+            lambda: Sync(compression=TopK(0.5)), cluster, 2, max_steps=1, parameters=8000
+        )
 
 
 def test_a_simulation_in_a_simulated_rank() -> None:
