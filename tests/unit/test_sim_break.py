@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from scaledtrain.sim import (
     Wire,
     simulate_times,
 )
+from scaledtrain.simulate import command
 from scaledtrain.strategies import EASGD, PushSum
 
 FREE = Wire(latency_seconds=0.0, gigabits_per_second=float("inf"))
@@ -215,6 +217,27 @@ def test_what_looks_at_values_cannot_be_timed_without() -> None:
         simulate_times(
             lambda: Sync(compression=TopK(0.5)), cluster, 2, max_steps=1, parameters=8000
         )
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("gradients=none slowdown.factors={0:4.0}", "cluster.speeds .* how long steps take"),
+        ("gradients=none drop_compute.threshold_seconds=1.0", "act on microbatches"),
+        ("parameter_bytes=1000", "it is the model"),
+        ("workers=9", "9 workers do not fit"),
+        ("run_dir=/proc/no", "set run_dir to one that can"),
+    ],
+)
+def test_a_command_that_is_refused_leaves_nothing(
+    said: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "guarded", lambda main: main())
+    monkeypatch.setattr("sys.argv", ["simulate", "max_steps=4", *said.split()])
+    with pytest.raises(ConfigError, match=message):
+        command.main()
+    assert list(tmp_path.glob("runs/*")) == []
 
 
 def test_a_simulation_in_a_simulated_rank() -> None:
