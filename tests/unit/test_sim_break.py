@@ -17,7 +17,7 @@ from scaledtrain import DiLoCo, ParameterServer, Strategy, Sync, Trainer, simula
 from scaledtrain.callbacks import Callback
 from scaledtrain.comm.compress import FP16, TopK
 from scaledtrain.comm.protocols import Link
-from scaledtrain.errors import ConfigError
+from scaledtrain.errors import ClusterError, ConfigError, PeerLostError
 from scaledtrain.server import StaleSynchronous
 from scaledtrain.sim import (
     Cluster,
@@ -92,6 +92,14 @@ def test_a_worker_that_dies_before_there_is_a_server_is_not_awaited() -> None:
     # The first broadcast has begun at 0 and is over after 2 * 0.8 s; then rank 0 makes the server.
     run = simulate(training(ParameterServer, 6), dying(Failure(3, 0.5)), 4)
     assert [result and result[0] for result in run.results] == [6, 6, 6, None]
+
+
+def test_who_dies_before_there_is_a_server_is_named_if_it_should_hold_a_part() -> None:
+    with pytest.raises(PeerLostError, match="rank 0 died before it had made a server"):
+        simulate(training(ParameterServer, 6), dying(Failure(0, 0.5)), 4)
+    two_shards = training(lambda: ParameterServer(shards=2), 6)  # on the ranks 0 and 2
+    with pytest.raises(ClusterError, match="rank 2 died .*, and a shard of the server with it"):
+        simulate(two_shards, dying(Failure(2, 0.5)), 4)
 
 
 def test_nobody_returns_to_a_job_that_has_ended() -> None:
