@@ -9,7 +9,7 @@ and a smaller weight in the mean.
 Replicas that are in step with no other go on counting batches where an epoch ends, so that each has
 its part also of a data set with fewer batches than there are replicas: batch i of epoch e, of b
 batches each, goes to replica (e b + i) modulo their number. None of them makes a step on nothing.
-(Of an iterable b is known only once it has been read to its end, and 0 until then.)
+Of an iterable without a length b is not known, and each has the same places in every epoch.
 """
 
 from __future__ import annotations
@@ -143,6 +143,13 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
 class ReplicaLoader:
     """One replica's share of any loader, step by step.
 
@@ -191,13 +198,15 @@ class ReplicaLoader:
         self._order: _EveryNth | None = None
         self.batch_size: int | None = None
         self._total: int | None = None
-        self._read = 0  # batches of the last epoch of an iterable
+        self._length: int | None = None
         self._own: Iterable[Any] = loader
         self._reads_all = True
         if isinstance(loader, DataLoader):
             self.batch_size = loader.batch_size
             if not isinstance(loader.dataset, IterableDataset):
                 self._shard(loader)
+        else:
+            self._length = _length(loader)
 
     def _shard(self, loader: DataLoader[Any]) -> None:
         """Rebuild a map-style loader so that it reads only this replica's batches."""
@@ -215,7 +224,7 @@ class ReplicaLoader:
                 "(shuffle=True)"
             )
         try:
-            self._total = len(sampler)
+            self._total = self._length = len(sampler)
         except TypeError:  # a sampler without a length: read everything, keep what is ours
             return
         own = self._order = _EveryNth(sampler, self._rank, self._replicas)
@@ -249,17 +258,22 @@ class ReplicaLoader:
         map-style data set no skipped sample is read.
         """
         rank = self._rank
-        if self._alone:
-            rank = (self._rank - epoch * (self._total or self._read)) % self._replicas
+        if self._alone and self._length is not None:
+            rank = (self._rank - epoch * self._length) % self._replicas
         if self._order is not None:
             self._order.begin(self._seed + epoch, start * self._accumulation, rank)
         windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
         window = next(windows, None)
-        if window is None and start == 0 and not (self._total or self._read):
+        has_one = not (self._alone and self._length and rank >= self._length)
+        if window is None and start == 0 and has_one:
+            here = (
+                f", or no batch for replica {self._rank} of {self._replicas}" if self._alone else ""
+            )
             raise ConfigError(
-                "the loader has no batch; check the data set's length and drop_last (a batch_size "
-                "larger than the data set with drop_last=True leaves nothing), and that it can be "
-                "iterated more than once (a generator cannot: give a list or a DataLoader)"
+                f"the loader has no batch{here}; check the data set's length and drop_last (a "
+                "batch_size larger than the data set with drop_last=True leaves nothing), and that "
+                "it can be iterated more than once (a generator cannot: give a list or a "
+                "DataLoader)"
             )
         while window is not None:
             yield self._step(window)
@@ -281,16 +295,13 @@ class ReplicaLoader:
     def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
         size = self._replicas * self._accumulation
-        batches = iter(self._own)
-        read = sum(1 for _ in islice(batches, first * size))
+        batches = islice(iter(self._own), first * size, None)
         while window := list(islice(batches, size)):
-            read += len(window)
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])
             mine = window[rank :: self._replicas]
             if mine or not self._alone:
                 yield mine
-        self._read = read
 
     def _step(self, microbatches: list[Any]) -> StepBatch:
         sizes = [count_samples(batch) for batch in microbatches]

@@ -201,8 +201,9 @@ class World:
     def fail(self, rank: Rank, error: BaseException) -> None:
         """That rank's program raised: the simulation ends with this error."""
         if self._failure is None:
-            _logger.error("simulated rank %d raised at %g s: %r", rank.number, self.now, error)
             self._failure = error
+            if isinstance(error, Exception):  # Ctrl-C is of no rank
+                _logger.error("simulated rank %d raised at %g s: %r", rank.number, self.now, error)
 
     def run(self) -> None:
         """Let everything happen, until every rank has ended or died.
