@@ -44,7 +44,11 @@ class WorkerTimes:
 
 @dataclass(frozen=True)
 class Times:
-    """What a run of all workers came to."""
+    """What a run of all workers came to.
+
+    Counted is what workers did that were there at the end, each since it came back last; where
+    workers die, others did more, which only the server's version tells.
+    """
 
     workers: list[WorkerTimes | None]
     """By rank; None: it died and did not come back in time."""
@@ -59,7 +63,7 @@ class Times:
 
     @property
     def steps(self) -> int:
-        """Gradients that were computed, by all workers together."""
+        """Gradients that were computed, by all these workers together."""
         return sum(worker.steps for worker in self.workers if worker is not None)
 
     @property
