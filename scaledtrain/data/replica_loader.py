@@ -143,13 +143,6 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
 class ReplicaLoader:
     """One replica's share of any loader, step by step.
 
@@ -310,3 +303,10 @@ class ReplicaLoader:
         # Without a nominal size the weights are plain counts: only their ratios matter.
         weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
         return StepBatch(microbatches, sizes, weight)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
