@@ -116,12 +116,7 @@ def choose_run_dir(config: TrainConfig, link: Connection) -> Path:
     """The folder of this run, the same on every rank; it exists when this returns."""
     path = ""
     if link.group.rank == 0:
-        try:
-            path = str(make_run_dir(config).resolve())
-        except OSError as error:
-            raise ConfigError(
-                f"the folder of the run cannot be made: {error}; set run_dir to one that can"
-            ) from error
+        path = str(make_run_dir(config).resolve())
         if link.store is not None:
             link.store.set("run_dir", path)
     elif link.store is not None:
@@ -133,8 +128,17 @@ def make_run_dir(config: TrainConfig) -> Path:
     """Make the folder of a run: the one that is asked for, or a new one.
 
     Raises:
-        ConfigError: it holds a run already.
+        ConfigError: it holds a run already, or cannot be made.
     """
+    try:
+        return _make_run_dir(config)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder of the run cannot be made: {error}; set run_dir to one that can"
+        ) from error
+
+
+def _make_run_dir(config: TrainConfig) -> Path:
     if config.run_dir is not None:
         path = Path(config.run_dir)
         if any(path.glob("metrics-rank*.jsonl")):

@@ -9,6 +9,7 @@ and a smaller weight in the mean.
 Replicas that are in step with no other go on counting batches where an epoch ends, so that each has
 its part also of a data set with fewer batches than there are replicas: batch i of epoch e, of b
 batches each, goes to replica (e b + i) modulo their number. None of them makes a step on nothing.
+Of an iterable without a length b is not known, and each has the same places in every epoch.
 """
 
 from __future__ import annotations
@@ -174,12 +175,15 @@ class ReplicaLoader:
         self._order: _EveryNth | None = None
         self.batch_size: int | None = None
         self._total: int | None = None
+        self._length: int | None = None
         self._own: Iterable[Any] = loader
         self._reads_all = True
         if isinstance(loader, DataLoader):
             self.batch_size = loader.batch_size
             if not isinstance(loader.dataset, IterableDataset):
                 self._shard(loader)
+        else:
+            self._length = _length(loader)
 
     def _shard(self, loader: DataLoader[Any]) -> None:
         """Rebuild a map-style loader so that it reads only this replica's batches."""
@@ -197,7 +201,7 @@ class ReplicaLoader:
                 "(shuffle=True)"
             )
         try:
-            self._total = len(sampler)
+            self._total = self._length = len(sampler)
         except TypeError:  # a sampler without a length: read everything, keep what is ours
             return
         own = self._order = _EveryNth(sampler, self._rank, self._replicas)
@@ -231,17 +235,22 @@ class ReplicaLoader:
         map-style data set no skipped sample is read.
         """
         rank = self._rank
-        if self._alone and self._total is not None:
-            rank = (self._rank - epoch * self._total) % self._replicas
+        if self._alone and self._length is not None:
+            rank = (self._rank - epoch * self._length) % self._replicas
         if self._order is not None:
             self._order.begin(self._seed + epoch, start * self._accumulation, rank)
-        windows = self._of_all(start) if self._reads_all else self._own_only(start, rank)
+        windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
         window = next(windows, None)
-        if window is None and start == 0 and not self._total:
+        has_one = not (self._alone and self._length and rank >= self._length)
+        if window is None and start == 0 and has_one:
+            here = (
+                f", or no batch for replica {self._rank} of {self._replicas}" if self._alone else ""
+            )
             raise ConfigError(
-                "the loader has no batch; check the data set's length and drop_last (a batch_size "
-                "larger than the data set with drop_last=True leaves nothing), and that it can be "
-                "iterated more than once (a generator cannot: give a list or a DataLoader)"
+                f"the loader has no batch{here}; check the data set's length and drop_last (a "
+                "batch_size larger than the data set with drop_last=True leaves nothing), and that "
+                "it can be iterated more than once (a generator cannot: give a list or a "
+                "DataLoader)"
             )
         while window is not None:
             yield self._step(window)
@@ -256,17 +265,20 @@ class ReplicaLoader:
             stop = min(start + window, self._total)
             count = len(range(start + rank, stop, self._replicas))
             if count or not self._alone:
-                batches = batches or iter(self._own)
+                if batches is None:
+                    batches = iter(self._own)
                 yield list(islice(batches, count))
 
-    def _of_all(self, first: int) -> Iterator[list[Any]]:
+    def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
         size = self._replicas * self._accumulation
         batches = islice(iter(self._own), first * size, None)
         while window := list(islice(batches, size)):
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])
-            yield window[self._rank :: self._replicas]
+            mine = window[rank :: self._replicas]
+            if mine or not self._alone:
+                yield mine
 
     def _step(self, microbatches: list[Any]) -> StepBatch:
         sizes = [count_samples(batch) for batch in microbatches]
@@ -275,3 +287,10 @@ class ReplicaLoader:
         # Without a nominal size the weights are plain counts: only their ratios matter.
         weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
         return StepBatch(microbatches, sizes, weight)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None

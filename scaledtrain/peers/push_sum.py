@@ -24,6 +24,7 @@ class PushSumPeer:
 
     Args:
         parameters: initial values; copied.
+        device: where w is; None: where the parameters are.
 
     Attributes:
         share: x, one tensor for each parameter, and behind them w (float64, of one element).
@@ -40,9 +41,10 @@ class PushSumPeer:
         (2.0, 1.5)
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], device: torch.device | None = None) -> None:
         self.share = [p.detach().clone() for p in parameters]
-        self.share.append(torch.ones(1, dtype=torch.float64, device=parameters[0].device))
+        device = device or parameters[0].device
+        self.share.append(torch.ones(1, dtype=torch.float64, device=device))
 
     @property
     def weight(self) -> float:

@@ -14,7 +14,7 @@ from scaledtrain.comm.protocols import Group, MakeServer, Peer, ServeOptions
 from scaledtrain.comm.serving.event_log import EventLog
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Partition, Piece
-from scaledtrain.errors import ClusterError, ConfigError
+from scaledtrain.errors import ClusterError, ConfigError, PeerLostError
 from scaledtrain.schedule import Pace
 from scaledtrain.sim.board import VirtualBoard, Words
 from scaledtrain.sim.cluster import Cluster
@@ -73,8 +73,10 @@ class Machines:
             rank.wake()
 
     def take(self, what: str, number: int) -> Any:
-        """Wait until `give` has been called."""
-        if (what, number) not in self._made:
+        """Wait until rank 0 has called `give`."""
+        while (what, number) not in self._made:
+            if not self.world.ranks[0].alive:
+                raise PeerLostError(f"rank 0 died before it had made a {what}")
             me = self.world.running
             self._waiting.setdefault((what, number), []).append(me)
             me.wait(f"for rank 0 to make a {what}")
@@ -108,13 +110,21 @@ class Machines:
         homes = [shard * size // options.shards for shard in range(options.shards)]
         partition = Partition(like, options.shards, options.cut)
         made = VirtualServer(host, homes, partition, options)
+        for dead in self._dead():
+            _lose_worker(made, dead, 0, "before there was a server")
         self._servers.append(made)
         return made
 
     def words(self) -> Words:
         """Make a board."""
-        self._boards.append(Words(self.world))
-        return self._boards[-1]
+        board = Words(self.world)
+        for dead in self._dead():
+            board.lose(dead)
+        self._boards.append(board)
+        return board
+
+    def _dead(self) -> list[int]:
+        return [rank.number for rank in self.world.ranks if not rank.alive]
 
     def doors(self) -> dict[int, Door]:
         """Where all peers will be."""
@@ -124,15 +134,11 @@ class Machines:
     def lose(self, rank: int) -> None:
         """A rank has died: all that would wait for it hear of it."""
         for server in self._servers:
-            if rank in server.homes:
-                server.host.fail(
-                    ClusterError(
-                        f"rank {rank} died at {self.world.now:g} virtual seconds, and a shard of "
-                        "the server with it"
-                    )
-                )
-            else:
-                server.host.lose(rank, f"rank {rank} died", self.attempts[rank])
+            when = f"at {self.world.now:g} virtual seconds"
+            _lose_worker(server, rank, self.attempts[rank], when)
+        for waiting in self._waiting.values():
+            while waiting:
+                waiting.pop().wake()
         self.collectives.lose(rank)
         for board in self._boards:
             board.lose(rank)
@@ -143,6 +149,14 @@ class Machines:
         """End what the links have made."""
         for server in self._servers:
             server.host.close()
+
+
+def _lose_worker(server: VirtualServer, rank: int, attempt: int, when: str) -> None:
+    if rank in server.homes:
+        why = f"rank {rank} died {when}, and a shard of the server with it"
+        server.host.fail(ClusterError(why))
+    else:
+        server.host.lose(rank, f"rank {rank} died {when}", attempt)
 
 
 class VirtualClock:

@@ -51,7 +51,8 @@ def simulate(
     A rank that ``cluster.failures`` lets die is stopped where it is; one that comes back runs the
     program anew, with ``link.returned``. All ranks are in this process and one thread, which
     computes with one core. So the program has to make model, strategy and Trainer itself, for each
-    rank its own; a data set may be shared. Random generators are each rank's own.
+    rank its own; a data set may be shared. Random generators are each rank's own, and begin on all
+    of them as they are when this is called.
 
     Left out: the time that reading data, metrics, an evaluation, the optimizer and the server's own
     arithmetic take; put what matters into ``cluster.compute``. A wait has no timeout: where nobody
@@ -145,6 +146,8 @@ class _Outages:
 
     def _return(self) -> None:
         machines, world = self._machines, self._machines.world
+        if not world.ranks[0].alive:  # nobody is there any more to whom it could return
+            return
         machines.attempts[self._worker] += 1
         world.ranks[self._worker] = Rank(world, self._worker)
         self._start(world.ranks[self._worker])

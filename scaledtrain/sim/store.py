@@ -185,26 +185,33 @@ class VirtualStore:
 
     def _ask_ahead(self, give: Callable[..., Pulled]) -> _Ahead:
         ahead = _Ahead([torch.empty_like(t) for t in self._like])
-        errand = Rank(self._world, self._worker, errand=True)
 
         def run() -> None:
-            self._ask(errand)
+            errand = self._world.running
+            self._ask(errand, self._line.hold)
             pulled = give(
                 self._worker, lambda tensors: _copy(ahead.tensors, tensors), None, self._attempt
             )
+            self._line.go_on()
             self._answer(errand, self._pull_bytes)
             ahead.came(pulled)
 
-        errand.start(run)
+        self._me.begin_errand(run)
         return ahead
 
-    def _ask(self, me: Rank) -> None:
-        """Return when the server has heard a question, behind all that was sent before."""
+    def _ask(self, me: Rank, at_once: Callable[[], None] = lambda: None) -> None:
+        """Return when the server has heard a question, behind all that was sent before.
+
+        Args:
+            me: who asks.
+            at_once: done when it is heard.
+        """
         heard = waits = False
 
         def hear() -> None:
             nonlocal heard
             heard = True
+            at_once()
             if waits:
                 me.go_on()
 
@@ -265,11 +272,13 @@ class _Line:
     """A worker's messages are taken in the order in which it sent them, whatever their ways.
 
     One without tensors that is sent at the same moment as the one before it, and so comes with it,
-    needs no way of its own.
+    needs no way of its own. A server that lets a worker wait for an answer takes none of its
+    messages meanwhile.
     """
 
     def __init__(self) -> None:
         self._under_way: deque[_Sent] = deque()
+        self._held = False
 
     def place(self, action: Callable[[], None], now: float) -> Callable[[], None]:
         """For a message that is sent now; to be called when it has come.
@@ -283,16 +292,31 @@ class _Line:
 
         def come() -> None:
             sent.has_come = True
-            while self._under_way and self._under_way[0].has_come:
-                for action in self._under_way.popleft().actions:
-                    action()
+            self._take()
 
         return come
+
+    def _take(self) -> None:
+        while not self._held and self._under_way and self._under_way[0].has_come:
+            first = self._under_way[0]
+            action = first.actions.popleft()
+            if not first.actions:
+                self._under_way.popleft()
+            action()
+
+    def hold(self) -> None:
+        """Take no message any more."""
+        self._held = True
+
+    def go_on(self) -> None:
+        """Take messages again."""
+        self._held = False
+        self._take()
 
     def follow(self, action: Callable[[], None], now: float) -> bool:
         """Let something be done right after the last message, if that is sent at this moment."""
         last = self._under_way[-1] if self._under_way else None
-        if last is None or last.sent_at != now:
+        if last is None or last.has_come or last.sent_at != now:
             return False
         last.actions.append(action)
         return True
@@ -304,7 +328,7 @@ class _Sent:
     __slots__ = ("actions", "has_come", "sent_at")
 
     def __init__(self, action: Callable[[], None], sent_at: float) -> None:
-        self.actions = [action]
+        self.actions = deque([action])
         self.sent_at = sent_at
         self.has_come = False
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
@@ -21,6 +22,7 @@ from scaledtrain.timeline import Phase
 __all__ = ["SizedReplica", "Times", "WorkerTimes", "simulate_times"]
 
 _BYTES_PER_NUMBER = 4  # fp32
+_OF_NO_VALUES = ("meta tensor", "'Meta' backend")  # what torch says of tensors without
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ class WorkerTimes:
 
 @dataclass(frozen=True)
 class Times:
-    """What a run of all workers came to."""
+    """What a run of all workers came to.
+
+    Counted is what workers did that were there at the end, each since it came back last; where
+    workers die, others did more, which only the server's version tells.
+    """
 
     workers: list[WorkerTimes | None]
     """By rank; None: it died and did not come back in time."""
@@ -57,7 +63,7 @@ class Times:
 
     @property
     def steps(self) -> int:
-        """Gradients that were computed, by all workers together."""
+        """Gradients that were computed, by all these workers together."""
         return sum(worker.steps for worker in self.workers if worker is not None)
 
     @property
@@ -80,6 +86,17 @@ class Times:
         return sum(s.get(phase, 0.0) for s in told) / everything if everything else 0.0
 
 
+class _SizedParameter(nn.Parameter):
+    """One whose hooks are called by `SizedReplica.backward`, since nothing is differentiated."""
+
+    hooks: dict[int, Callable[[Tensor], None]]
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        handle = RemovableHandle(self.hooks)
+        self.hooks[handle.id] = hook
+        return handle
+
+
 class SizedReplica(Replica):
     """A replica of tensors that have shapes but no values (torch's ``meta`` device).
 
@@ -93,11 +110,19 @@ class SizedReplica(Replica):
 
     def __init__(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
         self.names = list(names)
-        self.parameters = [nn.Parameter(p) for p in parameters]
+        self._sized = [_SizedParameter(p) for p in parameters]
+        self.parameters = list[nn.Parameter](self._sized)
         self.frozen = []
         self._gradients: list[Tensor] = [p.detach() for p in self.parameters]
-        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+        for parameter, gradient in zip(self._sized, self._gradients, strict=True):
             parameter.grad = gradient
+            parameter.hooks = OrderedDict()
+
+    def backward(self) -> None:
+        """Gradients come, those of the last parameters first."""
+        for parameter in reversed(self._sized):
+            for hook in parameter.hooks.values():
+                hook(parameter)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -154,8 +179,9 @@ def simulate_times(
 
     Strategy, server and policies are those of real runs; the parameters have sizes but no values,
     and nothing is computed, so that tens of thousands of workers, or of gigabytes, cost nothing.
-    Workers have as much data as they ask for. What decides by values of gradients cannot be
-    simulated so: a correction that looks at them, an overflow.
+    Workers have as much data as they ask for, and a step is one microbatch. What decides by values
+    of gradients cannot be simulated so: a correction that looks at them, an overflow, the mean of
+    what `TopK` or `Sign` leave of them under `Sync`.
 
     Args:
         make_strategy: called once for each worker.
@@ -167,7 +193,8 @@ def simulate_times(
         seed: of all times that are drawn.
 
     Raises:
-        ConfigError: the cluster has no room for so many workers, or no bytes.
+        ConfigError: the cluster has no room for so many workers, or no bytes; the strategy needs
+            values.
         DeadlockError: workers wait for each other for ever.
 
     Example:
@@ -194,12 +221,21 @@ def simulate_times(
         replica = SizedReplica(list(shapes.values()), list(shapes))
         return _run(link, replica, make_strategy(), max_steps, seed)
 
-    result = simulate(program, cluster, workers, seed=seed, own_generators=False)
+    try:
+        result = simulate(program, cluster, workers, seed=seed, own_generators=False)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _OF_NO_VALUES):
+            raise
+        raise ConfigError(
+            "the strategy, or its compression, looks at values of parameters or gradients, which "
+            f"there are none of if only times are simulated ({error}); simulate it with real "
+            "gradients"
+        ) from error
     return Times(result.results)
 
 
 def _run(
-    link: Link, replica: Replica, strategy: Strategy, max_steps: int, seed: int
+    link: Link, replica: SizedReplica, strategy: Strategy, max_steps: int, seed: int
 ) -> WorkerTimes:
     """The Trainer's loop, without what needs values."""
     timeline, clock, pace = link.timeline, link.clock, link.pace(seed)
@@ -218,6 +254,7 @@ def _run(
             break
         start = timeline.now()
         pace.begin_step()
+        replica.backward()  # takes no time yet: what begins in it is under way while time passes
         abandon = strategy.abandons if strategy.may_abandon else None
         wanted = clock.sleep_until(start + pace.seconds(0.0, 1.0), abandon)
         timeline.add("compute", start)

@@ -8,6 +8,7 @@ follows from the costs and the seed alone, however fast the host is.
 
 from __future__ import annotations
 
+import copy
 import heapq
 import logging
 import random
@@ -51,6 +52,7 @@ class Rank:
         self.alive = False
         self.doing: Callable[[], str] | str | None = None
         self._greenlet: greenlet | None = None
+        self._errands: list[Rank] = []
         self.generators: _Generators | None = None
 
     def start(self, program: Action) -> None:
@@ -58,6 +60,13 @@ class Rank:
         self._set_alive(True)
         self._greenlet = greenlet(lambda: self._main(program), parent=self._world.hub)
         self._world.at(self._world.now, self.number, self._greenlet.switch)
+
+    def begin_errand(self, errand: Action) -> None:
+        """Let a function run beside this rank's program; it dies with the rank."""
+        beside = Rank(self._world, self.number, errand=True)
+        self._errands = [one for one in self._errands if one.alive]
+        self._errands.append(beside)
+        beside.start(errand)
 
     def _main(self, program: Action) -> None:
         torch.set_grad_enabled(True)
@@ -77,6 +86,8 @@ class Rank:
         dying, self._greenlet = self._greenlet, None
         if dying is not None and not dying.dead:
             dying.throw(GreenletExit)
+        for errand in self._errands:
+            errand.kill()
 
     def _set_alive(self, alive: bool) -> None:
         if not self._errand:
@@ -88,6 +99,7 @@ class Rank:
         world = self._world
         if moment <= world.now:
             return
+        self._end_if_killed()
         if world.is_next(moment, self.number):  # nobody else does anything before
             world.now = moment
             return
@@ -100,8 +112,14 @@ class Rank:
         Args:
             doing: what this rank waits for, to be told if nobody ever wakes it.
         """
+        self._end_if_killed()
         self.doing = doing
         self._leave()
+
+    def _end_if_killed(self) -> None:
+        """What a program does as it dies, in a ``finally``, cannot take time any more."""
+        if self._greenlet is None:
+            raise GreenletExit
 
     def wake(self, moment: float | None = None) -> None:
         """Let it go on, now or at a moment to come; it must be waiting, or have been killed."""
@@ -122,7 +140,11 @@ class Rank:
     def _leave(self) -> None:
         """Let others run; what belongs to the thread is this rank's again afterwards."""
         gradients = torch.is_grad_enabled()
-        self._world.hub.switch()
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                self._world.hub.switch()
+        else:
+            self._world.hub.switch()
         if torch.is_grad_enabled() is not gradients:
             torch.set_grad_enabled(gradients)
         self._take_over()
@@ -140,6 +162,7 @@ class World:
         size: ranks.
         own_generators: each rank has global random generators (Python's, NumPy's, torch's on the
             CPU) of its own, as in a process of its own; they are exchanged when ranks take turns.
+            All begin as they are when `run` is called.
 
     Attributes:
         now: virtual seconds since the beginning.
@@ -158,6 +181,7 @@ class World:
         self._count = 0
         self._owner: Rank | None = None
         self._own_generators = own_generators
+        self._before: _Generators | None = None
         self._failure: BaseException | None = None
         self._on_stall: list[Callable[[], bool]] = []
 
@@ -177,8 +201,9 @@ class World:
     def fail(self, rank: Rank, error: BaseException) -> None:
         """That rank's program raised: the simulation ends with this error."""
         if self._failure is None:
-            _logger.error("simulated rank %d raised at %g s: %r", rank.number, self.now, error)
             self._failure = error
+            if isinstance(error, Exception):  # Ctrl-C is of no rank
+                _logger.error("simulated rank %d raised at %g s: %r", rank.number, self.now, error)
 
     def run(self) -> None:
         """Let everything happen, until every rank has ended or died.
@@ -221,7 +246,8 @@ class World:
             if self._owner is not None and self._owner.generators is not None:
                 self._owner.generators.keep()
             if rank.generators is None:
-                rank.generators = _Generators(np.random.MT19937(0))
+                assert self._before is not None
+                rank.generators = self._before.copy()
             rank.generators.install()
             self._owner = rank
 
@@ -229,22 +255,33 @@ class World:
     def _separate(self) -> Iterator[None]:
         """What the ranks do to the generators and to the mode of gradients ends with the run."""
         gradients = torch.is_grad_enabled()
-        before = _Generators() if self._own_generators else None
+        if self._own_generators:
+            self._before = _Generators(np.random.mtrand.get_bit_generator())
         try:
             yield
         finally:
             torch.set_grad_enabled(gradients)
-            if before is not None:
-                before.install()
+            if self._before is not None:
+                self._before.install()
             self._owner = None
 
 
 class _Generators:
-    """The global random generators, as they are for one rank."""
+    """The global random generators, as they are for one rank.
 
-    def __init__(self, numpy: Any = None) -> None:
-        self._numpy = np.random.mtrand.get_bit_generator() if numpy is None else numpy
+    Args:
+        numpy: NumPy's; the states of the others are taken from what they are now.
+    """
+
+    def __init__(self, numpy: Any) -> None:
+        self._numpy = numpy
         self.keep()
+
+    def copy(self) -> _Generators:
+        """Others in the same state, that go on by themselves."""
+        copied = copy.copy(self)
+        copied._numpy = copy.deepcopy(self._numpy)
+        return copied
 
     def keep(self) -> None:
         """Take note of the states now; NumPy's is kept by the generator itself."""

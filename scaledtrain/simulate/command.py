@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,10 @@ from torch import nn
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import TrainConfig, check
+from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
+from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.sim import Cluster, simulate, simulate_times
 from scaledtrain.sim.times import Times
@@ -33,6 +36,7 @@ from scaledtrain.trainer import FitResult
 __all__ = ["SimulateConfig", "main", "run_times", "run_training"]
 
 _PROG = "scaledtrain simulate"
+_SIMULATION = "simulation.yaml"
 _CHANGED_BY = {"device": "cpu", "transport": "auto"}
 
 
@@ -72,8 +76,15 @@ def _main() -> None:
         seconds = times.seconds
     else:
         run_dir = make_run_dir(training)
-        (run_dir / "simulation.yaml").write_text(written, encoding="utf-8")
-        result, seconds = run_training(training, simulated, cluster, workers, run_dir)
+        (run_dir / _SIMULATION).write_text(written, encoding="utf-8")
+        try:
+            result, seconds = run_training(training, simulated, cluster, workers, run_dir)
+        except BaseException:
+            with suppress(OSError):  # nothing else was written: leave no folder without a run
+                if [path.name for path in run_dir.iterdir()] == [_SIMULATION]:
+                    (run_dir / _SIMULATION).unlink()
+                    run_dir.rmdir()
+            raise
         report_result(result, run_dir)
     took = time.monotonic() - began
     print(f"{workers} workers, {seconds:.1f} virtual seconds, simulated in {took:.1f} s")
@@ -93,6 +104,11 @@ def _divide(composed: DictConfig) -> tuple[TrainConfig, SimulateConfig, str]:
                 "its CPU; leave it out"
             )
     simulated: SimulateConfig = parse("", own, SimulateConfig)
+    if simulated.gradients == "real" and simulated.parameter_bytes is not None:
+        raise ConfigError(
+            f"parameter_bytes is {simulated.parameter_bytes}, but with gradients it is the model "
+            "that says how large its parameters are; leave it out, or set gradients=none"
+        )
     return replace(training, device="cpu"), simulated, OmegaConf.to_yaml(OmegaConf.create(own))
 
 
@@ -127,9 +143,18 @@ def run_training(
 def run_times(
     training: TrainConfig, simulated: SimulateConfig, cluster: Cluster, workers: int
 ) -> Times:
-    """Simulate the times alone."""
+    """Simulate the times alone.
+
+    Raises:
+        ConfigError: what is asked for needs gradients.
+    """
     if training.max_steps is None:
         raise ConfigError("max_steps is null; without gradients a run ends by its number of steps")
+    if training.slowdown != Slowdown({}) or training.drop_compute != DropCompute():
+        raise ConfigError(
+            "slowdown and drop_compute act on microbatches, which there are none of without "
+            "gradients; leave them out: cluster.speeds and cluster.compute say how long steps take"
+        )
     parameters: nn.Module | int
     if simulated.parameter_bytes is not None:
         parameters = simulated.parameter_bytes

@@ -72,7 +72,7 @@ class PushSum(Alone):
     def attach(self, replica: Replica, link: Link) -> None:
         """Give every replica rank 0's state, and let the others reach this one's."""
         super().attach(replica, link)
-        self._peer = PushSumPeer(replica.parameters)
+        self._peer = PushSumPeer(replica.parameters, replica.device)
         self._message = self._peer.message()
         self._peers = link.meet(self._message, self._peer, answers=False)
         self._roster = Roster(link.board(), link.group.rank, link.timeline.now)

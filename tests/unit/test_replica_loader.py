@@ -167,6 +167,51 @@ def test_replicas_in_step_with_no_other_share_the_sequence_of_epochs() -> None:
     assert [samples(step) for step in one.epoch(1, start=1)] == [[4, 5]]
 
 
+def test_replicas_in_step_with_no_other_share_the_sequence_of_an_iterables_epochs() -> None:
+    batches = [torch.tensor([i]) for i in range(3)]
+
+    def of(rank: int) -> list[list[list[int]]]:
+        own = ReplicaLoader(batches, rank=rank, replicas=5, alone=True)
+        return [[samples(step) for step in own.epoch(epoch)] for epoch in range(5)]
+
+    # The batches 0 1 2 | 0 1 2 | 0 1 2 ... are given to the replicas 0 1 2 3 4 0 1 2 3 4 ...
+    assert of(0) == [[[0]], [[2]], [], [[1]], []]
+    assert of(3) == [[], [[0]], [[2]], [], [[1]]]
+    # Also where another run goes on: 0 1 0 | 1 0 1.
+    later = ReplicaLoader(batches, rank=1, replicas=2, alone=True)
+    assert [samples(step) for step in later.epoch(1, start=1)] == [[2]]
+
+
+def test_an_iterable_that_can_be_iterated_once_is_refused_also_with_a_length() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.left = [torch.tensor([1]), torch.tensor([0])]
+
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            while self.left:
+                yield self.left.pop()
+
+    once = Once()
+    own = ReplicaLoader(once, rank=1, replicas=2, alone=True)
+    assert [samples(step) for step in own.epoch(0)] == [[1]]
+    with pytest.raises(ConfigError, match="iterated more than once"):
+        list(own.epoch(1))
+
+
+def test_a_replica_that_will_never_have_a_batch_is_told() -> None:
+    class WithoutLength:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter([torch.tensor([0]), torch.tensor([1])])
+
+    one, two = (ReplicaLoader(WithoutLength(), rank=r, replicas=3, alone=True) for r in (1, 2))
+    assert [samples(step) for step in one.epoch(1)] == [[1]]
+    with pytest.raises(ConfigError, match="or no batch for replica 2 of 3"):
+        list(two.epoch(0))
+
+
 def test_the_users_loader_is_left_as_it_was() -> None:
     loader = DataLoader(numbers(8), batch_size=4, shuffle=True)
     list(ReplicaLoader(loader, rank=0, replicas=2).epoch(0))
