@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scaledtrain.clock import HostClock
+from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.boards import SharedBoard, StoreBoard
 from scaledtrain.comm.flat import FlatBuffer, flat_bytes
 from scaledtrain.comm.local import AbsentGroup, LocalBoard, LocalGroup, LocalPeers
@@ -345,6 +346,11 @@ def connect(
     if transport not in get_args(Transport):
         raise ConfigError(
             f"transport is {transport!r}; it can be: {', '.join(map(repr, get_args(Transport)))}"
+        )
+    if ambient_link() is not None:
+        raise ConfigError(
+            "connect() joins this process to its job, but this is a rank of a simulated cluster, "
+            "which has its link: use the one that the program is called with"
         )
     info = RankInfo.from_environment()
     if dist.is_initialized():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.callbacks import Callback
+from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
 from scaledtrain.drop_compute import DropCompute
@@ -79,7 +80,8 @@ class Trainer:
         log_every: steps between records.
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
-        link: an existing connection to the other ranks; default: ``connect()``.
+        link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
+            simulated cluster, that rank's link.
 
     Raises:
         ConfigError: something asked for cannot be; the message says what to change.
@@ -133,6 +135,7 @@ class Trainer:
         if deterministic:
             be_deterministic()
         self._owned: Connection | None = None
+        link = link or ambient_link()
         if link is None:
             link = self._owned = connect()
         self.link: Link = link

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from scaledtrain.comm.ambient import under
 from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
 from scaledtrain.sim.cluster import Cluster
@@ -42,7 +43,7 @@ def simulate(
     """Run a program on every rank of a virtual cluster, with real tensors, in virtual time.
 
     The program is what each process would run, given its link: it makes a `Trainer`, or attaches a
-    strategy, with this link, and trains. The same objects do on it what they do on real processes;
+    strategy, with this link (a `Trainer` that is given none takes it), and trains. The same objects do on it what they do on real processes;
     only what computing and communication cost is the cluster's. One rank runs at a time, the one
     whose clock is earliest, of several the lowest; so a run is a function of program, cluster and
     seed, bit for bit, however loaded the host is (on CPUs of the same type: another one may
@@ -98,7 +99,8 @@ def simulate(
     def start(rank: Rank) -> None:
         def run() -> None:
             link = VirtualLink(machines, rank)
-            results[rank.number] = program(link)
+            with under(link):
+                results[rank.number] = program(link)
             link.close()
 
         rank.start(run)

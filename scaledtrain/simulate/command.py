@@ -37,7 +37,7 @@ __all__ = ["SimulateConfig", "main", "run_times", "run_training"]
 
 _PROG = "scaledtrain simulate"
 _SIMULATION = "simulation.yaml"
-_CHANGED_BY = {"device": "cpu", "transport": "auto"}
+_WHERE_IT_RUNS = {"device": "cpu", "transport": "auto"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _divide(composed: DictConfig) -> tuple[TrainConfig, SimulateConfig, str]:
     for key in keys:
         del composed[key]
     training = check(composed)
-    for key, expected in _CHANGED_BY.items():
+    for key, expected in _WHERE_IT_RUNS.items():
         if getattr(training, key) not in (None, expected):
             raise ConfigError(
                 f"{key} is {getattr(training, key)!r}, but a simulation runs in this process, on "

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaledtrain import DiLoCo, ParameterServer, Strategy, Sync, Trainer, simulate
+from scaledtrain import DiLoCo, ParameterServer, Strategy, Sync, Trainer, connect, simulate
 from scaledtrain.callbacks import Callback
 from scaledtrain.comm.compress import FP16, TopK
 from scaledtrain.comm.protocols import Link
@@ -258,3 +258,19 @@ def test_a_simulation_in_a_simulated_rank() -> None:
     run = simulate(program, Cluster(Constant(1.0), ONE_HOST), 2)
     assert run.results == [4.0, 5.0]
     assert run.seconds == 2.0
+
+
+def test_a_program_that_forgets_its_link_has_it_nevertheless() -> None:
+    def program(link: Link) -> int:
+        sgd = partial(torch.optim.SGD, lr=0.01)
+        trainer = Trainer(nn.Linear(1, 1), nn.functional.mse_loss, sgd, console=False)
+        trainer.fit(BATCHES, max_steps=2)
+        assert trainer.link is link
+        return trainer.link.group.size
+
+    run = simulate(program, Cluster(Constant(1.0), ONE_HOST), 2)
+    assert run.results == [2, 2]
+    assert run.seconds == 2.0
+    with pytest.raises(ConfigError, match="use the one that the program is called with"):
+        simulate(lambda link: connect(), Cluster(Constant(1.0), ONE_HOST), 2)
+    assert connect().group.size == 1
