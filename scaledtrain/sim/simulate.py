@@ -43,11 +43,11 @@ def simulate(
     """Run a program on every rank of a virtual cluster, with real tensors, in virtual time.
 
     The program is what each process would run, given its link: it makes a `Trainer`, or attaches a
-    strategy, with this link (a `Trainer` that is given none takes it), and trains. The same objects do on it what they do on real processes;
-    only what computing and communication cost is the cluster's. One rank runs at a time, the one
-    whose clock is earliest, of several the lowest; so a run is a function of program, cluster and
-    seed, bit for bit, however loaded the host is (on CPUs of the same type: another one may
-    round sums differently).
+    strategy, with this link (a `Trainer` that is given none takes it), and trains. The same objects
+    do on it what they do on real processes; only what computing and communication cost is the
+    cluster's. One rank runs at a time, the one whose clock is earliest, of several the lowest; so a
+    run is a function of program, cluster and seed, bit for bit, however loaded the host is (on CPUs
+    of the same type: another one may round sums differently).
 
     A rank that ``cluster.failures`` lets die is stopped where it is; one that comes back runs the
     program anew, with ``link.returned``. All ranks are in this process and one thread, which
