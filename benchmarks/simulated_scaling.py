@@ -501,7 +501,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     torch.set_num_threads(1)
-    logging.getLogger("scaledtrain").setLevel(logging.CRITICAL)  # of runs that diverge
     if options.many:
         print(json.dumps(asdict(many())))
     elif options.check:
@@ -525,4 +524,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("scaledtrain").setLevel(logging.CRITICAL)  # of runs that diverge
     sys.exit(main())

@@ -18,7 +18,7 @@ from scaledtrain.timeline import Timeline
 __all__ = ["TorchGroup", "clear_errors"]
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_GRACE_SECONDS = 2.0  # for other ranks to say that they wait, too
+_GRACE_SECONDS = 4.0  # for other ranks to say that they wait, too
 
 
 class TorchGroup:

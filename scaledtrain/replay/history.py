@@ -69,6 +69,12 @@ class Life:
         place = self._next_own()
         return None if place is None else self._numbers[place]
 
+    @property
+    def pulls_next(self) -> bool:
+        """Whether its next own event is a pull."""
+        place = self._next_own()
+        return place is not None and self._kinds[place] == Kind.PULL
+
     def ends(self) -> bool:
         """Whether it goes on to take the final parameters now, without another step."""
         then = self._kinds[self._place + 1 : self._place + 3]

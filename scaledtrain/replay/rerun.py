@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -117,7 +117,7 @@ class _Rerun:
             self._start(rank, history.first(rank.number))
 
     def _start(self, rank: Rank, life: Life) -> None:
-        witness = self._witnesses[rank.number] = _Witness(self._limits[rank.number])
+        witness = self._witnesses[rank.number] = _Witness(life, self._limits[rank.number])
         link = ReplayLink(self._player, life, rank, self._collectives)
         rank.start(lambda: run_settled(self._config, self._task, link, callbacks=[witness]))
 
@@ -208,10 +208,12 @@ class _Witness(Callback):
     """Sees one process's Trainer, its last batch, and its parameters at the end.
 
     Args:
+        life: what the process did.
         limit: the steps after which time ended the run; None: something else ends it.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, life: Life, limit: int | None) -> None:
+        self._life = life
         self._left = limit
         self.trainer: Trainer | None = None
         self.sha256: str | None = None
@@ -234,11 +236,19 @@ class _Witness(Callback):
         schedule.run = run  # type: ignore[method-assign]
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Let it end where it did."""
+        """One step less is left."""
         if self._left is not None:
             self._left -= 1
-            if self._left <= 0:
-                trainer.stop()
+            self._stop_where_it_did(trainer)
+
+    def on_evaluation(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """After the last step of an epoch, time may have run out before this or after it."""
+        self._stop_where_it_did(trainer)
+
+    def _stop_where_it_did(self, trainer: Trainer) -> None:
+        # A pull would be for an evaluation that still came, or the one by which it was told to end.
+        if self._left is not None and self._left <= 0 and not self._life.pulls_next:
+            trainer.stop()
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """All replicas are equal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -71,10 +72,11 @@ def test_killed_rank_is_noticed_and_named(name: str, transport: Transport, victi
         if rank == victim:
             continue
         kind, message, seconds = result
-        # 20 steps of 10 ms, at most 0.1 s to notice, 1 s to compare notes; not the timeout of 20 s.
+        # 20 steps of 10 ms, at most 0.1 s to notice, 4 s to compare notes; not the timeout of 20 s.
         assert seconds < 8, message
         assert kind in ("PeerLostError", "ClusterError"), message
-        assert f"rank {victim}" in message, message
+        # On a busy machine the other survivor may not have noticed by then: "ranks 0, 2".
+        assert re.search(rf"ranks? (\d+, )*{victim}\b", message), message
 
 
 def wait_for_one_that_never_comes(transport: Transport) -> str:
