@@ -33,6 +33,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from scaledtrain.data.ragged import Ragged
 from scaledtrain.errors import ConfigError
 from scaledtrain.seeding import kept_generators, seed_everything
 
@@ -57,6 +58,8 @@ class StepBatch(NamedTuple):
 
 def count_samples(batch: Any) -> int:
     """Length of the first dimension of the first tensor (or list) in a batch."""
+    if isinstance(batch, Ragged):
+        return batch.samples
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         batch = batch[0]
     if isinstance(batch, Tensor):
