@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -463,17 +463,18 @@ class _Run:
         trainer.model.train()
         while self._max_epochs is None or trainer.epoch < self._max_epochs:
             start = timeline.now()
-            for batch in self._loader.epoch(trainer.epoch, trainer.steps_in_epoch):
-                timeline.add("data", start)
-                if not trainer.step(batch):
-                    return self._ended_by_strategy()
-                trainer.steps_in_epoch += 1
-                self._steps += 1
-                trainer._call("on_step_end")
-                evaluated = self._evaluation_is_due() and self._evaluate()
-                if reason := self._reason_to_stop(evaluated):
-                    return reason
-                start = timeline.now()
+            with closing(self._loader.epoch(trainer.epoch, trainer.steps_in_epoch)) as steps:
+                for batch in steps:
+                    timeline.add("data", start)
+                    if not trainer.step(batch):
+                        return self._ended_by_strategy()
+                    trainer.steps_in_epoch += 1
+                    self._steps += 1
+                    trainer._call("on_step_end")
+                    evaluated = self._evaluation_is_due() and self._evaluate()
+                    if reason := self._reason_to_stop(evaluated):
+                        return reason
+                    start = timeline.now()
             trainer.epoch += 1
             trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0
             if trained and self._eval_every is None and self._eval_loader is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scaledtrain.data.digits import digits
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.sharded import Column, ShardedDataset, ShardWriter
+from scaledtrain.data.sharded import Column, ShardedDataset, ShardedLoader, ShardWriter
 from scaledtrain.data.stdlib_text import StdlibText, stdlib_text
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Ragged",
     "ShardWriter",
     "ShardedDataset",
+    "ShardedLoader",
     "StdlibText",
     "digits",
     "stdlib_text",

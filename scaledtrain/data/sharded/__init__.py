@@ -5,6 +5,8 @@ from __future__ import annotations
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.columns import Column
 from scaledtrain.data.sharded.dataset import ShardedDataset
+from scaledtrain.data.sharded.loader import ShardedLoader
+from scaledtrain.data.sharded.order import Order
 from scaledtrain.data.sharded.writer import ShardWriter
 
-__all__ = ["Column", "Ragged", "ShardWriter", "ShardedDataset"]
+__all__ = ["Column", "Order", "Ragged", "ShardWriter", "ShardedDataset", "ShardedLoader"]

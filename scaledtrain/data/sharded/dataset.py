@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from scaledtrain.data.sharded.columns import Array, Column
 from scaledtrain.data.sharded.crop import Slice, crop_ranges, normalise
-from scaledtrain.data.sharded.gather import Piece, Values, gather, pieces, read_ahead
+from scaledtrain.data.sharded.gather import Piece, Values, ask_for, gather, pieces
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.shard import Shard
 from scaledtrain.errors import ConfigError, DataError
@@ -46,7 +46,7 @@ class ShardedDataset(Dataset[Any]):
 
     Tensors have memory of their own and may be written to. Opening reads the manifest alone; a
     shard is opened when it is first needed, and everything is checked against its checksum when it
-    is first read by a process, in pieces of 64 KiB. A copy that is pickled, as for the workers of a
+    is first read by a process, in pieces of 16 KiB. A copy that is pickled, as for the workers of a
     ``DataLoader``, opens its files anew.
 
     A file that is cut short by another program while it is read ends the process with SIGBUS, as
@@ -209,12 +209,16 @@ class ShardedDataset(Dataset[Any]):
         shard.check(column, start + starts, start + stops)
         return kind.to_torch(np.array(stored[parts]))
 
-    def gather(self, indices: Array, pin_memory: bool = False) -> tuple[dict[str, Values], Array]:
+    def gather(
+        self, indices: Array, pin_memory: bool = False, read_ahead: bool = False
+    ) -> tuple[dict[str, Values], Array]:
         """A batch, and which of the samples are in it.
 
         Args:
             indices: int64 ``[n]``, each from 0 to ``len(dataset) - 1``.
             pin_memory: in page-locked memory.
+            read_ahead: ask the kernel for all of it before the first is needed, which pays for
+                large batches that are not in the page cache.
 
         Returns:
             Column -> ``[kept, *shape]`` or `Ragged`, and bool ``[n]``: all, unless damaged shards
@@ -229,6 +233,9 @@ class ShardedDataset(Dataset[Any]):
             try:
                 for piece in pieces(indices[kept], self.starts):
                     parts.append((self._shard(piece.shard), piece))
+                if read_ahead:
+                    for shard, piece in parts:
+                        ask_for(shard, piece, self.columns)
                 batch = gather(parts, int(kept.sum()), self.columns, pin_memory)
             except DataError:
                 if self._on_damage == "raise":
@@ -240,22 +247,6 @@ class ShardedDataset(Dataset[Any]):
             with self._lock:
                 self.samples_skipped += len(indices) - int(kept.sum())
             return batch, kept
-
-    def read_ahead(self, indices: Array) -> None:
-        """Ask the kernel to bring samples into the page cache; does not wait for them.
-
-        Args:
-            indices: int64 ``[n]``.
-
-        Raises:
-            DataError: a shard is damaged.
-        """
-        try:
-            for piece in pieces(indices[self._readable(indices)], self.starts):
-                read_ahead(self._shard(piece.shard), piece, self.columns)
-        except DataError:
-            if self._on_damage == "raise":
-                raise  # else it is told when the samples are read
 
     def form(self, columns: Mapping[str, Values]) -> Batch:
         """A dict or a tuple, as the data set was told."""

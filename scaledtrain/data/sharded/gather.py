@@ -14,7 +14,7 @@ from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.columns import DTYPES, OFFSETS, Array, Column
 from scaledtrain.data.sharded.shard import Shard
 
-__all__ = ["Piece", "Values", "gather", "pieces", "read_ahead"]
+__all__ = ["Piece", "Values", "ask_for", "gather", "pieces"]
 
 Values = Tensor | Ragged
 
@@ -139,7 +139,7 @@ def _ragged(parts: Parts, samples: int, name: str, column: Column, empty: Empty)
     return Ragged(tensor, torch.from_numpy(offsets))
 
 
-def read_ahead(shard: Shard, piece: Piece, columns: Mapping[str, Column]) -> None:
+def ask_for(shard: Shard, piece: Piece, columns: Mapping[str, Column]) -> None:
     """Ask the kernel for what a batch needs of a shard; does not wait for it.
 
     Where a ragged column's values lie is not known before its offsets are read, so it is asked for

@@ -30,7 +30,7 @@ __all__ = [
     "parse_header",
 ]
 
-CHUNK_BYTES = 65_536
+CHUNK_BYTES = 16_384
 ALIGNMENT = 64  # of the first tensor; as they come by falling item size, the others' follows
 PREFIX_BYTES = 8
 METADATA = "__metadata__"

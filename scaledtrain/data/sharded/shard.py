@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from scaledtrain.errors import DataError
 __all__ = ["Shard"]
 
 NEAR_BYTES = 65_536  # ranges that are closer than that are asked for as one
+ASK_BYTES = 2**20  # of what it is asked for at once, Linux leaves out what is beyond its limit
 
 
 class Shard:
@@ -59,9 +61,10 @@ class Shard:
         self.damage: str | None = None
         self._checked = checked
         try:
-            with open(path, "rb", buffering=0) as file:
-                self._tensors = self._read_header(file.fileno(), info, columns)
-                self._map = mmap.mmap(file.fileno(), info.bytes, access=mmap.ACCESS_READ)
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._file)
+            self._tensors = self._read_header(self._file, info, columns)
+            self._map = mmap.mmap(self._file, info.bytes, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(f"shard {path} cannot be read: {error}") from error
         except ValueError as error:
@@ -163,13 +166,16 @@ class Shard:
             starts: int64 ``[n]``, rising: first byte of each range, from the tensor's first.
             stops: int64 ``[n]``, the byte behind each.
         """
-        if not len(starts):
+        if not len(starts) or not hasattr(os, "posix_fadvise"):  # macOS has none
             return
-        begin = self._tensors[tensor].start
+        info = self._tensors[tensor]
+        if self._checked is not None:  # a whole chunk is read to check it
+            starts = starts - starts % CHUNK_BYTES
+            stops = np.minimum(stops + -stops % CHUNK_BYTES, info.nbytes)
         apart = np.flatnonzero(starts[1:] - stops[:-1] > NEAR_BYTES)
-        lows = starts[np.concatenate([[0], apart + 1])] + begin
-        highs = stops[np.concatenate([apart, [len(stops) - 1]])] + begin
-        lows -= lows % mmap.PAGESIZE
+        lows = starts[np.concatenate([[0], apart + 1])] + info.start
+        highs = stops[np.concatenate([apart, [len(stops) - 1]])] + info.start
         for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
-            if high > low:
-                self._map.madvise(mmap.MADV_WILLNEED, low, high - low)
+            for start in range(low, high, ASK_BYTES):
+                size = min(ASK_BYTES, high - start)
+                os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)
