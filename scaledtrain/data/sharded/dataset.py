@@ -20,6 +20,7 @@ from scaledtrain.data.sharded.columns import Array, Column
 from scaledtrain.data.sharded.crop import Slice, crop_ranges, normalise
 from scaledtrain.data.sharded.gather import Piece, Values, ask_for, gather, pieces
 from scaledtrain.data.sharded.manifest import Manifest
+from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.shard import Shard
 from scaledtrain.errors import ConfigError, DataError
 
@@ -210,13 +211,13 @@ class ShardedDataset(Dataset[Any]):
         return kind.to_torch(np.array(stored[parts]))
 
     def gather(
-        self, indices: Array, pin_memory: bool = False, read_ahead: bool = False
+        self, indices: Array, memory: Memory | None = None, read_ahead: bool = False
     ) -> tuple[dict[str, Values], Array]:
         """A batch, and which of the samples are in it.
 
         Args:
             indices: int64 ``[n]``, each from 0 to ``len(dataset) - 1``.
-            pin_memory: in page-locked memory.
+            memory: where the batch goes; None: anywhere.
             read_ahead: ask the kernel for all of it before the first is needed, which pays for
                 large batches that are not in the page cache.
 
@@ -236,7 +237,7 @@ class ShardedDataset(Dataset[Any]):
                 if read_ahead:
                     for shard, piece in parts:
                         ask_for(shard, piece, self.columns)
-                batch = gather(parts, int(kept.sum()), self.columns, pin_memory)
+                batch = gather(parts, int(kept.sum()), self.columns, memory or Memory())
             except DataError:
                 if self._on_damage == "raise":
                     raise

@@ -18,6 +18,7 @@ import torch
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.dataset import Batch, ShardedDataset
 from scaledtrain.data.sharded.gather import Values
+from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.order import Order, Shuffle
 from scaledtrain.errors import ConfigError, DataError
 
@@ -124,7 +125,7 @@ class ShardedLoader:
         self._buffer_blocks = max(1, int(buffer_bytes / (sample_bytes * self._block_samples)))
         self._read_ahead = read_ahead
         self._threads = _Threads(threads)
-        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._memory = Memory(torch.cuda.is_available() if pin_memory is None else pin_memory)
         self._timeout_seconds = timeout_seconds
         self._orders: dict[int, Order] = {}
         self.order(0)  # whose arguments are checked now
@@ -245,7 +246,7 @@ class ShardedLoader:
         else:
             parts = zip(starts, stops, strict=True)
             indices = np.concatenate([order.indices(epoch, low, high) for low, high in parts])
-        values, kept = self.dataset.gather(indices, self._pin_memory, read_ahead=True)
+        values, kept = self.dataset.gather(indices, self._memory, read_ahead=True)
         first = np.cumsum([0, *(b - a for a, b in zip(starts, stops, strict=True))])
         before = np.concatenate([[0], np.cumsum(kept)])[first].tolist()
         batches: list[Batch | None] = []
