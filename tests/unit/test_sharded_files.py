@@ -232,6 +232,10 @@ class TestWriting:
                     }
                 )
         write(tmp_path / "samples", 10)
+        data = ShardedDataset(tmp_path / "samples")
+        with ShardWriter(tmp_path / "copy", shard_samples=4) as writer:
+            writer.write_batch(data[:])  # as it is read, with a Ragged
+        assert data.manifest.shards == ShardedDataset(tmp_path / "copy").manifest.shards
         names = sorted(os.listdir(tmp_path / "samples"))
         assert names == sorted(os.listdir(tmp_path / "batches"))
         for name in names:
@@ -342,6 +346,8 @@ class TestCrashes:
         ):
             writer.write({"x": bytes(1_000)})
             writer.write({"x": bytes(16_000)})
+        with pytest.raises(ConfigError, match="is closed, by you or by an error"):
+            writer.write({"x": bytes(10)})  # else there would be a gap
         assert sorted(os.listdir(tmp_path)) == ["manifest.json", shard(tmp_path, 0).name]
         with ShardWriter(tmp_path, resume=True) as writer:
             writer.write({"x": bytes(16_000)})

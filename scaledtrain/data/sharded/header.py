@@ -24,6 +24,7 @@ __all__ = [
     "CHUNK_BYTES",
     "ITEM_BYTES",
     "TensorInfo",
+    "Tensors",
     "build_header",
     "checksum",
     "chunk_sums",
@@ -82,7 +83,10 @@ def chunk_sums(data: memoryview) -> Array:
     return np.array([checksum(data[i : i + CHUNK_BYTES]) for i in starts], np.uint64)
 
 
-def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...], memoryview]]) -> bytes:
+Tensors = dict[str, tuple[str, tuple[int, ...], memoryview]]
+
+
+def build_header(tensors: Tensors) -> bytes:
     """The header, with its length before it.
 
     Args:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from scaledtrain.data.sharded.columns import Column, check_columns
+from scaledtrain.data.sharded.files import write_whole
 from scaledtrain.errors import ConfigError, DataError
 
-__all__ = [
-    "MANIFEST",
-    "Manifest",
-    "ShardInfo",
-    "load_json",
-    "shard_name",
-    "sync_folder",
-    "write_all",
-]
+__all__ = ["MANIFEST", "Manifest", "ShardInfo", "load_json", "shard_name"]
 
 MANIFEST = "manifest.json"
 FORMAT = "scaledtrain-shards"
@@ -162,7 +152,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Put this in place of the folder's manifest: whoever reads sees the old one or this."""
-        _replace_file(folder / MANIFEST, self.to_json().encode())
+        write_whole(folder / MANIFEST, [memoryview(self.to_json().encode())])
 
 
 def load_json(text: str | bytes) -> Any:
@@ -182,33 +172,3 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key is repeated")
     return found
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write a file such that a crash at any moment leaves the old one or the new one, whole."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb", buffering=0) as file:
-            write_all(file, memoryview(content))
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_all(file: FileIO, content: memoryview) -> None:
-    """Write to an unbuffered file, which may take only a part at a time."""
-    while content:
-        content = content[file.write(content) :]

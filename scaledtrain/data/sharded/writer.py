@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from scaledtrain.data.ragged import Ragged
+from scaledtrain.data.sharded.buffer import ShardBuffer
 from scaledtrain.data.sharded.columns import (
-    DTYPES,
-    OFFSETS,
     Array,
     Column,
     as_array,
@@ -23,15 +22,8 @@ from scaledtrain.data.sharded.columns import (
     check_columns,
     wrong_shape,
 )
-from scaledtrain.data.sharded.header import ITEM_BYTES, build_header, checksum
-from scaledtrain.data.sharded.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardInfo,
-    shard_name,
-    sync_folder,
-    write_all,
-)
+from scaledtrain.data.sharded.files import sync_folder
+from scaledtrain.data.sharded.manifest import MANIFEST, Manifest, shard_name
 from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["ShardWriter"]
@@ -102,12 +94,12 @@ class ShardWriter:
             self._release()
             raise
         self._columns: Mapping[str, Column] = self._manifest.columns
-        self._empty_buffers()
+        self._buffer = ShardBuffer(self._columns)
 
     @property
     def samples_written(self) -> int:
         """Samples that are in whole shards or wait for theirs to be full."""
-        return self._manifest.samples + self._buffered
+        return self._manifest.samples + self._buffer.samples
 
     def _take_folder(self) -> int:
         try:
@@ -186,19 +178,22 @@ class ShardWriter:
         """Add ``n`` samples at once, which costs much less per sample.
 
         Args:
-            batch: column -> ``[n, *shape]``; of a ragged column, a list of ``n`` values.
+            batch: column -> ``[n, *shape]``; of a ragged column, a list of ``n`` values, or a
+                `Ragged`.
 
         Raises:
             ConfigError: columns of different length, or as for ``write``.
             DataError: a shard was full, and could not be written.
         """
+        given = batch
+        batch = {n: v.unbind() if isinstance(v, Ragged) else v for n, v in batch.items()}
         lengths = {name: len(values) for name, values in batch.items()}
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"the columns of a batch have different lengths: {lengths}")
         if not any(lengths.values()):
             return
         if not self._columns:
-            self._set_columns({name: values[0] for name, values in batch.items()})
+            self._set_columns({n: v if isinstance(v, Ragged) else v[0] for n, v in given.items()})
         self._check_names(batch)
         self._append(
             {
@@ -220,7 +215,7 @@ class ShardWriter:
             raise ConfigError("the first sample has no columns; a sample is {name: value, ...}")
         check_columns(columns)
         self._columns = columns
-        self._empty_buffers()
+        self._buffer = ShardBuffer(columns)
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         if given.keys() != self._columns.keys():
@@ -237,76 +232,47 @@ class ShardWriter:
             raise wrong_shape(name, column, array)
         return array
 
-    def _empty_buffers(self) -> None:
-        self._buffers = {name: _Buffer(column) for name, column in self._columns.items()}
-        self._buffered = 0
-
-    def _append(self, arrays: Mapping[str, Array | list[Array]]) -> None:
+    def _append(self, values: Mapping[str, Array | list[Array]]) -> None:
         """Fill shards with these samples, and write each that is full."""
-        samples = len(next(iter(arrays.values())))
+        if self._lock < 0:
+            raise ConfigError(
+                f"the ShardWriter of {self.folder} is closed, by you or by an error that was told; "
+                "go on with a new one, with resume=True"
+            )
+        samples = len(next(iter(values.values())))
         sizes = np.zeros(samples, np.int64)
-        for values in arrays.values():
-            if isinstance(values, list):
-                sizes += [value.nbytes + 8 for value in values]
+        for column in values.values():
+            if isinstance(column, list):
+                sizes += [value.nbytes + 8 for value in column]
             else:
-                sizes += values.nbytes // samples
+                sizes += column.nbytes // samples
         ends = np.cumsum(sizes)
         start = 0
         while start < samples:
-            before = ends[start - 1] if start else 0
-            room = self._shard_bytes - sum(buffer.nbytes for buffer in self._buffers.values())
-            stop = int(np.searchsorted(ends, before + room)) + 1
+            room = self._shard_bytes - self._buffer.nbytes + (ends[start - 1] if start else 0)
+            stop = int(np.searchsorted(ends, room)) + 1
             if self._shard_samples is not None:
-                stop = min(stop, start + self._shard_samples - self._buffered)
+                stop = min(stop, start + self._shard_samples - self._buffer.samples)
             stop = min(stop, samples)
-            for name, values in arrays.items():
-                self._buffers[name].add(values[start:stop])
-            self._buffered += stop - start
+            self._buffer.add(values, start, stop)
             start = stop
-            held = sum(buffer.nbytes for buffer in self._buffers.values())
-            if held >= self._shard_bytes or self._buffered == self._shard_samples:
+            enough = self._buffer.samples == self._shard_samples
+            if enough or self._buffer.nbytes >= self._shard_bytes:
                 self._flush()
 
     def _flush(self) -> None:
         """Write the shard that is in memory; only then the manifest names it."""
-        file = shard_name(len(self._manifest.shards))
+        path = self.folder / shard_name(len(self._manifest.shards))
+        full, self._buffer = self._buffer, ShardBuffer(self._columns)
         try:
-            header, size = self._write_shard(file)
-            info = ShardInfo(file, self._buffered, size, f"{checksum(header):016x}")
+            info = full.write(path)
             self._publish(Manifest(self._columns, (*self._manifest.shards, info)))
         except OSError as error:
+            self._release()
             raise DataError(
-                f"shard {self.folder / file} cannot be written: {error}; the "
-                f"{self._manifest.samples} samples before it can be read. Make room, and go on "
-                "behind them with resume=True"
+                f"shard {path} cannot be written: {error}; the {self._manifest.samples} samples "
+                "before it can be read. Make room, and go on behind them with resume=True"
             ) from error
-        finally:
-            self._empty_buffers()
-
-    def _write_shard(self, name: str) -> tuple[bytes, int]:
-        tensors = {
-            tensor: part
-            for column, buffer in self._buffers.items()
-            for tensor, part in buffer.tensors(column, self._buffered).items()
-        }
-        by_size = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensors[tensor][0]])
-        tensors = {tensor: tensors[tensor] for tensor in by_size}
-        header = build_header(tensors)
-        unfinished = self.folder / f".{name}.unfinished"
-        try:
-            with open(unfinished, "wb", buffering=0) as file:
-                write_all(file, memoryview(header))
-                for _, _, data in tensors.values():
-                    write_all(file, data)
-                size = file.tell()
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.folder / name)
-        except BaseException:
-            with suppress(OSError):
-                unfinished.unlink()
-            raise
-        sync_folder(self.folder)
-        return header, size
 
     def _publish(self, manifest: Manifest) -> None:
         manifest.save(self.folder)
@@ -317,7 +283,7 @@ class ShardWriter:
         if self._lock < 0:
             return
         try:
-            if self._buffered:
+            if self._buffer.samples:
                 self._flush()
             try:
                 self._publish(replace(self._manifest, complete=True))
@@ -342,40 +308,10 @@ class ShardWriter:
 
 
 def _column_of(value: Any) -> Column:
+    if isinstance(value, Ragged):
+        array, dtype = as_array(value.values)
+        return Column(dtype, array.shape[1:], ragged=True)
     array, dtype = as_array(value)
-    ragged = isinstance(value, (bytes, bytearray, memoryview))
-    return Column(dtype, () if ragged else array.shape, ragged)
-
-
-class _Buffer:
-    """What a column has gathered for the shard that comes next."""
-
-    def __init__(self, column: Column) -> None:
-        self._column = column
-        self._data = bytearray()
-        self._ends = [0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it will have in the shard."""
-        return len(self._data) + (8 * len(self._ends) if self._column.ragged else 0)
-
-    def add(self, values: Array | list[Array]) -> None:
-        for array in values if isinstance(values, list) else [values]:
-            self._data += array.reshape(-1).view(np.uint8).data
-            if self._column.ragged:
-                self._ends.append(self._ends[-1] + len(array))
-
-    def tensors(
-        self, name: str, samples: int
-    ) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
-        """As `build_header` takes them."""
-        column, data = self._column, memoryview(self._data)
-        code = DTYPES[column.dtype].code
-        if not column.ragged:
-            return {name: (code, (samples, *column.shape), data)}
-        ends = np.array(self._ends, "<i8").view(np.uint8).data
-        return {
-            name: (code, (self._ends[-1], *column.shape), data),
-            name + OFFSETS: ("I64", (samples + 1,), ends),
-        }
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return Column(dtype, ragged=True)
+    return Column(dtype, array.shape)
