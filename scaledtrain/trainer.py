@@ -315,8 +315,12 @@ class Trainer:
         share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
-        with self.strategy.consensus(), eval_mode(self.model):
-            for step in share.epoch(0):
+        with (
+            self.strategy.consensus(),
+            eval_mode(self.model),
+            closing(share.epoch(0)) as steps,
+        ):
+            for step in steps:
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch)
                     sums[:-1] += torch.stack([v.double() for v in values]) * size

@@ -61,7 +61,8 @@ class ShardedDataset(Dataset[Any]):
         verify: check what is read against its checksums.
         on_damage: what a damaged or missing shard does. ``"raise"``: DataError. ``"skip"``: its
             samples are left out of batches and of iteration from the moment when the damage is
-            found, told in the log, and counted; the numbers of the others do not change.
+            found, told in the log, and counted; the numbers of the others do not change, and one
+            that is asked for alone is an error all the same.
 
     Attributes:
         manifest: what the folder says of itself.

@@ -40,7 +40,7 @@ class ShardedLoader:
 
     Threads read ahead of the loop: the batches of a group of blocks are put together at once, each
     block being read as a whole, and are then slices of that memory. The first batches of an
-    iteration are read alone, so that they come soon. In memory are at most ``1 + read_ahead``
+    iteration are read alone, so that they come soon. In memory are at most ``2 + read_ahead``
     groups, of ``buffer_bytes`` each, divided by the number of replicas; a batch that is kept keeps
     its group.
 
