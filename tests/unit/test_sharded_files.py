@@ -134,6 +134,14 @@ class TestReading:
         copy = pickle.loads(pickle.dumps(data))
         assert_is_sample(copy[9], 9)
 
+    def test_forked_while_a_thread_held_the_lock(self, ten: Path) -> None:
+        data = ShardedDataset(ten)
+        with data._lock:
+            child = os.fork()
+            if not child:
+                os._exit(0 if data[9]["label"].item() == 9 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
     def test_more_shards_than_may_be_open(self, ten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dataset_module, "MAX_OPEN", 1)
         data = ShardedDataset(ten)

@@ -47,8 +47,8 @@ class ShardedDataset(Dataset[Any]):
 
     Tensors have memory of their own and may be written to. Opening reads the manifest alone; a
     shard is opened when it is first needed, and everything is checked against its checksum when it
-    is first read by a process, in pieces of 16 KiB. A copy that is pickled, as for the workers of a
-    ``DataLoader``, opens its files anew.
+    is first read by a process, in pieces of 16 KiB. A copy in another process, as in the workers of
+    a ``DataLoader``, opens its files anew.
 
     A file that is cut short by another program while it is read ends the process with SIGBUS, as
     any memory map does.
@@ -131,6 +131,7 @@ class ShardedDataset(Dataset[Any]):
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._checked: dict[int, dict[str, Array]] = {}
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_open", "_checked", "_lock")
@@ -246,8 +247,9 @@ class ShardedDataset(Dataset[Any]):
                     if shard.damage is not None:
                         self._give_up(piece.shard, shard.damage)
                 continue
-            with self._lock:
-                self.samples_skipped += len(indices) - int(kept.sum())
+            if not kept.all():
+                with self._lock:
+                    self.samples_skipped += len(indices) - int(kept.sum())
             return batch, kept
 
     def form(self, columns: Mapping[str, Values]) -> Batch:
@@ -294,6 +296,8 @@ class ShardedDataset(Dataset[Any]):
 
     def _shard(self, number: int) -> Shard:
         """The shard, opened; the one that was not used for longest is closed for it."""
+        if self._process != os.getpid():  # forked, perhaps while a thread held the lock
+            self._begin()
         with self._lock:
             shard = self._open.get(number)
             if shard is None:
