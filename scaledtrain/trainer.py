@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -315,8 +315,12 @@ class Trainer:
         share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
-        with self.strategy.consensus(), eval_mode(self.model):
-            for step in share.epoch(0):
+        with (
+            self.strategy.consensus(),
+            eval_mode(self.model),
+            closing(share.epoch(0)) as steps,
+        ):
+            for step in steps:
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch)
                     sums[:-1] += torch.stack([v.double() for v in values]) * size
@@ -463,17 +467,18 @@ class _Run:
         trainer.model.train()
         while self._max_epochs is None or trainer.epoch < self._max_epochs:
             start = timeline.now()
-            for batch in self._loader.epoch(trainer.epoch, trainer.steps_in_epoch):
-                timeline.add("data", start)
-                if not trainer.step(batch):
-                    return self._ended_by_strategy()
-                trainer.steps_in_epoch += 1
-                self._steps += 1
-                trainer._call("on_step_end")
-                evaluated = self._evaluation_is_due() and self._evaluate()
-                if reason := self._reason_to_stop(evaluated):
-                    return reason
-                start = timeline.now()
+            with closing(self._loader.epoch(trainer.epoch, trainer.steps_in_epoch)) as steps:
+                for batch in steps:
+                    timeline.add("data", start)
+                    if not trainer.step(batch):
+                        return self._ended_by_strategy()
+                    trainer.steps_in_epoch += 1
+                    self._steps += 1
+                    trainer._call("on_step_end")
+                    evaluated = self._evaluation_is_due() and self._evaluate()
+                    if reason := self._reason_to_stop(evaluated):
+                        return reason
+                    start = timeline.now()
             trainer.epoch += 1
             trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0
             if trained and self._eval_every is None and self._eval_loader is not None:
