@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from scaledtrain.errors import ConfigError
 
-__all__ = ["Call", "Divert", "Interception", "find_blocks", "first_tensor", "named_blocks"]
+__all__ = [
+    "Call",
+    "Divert",
+    "Interception",
+    "check_arguments",
+    "find_blocks",
+    "first_tensor",
+    "named_blocks",
+]
+
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 Call = Callable[..., Any]
 Divert = Callable[[int, Call, tuple[Any, ...], dict[str, Any]], Any]
@@ -76,6 +88,28 @@ def first_tensor(output: Any) -> Tensor:
             "computed again return a tensor, or a tuple that begins with one"
         )
     return first
+
+
+def check_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what a second call of the block could find changed.
+
+    Raises:
+        ConfigError: there is no tensor in the first place, or something that is neither a tensor
+            nor a plain value.
+    """
+    name = type(block).__name__
+    if not (args and isinstance(args[0], Tensor)):
+        raise ConfigError(
+            f"{name} was called without a tensor as its first positional argument, which has to be "
+            "the output of the block before it"
+        )
+    for value in tree_leaves((args, dict(kwargs))):
+        if value is not None and not isinstance(value, _PLAIN):
+            raise ConfigError(
+                f"{name} is given a {type(value).__name__}, which may change when it is used, so "
+                "that the block cannot be computed again with it; leave it out in training (a "
+                "cache of keys and values: model.config.use_cache = False)"
+            )
 
 
 class Interception:

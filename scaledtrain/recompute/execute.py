@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.recompute.blocks import Call, Interception, first_tensor
+from scaledtrain.recompute.blocks import Call, Interception, check_arguments, first_tensor
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.plan import Keep, Plan, Step, count_blocks
 
@@ -33,6 +33,7 @@ class Executor:
         plan: for all of them.
         ways: of a block that a plan's `Keep` may name: the contexts in which it is checkpointed;
             None: it keeps everything.
+        told: what to tell the user about the plan.
 
     Raises:
         ConfigError: when the model is called: blocks that are to be computed again together are not
@@ -40,10 +41,14 @@ class Executor:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], plan: Plan, ways: Sequence[MakeContexts | None] = (None,)
+        self,
+        blocks: Sequence[nn.Module],
+        plan: Plan,
+        ways: Sequence[MakeContexts | None] = (None,),
+        told: str = "",
     ) -> None:
+        self.told = told
         assert count_blocks(plan) == len(blocks)
-        self._ways = ways
         self._place: list[tuple[_Together, int]] = []
         for step in plan:
             n, first = count_blocks((step,)), len(self._place)
@@ -59,14 +64,9 @@ class Executor:
         self, index: int, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         together, place = self._place[index]
-        if together.step == Keep() or together.running or not torch.is_grad_enabled():
+        if together.keeps_all or together.running or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if not (args and isinstance(args[0], Tensor)):
-            raise ConfigError(
-                f"block {index} ({type(together.blocks[place]).__name__}) was called without a "
-                "tensor as its first positional argument, which has to be the output of the block "
-                "before it"
-            )
+        check_arguments(together.blocks[place], args, kwargs)
         if place == 0:
             return together.run(forward, args, kwargs)
         return together.hand_on(place, args, kwargs)
@@ -80,6 +80,7 @@ class _Together:
     ) -> None:
         self.blocks = blocks
         self.step = step
+        self.keeps_all = isinstance(step, Keep) and ways[step.way] is None
         self.running = False  # a block's call is one of ours, not the model's
         self._ways = ways
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Apart, Sample
-from scaledtrain.recompute.blocks import Call, Interception, first_tensor
+from scaledtrain.recompute.blocks import Call, Interception, check_arguments, first_tensor
 from scaledtrain.recompute.chain import Block, Chain, Way
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
@@ -57,6 +57,7 @@ def measure_chain(
                 f"the model calls block {index} where block {len(chain)} should come; blocks whose "
                 "activations are to be computed again are called once each, in their order"
             )
+        check_arguments(blocks[index], args, kwargs)
         kind = _kind(blocks[index], args, kwargs)
         if kind not in measured:
             with torch.enable_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from abc import ABC, abstractmethod
@@ -31,8 +30,6 @@ __all__ = [
     "Selective",
     "checkpoint_activations",
 ]
-
-_logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 8  # to find a plan whose peak fits when it is measured
 _UNITS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -86,7 +83,7 @@ class CheckpointEvery(CheckpointPolicy):
         self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample | None
     ) -> Executor:
         """Checkpoint groups of ``k``."""
-        return Executor(blocks, every(self.k, len(blocks)))
+        return Executor(blocks, every(self.k, len(blocks)), told=_told_groups(self.k, len(blocks)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,8 @@ class CheckpointSqrt(CheckpointPolicy):
         self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample | None
     ) -> Executor:
         """Checkpoint groups of sqrt(n)."""
-        return Executor(blocks, every(math.isqrt(len(blocks) - 1) + 1, len(blocks)))
+        k = math.isqrt(len(blocks) - 1) + 1
+        return Executor(blocks, every(k, len(blocks)), told=_told_groups(k, len(blocks)))
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,9 @@ class Selective(CheckpointPolicy):
         self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample | None
     ) -> Executor:
         """Checkpoint each block by itself, and keep these operators' results."""
-        return Executor(blocks, (Keep(),) * len(blocks), (contexts_of(self._overloads()),))
+        n, contexts = len(blocks), contexts_of(self._overloads())
+        told = f"activations: of each of {n} blocks only what is dear to compute is kept"
+        return Executor(blocks, (Keep(),) * n, (contexts,), told)
 
 
 @dataclass(frozen=True)
@@ -216,15 +216,15 @@ class MemoryBudget(CheckpointPolicy):
             executor = Executor(blocks, plan[:-1], [contexts for _, contexts in ways])
             measured = peak_bytes(model, sample)
             if measured <= self.n_bytes:
-                _logger.info("%s", _told(chain, plan, self.n_bytes, measured))
+                executor.told = _told(chain, plan, self.n_bytes, measured)
                 return executor
             executor.remove()
             aim -= measured - self.n_bytes
         least = smallest_bytes(chain) + self.n_bytes - aim
         raise ConfigError(
-            f"activations do not fit into {_mib(self.n_bytes)}: even if every block is computed "
-            f"again as often as it takes, {_mib(least)} are needed; raise the budget to that, or "
-            "make the microbatch smaller and gradient_accumulation_steps larger"
+            f"activations do not fit into {self.n_bytes} bytes: however often blocks are computed "
+            f"again, {least} bytes ({_mib(least)}) are needed; raise the budget to that, or make "
+            "the microbatch smaller and gradient_accumulation_steps larger"
         )
 
 
@@ -263,6 +263,10 @@ def checkpoint_activations(
     """
     chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
     return policy.install(model, chain, sample)
+
+
+def _told_groups(k: int, n: int) -> str:
+    return f"activations: {n} blocks are computed again in groups of {k}"
 
 
 def _told(chain: Chain, plan: Plan, budget: int, measured: int) -> str:
