@@ -29,7 +29,8 @@ class Way:
     forward_bytes: int
     """At most, during the forward pass; at least ``kept_bytes``."""
     backward_bytes: int
-    """At most, during the backward pass, beside what is kept and the gradient of the output."""
+    """At most, during the backward pass, beside the gradient of the output: what has been kept
+    included, but for the output where nobody needs it any more."""
     stopped_seconds: float
     """As ``forward_seconds``, of a forward pass that is only made for the backward pass: it stops
     when that has all it needs, so that nobody computes the output."""

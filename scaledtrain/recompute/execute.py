@@ -13,6 +13,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.blocks import Call, Interception, check_arguments, first_tensor
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.plan import Keep, Plan, Step, count_blocks
+from scaledtrain.recompute.rerun import Rerun
 
 __all__ = ["Executor"]
 
@@ -88,7 +89,8 @@ class _Together:
 
     def run(self, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run all of them, when the first is called."""
-        output = _Pass(self, forward, args[1:], kwargs, self._ways).steps((self.step,), 0, args[0])
+        one = _Pass(self, forward, args[1:], kwargs, self._ways)
+        output = one.steps((self.step,), 0, None, args[0])
         if len(self.blocks) > 1:
             self._is_tuple = isinstance(output, tuple)
             if isinstance(output, tuple) and len(output) > 1:
@@ -130,21 +132,35 @@ class _Pass:
         self._kwargs = kwargs
         self._ways = ways
 
-    def steps(self, plan: Plan, first: int, x: Tensor) -> Any:
-        """Run steps; returns the last block's output."""
+    def steps(self, plan: Plan, first: int, inside: Rerun | None, x: Tensor) -> Any:
+        """Run steps; returns the last block's output.
+
+        Args:
+            plan: of these steps.
+            first: the first block's place.
+            inside: what they are a part of; None: the whole.
+            x: what the first block is given.
+        """
         output: Any = x
         for step in plan:
-            output = self._step(step, first, first_tensor(output))
-            first += count_blocks((step,))
+            n = count_blocks((step,))
+            output = self._step(step, first, n, inside, first_tensor(output))
+            first += n
         return output
 
-    def _step(self, step: Step, first: int, x: Tensor) -> Any:
+    def _step(self, step: Step, first: int, n: int, inside: Rerun | None, x: Tensor) -> Any:
+        blocks = self._together.blocks[first : first + n]
         if isinstance(step, Keep):
             contexts = self._ways[step.way]
             if contexts is None:
                 return self._block(first, x)
-            return checkpoint(self._block, first, x, use_reentrant=False, context_fn=contexts)
-        return checkpoint(self.steps, step.plan, first, x, use_reentrant=False)
+            # What keeps nothing keeps nothing dear either: that is for when it runs again.
+            rerun = Rerun(blocks, contexts if inside is None or inside.again else None)
+            return checkpoint(self._block, first, x, use_reentrant=False, context_fn=rerun.contexts)
+        rerun = Rerun(blocks)
+        return checkpoint(
+            self.steps, step.plan, first, rerun, x, use_reentrant=False, context_fn=rerun.contexts
+        )
 
     def _block(self, place: int, x: Tensor) -> Any:
         if place == 0:  # its hooks have been called by whoever called it

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from scaledtrain.errors import ConfigError
@@ -141,8 +142,7 @@ def _checkpointed(run: Call, contexts: MakeContexts) -> Call:
 def _bytes(run: Call, x: Tensor) -> tuple[int, int, int, bool]:
     """What is alive when, and whether the output is kept for the backward pass.
 
-    Bytes: most during forward; after it; most during backward, beside those and the output's
-    gradient.
+    Bytes: most during forward; after it; most during backward, beside the output's gradient.
     """
     saved: set[int] = set()
 
@@ -154,13 +154,17 @@ def _bytes(run: Call, x: Tensor) -> tuple[int, int, int, bool]:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = first_tensor(run(x))
         most, kept = counted.peak, counted.live
+        is_saved = output.untyped_storage()._cdata in saved
         gradient = torch.ones_like(output)
-        before = counted.peak = counted.live
-        if output.requires_grad:
-            torch.autograd.backward(output, gradient)
-        backward = counted.peak - before
+        output_bytes = gradient.untyped_storage().nbytes()
+        edge = get_gradient_edge(output) if output.requires_grad else None
+        del output
+        counted.peak = counted.live
+        if edge is not None:
+            torch.autograd.backward(edge, gradient)
+        backward = counted.peak - output_bytes
     x.grad = None
-    return most, kept, backward, output.untyped_storage()._cdata in saved
+    return most, kept, backward, is_saved
 
 
 def _seconds(run: Call, x: Tensor) -> tuple[float, float]:

@@ -74,11 +74,12 @@ def cost(chain: Chain, plan: Plan) -> Cost:
         plan: for all of them.
 
     Example:
-        Two blocks that keep 10 bytes each, 1 of them their output. Everything: 20 bytes, and the
-        last gradient. Computed again, at first only outputs are there.
+        Two blocks that keep 10 bytes each, 1 of them their output, and one more in the backward
+        pass. Everything: 20 bytes, and the last gradient. Computed again, at first only outputs
+        are there.
 
         >>> from scaledtrain.recompute.chain import Block, Way
-        >>> way = Way("all", 1.0, 2.0, 10, 10, 1, 1.0, 9)
+        >>> way = Way("all", 1.0, 2.0, 10, 10, 11, 1.0, 9)
         >>> chain = Chain((Block((way,), 1, 1.0, 2),) * 2)
         >>> cost(chain, (Keep(), Keep()))
         Cost(seconds=6.0, peak_bytes=22)
@@ -124,10 +125,10 @@ class _Walk:
         for step, start, stop in reversed(places):
             if isinstance(step, Keep):
                 way = blocks[start].ways[step.way]
-                self._reaches(way.backward_bytes)
-                self.seconds += way.backward_seconds
                 stopped = again and stop == end
                 self.live -= way.stopped_bytes if stopped else way.kept_bytes
+                self._reaches(way.backward_bytes)
+                self.seconds += way.backward_seconds
                 self._gradient_moves(start)
             else:
                 self.live -= blocks[stop - 1].output_bytes

@@ -44,7 +44,7 @@ def fastest_plan(chain: Chain, peak_bytes: int) -> Plan | None:
         gradient, and a byte on the way. In 20 bytes one block is kept, and three are run again.
 
         >>> from scaledtrain.recompute.plan import cost
-        >>> way = Way("all", 1.0, 2.0, 10, 10, 1, 1.0, 9)
+        >>> way = Way("all", 1.0, 2.0, 10, 10, 11, 1.0, 9)
         >>> chain = Chain((Block((way,), 1, 1.0, 2),) * 4)
         >>> cost(chain, fastest_plan(chain, 42))
         Cost(seconds=12.0, peak_bytes=42)
@@ -157,7 +157,7 @@ class _Table:
         least = max(
             kept,
             self._units(way.forward_bytes) + self._outputs[last],
-            kept + self._outputs[first] + self._units(way.backward_bytes),
+            self._outputs[first] + self._units(way.backward_bytes),
         )
         if first == last:
             return least, np.full(max(0, self._top + 1 - least), seconds)
