@@ -307,6 +307,11 @@ def _assemble(
         strategy=strategy,
         mesh=config.mesh,
         precision=config.precision,
+        activation_checkpointing=(
+            None
+            if config.activation_checkpointing is None
+            else make(config.activation_checkpointing)
+        ),
         gradient_accumulation_steps=accumulation,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,

@@ -22,6 +22,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.precision import Precision
+from scaledtrain.recompute import CheckpointPolicy, checkpoint_activations
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
@@ -66,6 +67,8 @@ class Trainer:
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
         precision: default fp32.
+        activation_checkpointing: which activations are computed again instead of kept; None keeps
+            all.
         gradient_accumulation_steps: batches of the loader per step on each replica.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
@@ -110,6 +113,7 @@ class Trainer:
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
         precision: Precision | None = None,
+        activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
@@ -132,6 +136,11 @@ class Trainer:
             )
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}; it is > 0, or None not to clip")
+        if activation_checkpointing is not None and compile is not None:
+            raise ConfigError(
+                f"compile is {compile!r}, and activations are to be computed again, too; "
+                "torch.compile decides by itself what it keeps: choose one of the two"
+            )
         if deterministic:
             be_deterministic()
         self._owned: Connection | None = None
@@ -178,6 +187,25 @@ class Trainer:
         self._seed = seed
         self._stopping = False
         self._introduced = False
+        self._unplanned: CheckpointPolicy | None = None
+        if activation_checkpointing is not None:
+            if activation_checkpointing.needs_sample:
+                self._unplanned = activation_checkpointing  # until there is a batch
+            else:
+                self.metrics.say(checkpoint_activations(self.model, activation_checkpointing).told)
+
+    def _plan_activations(self, batch: StepBatch) -> None:
+        """With a batch it can be seen which activations fit; once."""
+        if self._unplanned is None or not batch.microbatches:
+            return
+        policy, self._unplanned = self._unplanned, None
+        largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
+
+        def sample(called: Callable[..., Any]) -> Tensor:
+            with self.precision.autocast():
+                return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
+
+        self.metrics.say(checkpoint_activations(self.model, policy, sample).told)
 
     @property
     def step_count(self) -> int:
@@ -470,6 +498,7 @@ class _Run:
             with closing(self._loader.epoch(trainer.epoch, trainer.steps_in_epoch)) as steps:
                 for batch in steps:
                     timeline.add("data", start)
+                    trainer._plan_activations(batch)
                     if not trainer.step(batch):
                         return self._ended_by_strategy()
                     trainer.steps_in_epoch += 1

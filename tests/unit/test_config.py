@@ -25,6 +25,7 @@ FILES = sorted(
 
 # What a choice needs beside it, where the defaults do not fit it.
 COMPANIONS = {
+    "activation_checkpointing/memory_budget": ["activation_checkpointing.size=1GiB"],
     "model/gpt": ["data=stdlib_text"],
     "data/stdlib_text": ["model=gpt"],
     "strategy/admission": ["strategy=async"],
