@@ -22,7 +22,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.precision import Precision
-from scaledtrain.recompute import CheckpointPolicy, checkpoint_activations
+from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
@@ -188,11 +188,13 @@ class Trainer:
         self._stopping = False
         self._introduced = False
         self._unplanned: CheckpointPolicy | None = None
+        self._checkpointing: Executor | None = None
         if activation_checkpointing is not None:
             if activation_checkpointing.needs_sample:
                 self._unplanned = activation_checkpointing  # until there is a batch
             else:
-                self.metrics.say(checkpoint_activations(self.model, activation_checkpointing).told)
+                self._checkpointing = checkpoint_activations(self.model, activation_checkpointing)
+                self.metrics.say(self._checkpointing.told)
 
     def _plan_activations(self, batch: StepBatch) -> None:
         """With a batch it can be seen which activations fit; once."""
@@ -205,7 +207,8 @@ class Trainer:
             with self.precision.autocast():
                 return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
 
-        self.metrics.say(checkpoint_activations(self.model, policy, sample).told)
+        self._checkpointing = checkpoint_activations(self.model, policy, sample)
+        self.metrics.say(self._checkpointing.told)
 
     @property
     def step_count(self) -> int:
@@ -404,7 +407,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close files, and the connection if the Trainer made it; all ranks call it."""
-        self.metrics.close()
+        self._release()
         if self._owned is not None:
             self._owned.close()
             self._owned = None
@@ -421,9 +424,16 @@ class Trainer:
         if error is None:
             self.close()
         else:  # the others may be anywhere: do not wait for them
-            self.metrics.close()
+            self._release()
             if self._owned is not None:
                 self._owned.abandon()
+
+    def _release(self) -> None:
+        """Close files; the model is the user's again."""
+        self.metrics.close()
+        if self._checkpointing is not None:
+            self._checkpointing.remove()
+            self._checkpointing = None
 
     def _call(self, moment: str, *arguments: Any) -> None:
         for callback in self._callbacks:

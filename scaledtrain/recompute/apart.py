@@ -12,10 +12,10 @@ from torch.func import functional_call
 from scaledtrain.recompute.blocks import Call
 from scaledtrain.recompute.live_bytes import LiveBytes
 
-__all__ = ["Apart", "Sample", "peak_bytes"]
+__all__ = ["Apart", "Sample", "loss", "loss_without_gradients", "peak_bytes"]
 
 Sample = Callable[[Call], Tensor]
-"""Called with a model, returns the loss of one microbatch."""
+"""Called with what runs the model's ``forward``, returns the loss of one microbatch."""
 
 
 class Apart:
@@ -51,6 +51,18 @@ class Apart:
 
 def _drop(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def loss(model: nn.Module, sample: Sample) -> float:
+    """Of a forward pass that a backward pass could follow."""
+    with Apart(model) as apart, torch.enable_grad():
+        return sample(apart).item()
+
+
+def loss_without_gradients(model: nn.Module, sample: Sample) -> float:
+    """Of a forward pass that is not recorded; no plan has a part in it."""
+    with Apart(model) as apart, torch.no_grad():
+        return sample(apart).item()
 
 
 def peak_bytes(model: nn.Module, sample: Sample) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ __all__ = [
     "check_arguments",
     "find_blocks",
     "first_tensor",
+    "has_hooks",
     "named_blocks",
+    "same_arguments",
 ]
 
 _PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -49,12 +52,12 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
             f"{type(model).__name__} has no nn.Sequential or nn.ModuleList of two modules or more, "
             "so that its blocks are not known; name them: blocks=[...]"
         )
-    return list(max(lists, key=_most_alike).children())
+    return list(max(lists, key=_most_alike))
 
 
-def _most_alike(modules: nn.Module) -> tuple[int, int]:
+def _most_alike(modules: nn.Sequential | nn.ModuleList) -> tuple[int, int]:
     """How many of the modules are of the kind that there are most of, and their parameters."""
-    kinds = [type(child) for child in modules.children()]
+    kinds = [type(child) for child in modules]
     most = max(set(kinds), key=kinds.count)
     return kinds.count(most), sum(p.numel() for p in modules.parameters())
 
@@ -65,6 +68,8 @@ def named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     Raises:
         ConfigError: there is no such submodule.
     """
+    if not names:
+        raise ConfigError("blocks is empty; name the submodules, or leave it out to find them")
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
@@ -112,6 +117,29 @@ def check_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             )
 
 
+def has_hooks(block: nn.Module) -> bool:
+    """Whether something happens where the block is called, beside its ``forward``."""
+    return bool(
+        block._forward_hooks
+        or block._forward_pre_hooks
+        or block._backward_hooks
+        or block._backward_pre_hooks
+    )
+
+
+def same_arguments(one: Any, other: Any) -> bool:
+    """The same tensors, and equal values."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(same_arguments, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(
+            same_arguments(one[key], other[key]) for key in one
+        )
+    return bool(one is other or one == other)
+
+
 class Interception:
     """Calls of the blocks' ``forward`` go somewhere else, until it is removed.
 
@@ -121,10 +149,19 @@ class Interception:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], call: Divert) -> None:
+        if len(set(blocks)) < len(blocks):
+            raise ConfigError(
+                "a block comes twice in the chain; name the blocks that come once: blocks=[...]"
+            )
+        if any(isinstance(block.forward, _Diverted) for block in blocks):
+            raise ConfigError(
+                "the model's activations are computed again already; remove() the handle of "
+                "checkpoint_activations, or close the Trainer, that has it first"
+            )
         self._blocks = list(blocks)
         self._before = [vars(block).get("forward") for block in blocks]
         for index, block in enumerate(blocks):
-            block.forward = _diverted(index, block.forward, call)
+            block.forward = _Diverted(block, index, block.forward, call)
 
     def remove(self) -> None:
         """Let them be as they were."""
@@ -136,8 +173,24 @@ class Interception:
         self._blocks, self._before = [], []
 
 
-def _diverted(index: int, forward: Call, call: Divert) -> Call:
-    def diverted(*args: Any, **kwargs: Any) -> Any:
-        return call(index, forward, args, kwargs)
+class _Diverted:
+    """What stands in a block's place of ``forward``; a copy of the block has its own again."""
 
-    return diverted
+    def __init__(self, block: nn.Module, index: int, forward: Call, call: Divert) -> None:
+        self._block = block
+        self._index = index
+        self._forward = forward
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._index, self._forward, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        return _own_forward(memo[id(self._block)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_forward, (self._block,)
+
+
+def _own_forward(block: nn.Module) -> Call:
+    return MethodType(type(block).forward, block)

@@ -49,6 +49,8 @@ class Block:
     """Of a forward pass that keeps nothing but the output."""
     forward_bytes: int
     """At most, during such a pass; at least ``output_bytes``."""
+    joins: bool = True
+    """It can be computed again together with the block before it."""
 
 
 @dataclass(frozen=True)

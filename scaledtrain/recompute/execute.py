@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.recompute.blocks import Call, Interception, check_arguments, first_tensor
+from scaledtrain.recompute.blocks import (
+    Call,
+    Interception,
+    check_arguments,
+    first_tensor,
+    has_hooks,
+    same_arguments,
+)
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.plan import Keep, Plan, Step, count_blocks
 from scaledtrain.recompute.rerun import Rerun
@@ -24,12 +32,13 @@ class Executor:
     Nothing of the model changes but where calls of ``forward`` of each block go; names of
     parameters, hooks and state dicts stay. Blocks that are computed again together run when the
     first of them is called; the calls of the others hand on what they are given. Gradients have the
-    bits that they have without it: the same operators run on the same values, random numbers of
-    torch included.
+    bits that they have without it: the same operators run on the same values, with the same numbers
+    from torch's default generators.
 
     Where no gradients are recorded, as in evaluation, everything runs as if there were no plan.
 
     Args:
+        model: that has the blocks.
         blocks: in the order in which the model calls them, each with the output of the one before.
         plan: for all of them.
         ways: of a block that a plan's `Keep` may name: the contexts in which it is checkpointed;
@@ -43,6 +52,7 @@ class Executor:
 
     def __init__(
         self,
+        model: nn.Module,
         blocks: Sequence[nn.Module],
         plan: Plan,
         ways: Sequence[MakeContexts | None] = (None,),
@@ -50,27 +60,48 @@ class Executor:
     ) -> None:
         self.told = told
         assert count_blocks(plan) == len(blocks)
+        self._waiting: _Together | None = None  # has run, but not all of its blocks were called
         self._place: list[tuple[_Together, int]] = []
         for step in plan:
             n, first = count_blocks((step,)), len(self._place)
             together = _Together(list(blocks[first : first + n]), step, ways)
             self._place += [(together, place) for place in range(n)]
         self._interception = Interception(blocks, self._call)
+        self._hook = model.register_forward_hook(self._raise_if_waiting)
 
     def remove(self) -> None:
         """Let the blocks run as they are."""
         self._interception.remove()
+        self._hook.remove()
 
     def _call(
         self, index: int, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         together, place = self._place[index]
-        if together.keeps_all or together.running or not torch.is_grad_enabled():
+        if together.running or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if together.keeps_all:
+            self._raise_if_waiting()
             return forward(*args, **kwargs)
         check_arguments(together.blocks[place], args, kwargs)
+        if place == 0 or self._waiting is not together:
+            self._raise_if_waiting()
         if place == 0:
-            return together.run(forward, args, kwargs)
-        return together.hand_on(place, args, kwargs)
+            output = together.run(forward, args, kwargs)
+        else:
+            output = together.hand_on(place, args, kwargs)
+        self._waiting = together if place < len(together.blocks) - 1 else None
+        return output
+
+    def _raise_if_waiting(self, *_: Any) -> None:
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            waiting.forget()
+            raise ConfigError(
+                "not all blocks that are computed again together were called, one after another, "
+                f"after the first of them ({type(waiting.blocks[0]).__name__}): choose a policy "
+                "that takes them one by one"
+            )
 
 
 class _Together:
@@ -84,7 +115,8 @@ class _Together:
         self.keeps_all = isinstance(step, Keep) and ways[step.way] is None
         self.running = False  # a block's call is one of ours, not the model's
         self._ways = ways
-        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._pass: _Pass | None = None
+        self._output: Tensor | None = None
         self._is_tuple = False
 
     def run(self, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -93,26 +125,39 @@ class _Together:
         output = one.steps((self.step,), 0, None, args[0])
         if len(self.blocks) > 1:
             self._is_tuple = isinstance(output, tuple)
+            self._output = first_tensor(output)
+            self._pass = one
             if isinstance(output, tuple) and len(output) > 1:
-                raise ConfigError(
-                    f"{type(self.blocks[-1]).__name__} returns {len(output)} things; blocks that "
-                    "are computed again together return one: choose a policy that takes them one "
-                    "by one"
+                raise self._error(
+                    f"{type(self.blocks[-1]).__name__} returns {len(output)} things, not one"
                 )
-            self._given = args[1:], kwargs
+            if any(map(has_hooks, self.blocks)):
+                raise self._error("one of them has hooks, which would see other calls")
         return output
 
     def hand_on(self, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block has already run: what came out of the last one is what it was given."""
-        if self._given is None or not _alike(self._given, (args[1:], kwargs)):
-            raise ConfigError(
-                f"{type(self.blocks[place]).__name__} number {place} of those that are computed "
-                "again together was called out of order, or with other arguments than the first: "
-                "choose a policy that takes them one by one"
+        fits = self._pass is not None and self._pass.was_given(args[1:], kwargs)
+        if not (fits and args[0] is self._output):
+            raise self._error(
+                f"number {place}, a {type(self.blocks[place]).__name__}, was not called with what "
+                "the one before it returned, and the same other arguments"
             )
+        output = (args[0],) if self._is_tuple else args[0]
         if place == len(self.blocks) - 1:
-            self._given = None
-        return (args[0],) if self._is_tuple else args[0]
+            self.forget()
+        return output
+
+    def forget(self) -> None:
+        """No more of its blocks will be called in this pass."""
+        self._pass = self._output = None
+
+    def _error(self, why: str) -> ConfigError:
+        self.forget()
+        return ConfigError(
+            f"{len(self.blocks)} blocks are to be computed again together, but {why}: choose a "
+            "policy that takes them one by one"
+        )
 
 
 class _Pass:
@@ -131,6 +176,17 @@ class _Pass:
         self._others = others
         self._kwargs = kwargs
         self._ways = ways
+        self._tensors = [t for t in tree_leaves((others, kwargs)) if isinstance(t, Tensor)]
+        self._versions = [t._version for t in self._tensors]
+
+    def was_given(self, others: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether these are the arguments that the blocks were given beside the first."""
+        return (
+            same_arguments((self._others, self._kwargs), (others, kwargs)) and self._is_unchanged()
+        )
+
+    def _is_unchanged(self) -> bool:
+        return self._versions == [t._version for t in self._tensors]
 
     def steps(self, plan: Plan, first: int, inside: Rerun | None, x: Tensor) -> Any:
         """Run steps; returns the last block's output.
@@ -163,6 +219,12 @@ class _Pass:
         )
 
     def _block(self, place: int, x: Tensor) -> Any:
+        if not self._is_unchanged():
+            raise ConfigError(
+                f"an argument of {type(self._together.blocks[place]).__name__} was changed in "
+                "place after the block was called, so that it cannot be computed again with it: "
+                "give it a tensor of its own"
+            )
         if place == 0:  # its hooks have been called by whoever called it
             return self._first_forward(x, *self._others, **self._kwargs)
         together = self._together
@@ -171,14 +233,3 @@ class _Pass:
             return together.blocks[place](x, *self._others, **self._kwargs)
         finally:
             together.running = False
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """The same tensors, and equal values."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
-    return bool(one is other or one == other)

@@ -17,7 +17,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, whatever operators return is counted, until nobody refers to it any more.
 
     Views count with what they are views of, once; what was made outside does not count. Left out is
-    what an operator needs only while it runs, inside a kernel, and what an allocator rounds up.
+    what an operator needs only while it runs, inside a kernel, what an allocator rounds up, and
+    sparse tensors.
 
     Attributes:
         live: bytes that are alive now.
@@ -46,9 +47,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {_key(t) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _key(tensor) not in given:
+            if _has_storage(tensor) and _key(tensor) not in given:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -65,6 +66,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._counted[key] = weakref.ref(storage, given_up)
         self.live += n_bytes
         self.peak = max(self.peak, self.live)
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _key(tensor: Tensor) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Apart, Sample
-from scaledtrain.recompute.blocks import Call, Interception, check_arguments, first_tensor
+from scaledtrain.recompute.blocks import (
+    Call,
+    Interception,
+    check_arguments,
+    first_tensor,
+    has_hooks,
+    same_arguments,
+)
 from scaledtrain.recompute.chain import Block, Chain, Way
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
@@ -24,6 +33,7 @@ from scaledtrain.recompute.plan import every
 __all__ = ["measure_chain"]
 
 _REPEATS = 3  # of what is timed
+_MUTATED = "has been mutated"  # says torch's selective checkpointing
 
 
 def measure_chain(
@@ -51,8 +61,10 @@ def measure_chain(
     """
     measured: dict[Hashable, Block] = {}
     chain: list[Block] = []
+    before: tuple[Any, Any, Any] | None = None  # arguments and output of the last block
 
     def call(index: int, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal before
         if index != len(chain):
             raise ConfigError(
                 f"the model calls block {index} where block {len(chain)} should come; blocks whose "
@@ -63,8 +75,12 @@ def measure_chain(
         if kind not in measured:
             with torch.enable_grad():
                 measured[kind] = _measure(forward, args, kwargs, ways)
-        chain.append(measured[kind])
-        return forward(*args, **kwargs)
+        joins = before is not None and _follows(args, kwargs, *before)
+        joins = joins and not has_hooks(blocks[index])
+        chain.append(replace(measured[kind], joins=joins))
+        output = forward(*args, **kwargs)
+        before = args, kwargs, None if has_hooks(blocks[index]) else output
+        return output
 
     interception = Interception(blocks, call)
     try:
@@ -72,6 +88,7 @@ def measure_chain(
             sample(apart)
     finally:
         interception.remove()
+        before = None
     if len(chain) < len(blocks):
         raise ConfigError(f"the model called {len(chain)} of its {len(blocks)} blocks")
     base, rest = _around(model, blocks, sample)
@@ -80,9 +97,28 @@ def measure_chain(
 
 def _kind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """Equal for blocks that cost the same."""
-    inside = [(type(m).__name__, m.extra_repr(), m.training) for m in block.modules()]
+    inside = [(type(m).__name__, m.extra_repr(), _plain_of(m)) for m in block.modules()]
     held = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
     return type(block), tuple(inside), tuple(held), _shape(args), _shape(kwargs)
+
+
+def _plain_of(module: nn.Module) -> Hashable:
+    values = vars(module).items()
+    return tuple((k, v) for k, v in values if isinstance(v, (bool, int, float, str)))
+
+
+def _follows(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    args_before: tuple[Any, ...],
+    kwargs_before: dict[str, Any],
+    output_before: Any,
+) -> bool:
+    """Whether a block is given what the one before it returned, and the same other arguments."""
+    if isinstance(output_before, tuple):
+        output_before = output_before[0] if len(output_before) == 1 else None
+    others_alike = same_arguments((args[1:], kwargs), (args_before[1:], kwargs_before))
+    return args[0] is output_before and others_alike
 
 
 def _shape(value: Any) -> Hashable:
@@ -125,7 +161,12 @@ def _measure(
     found: list[Way] = []
     for name, contexts in ways:
         way = run if contexts is None else _checkpointed(run, contexts)
-        most, kept, backward, returned = _bytes(way, x)
+        try:
+            most, kept, backward, returned = _bytes(way, x)
+        except RuntimeError as error:
+            if contexts is None or _MUTATED not in str(error):
+                raise
+            continue  # what would be kept is changed in place: the block has this way not
         ahead, back = _seconds(way, x)
         stopped_seconds, stopped_bytes = ahead, kept
         if contexts is None:
@@ -150,6 +191,7 @@ def _bytes(run: Call, x: Tensor) -> tuple[int, int, int, bool]:
         saved.add(tensor.untyped_storage()._cdata)
         return tensor
 
+    torch.clear_autocast_cache()  # casts of parameters count where they are made
     with LiveBytes() as counted:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = first_tensor(run(x))
@@ -161,7 +203,8 @@ def _bytes(run: Call, x: Tensor) -> tuple[int, int, int, bool]:
         del output
         counted.peak = counted.live
         if edge is not None:
-            torch.autograd.backward(edge, gradient)
+            with _as_backward(gradient):
+                torch.autograd.backward(edge, gradient)
         backward = counted.peak - output_bytes
     x.grad = None
     return most, kept, backward, is_saved
@@ -171,17 +214,24 @@ def _seconds(run: Call, x: Tensor) -> tuple[float, float]:
     """Of forward and backward, medians."""
     ahead, back = [], []
     for repeat in range(_REPEATS + 1):
+        torch.clear_autocast_cache()
         start = _now(x)
         output = first_tensor(run(x))
         middle = _now(x)
         if output.requires_grad:
-            torch.autograd.backward(output, torch.ones_like(output))
+            with _as_backward(output):
+                torch.autograd.backward(output, torch.ones_like(output))
         end = _now(x)
         x.grad = None
         if repeat > 0:  # the first one warms up
             ahead.append(middle - start)
             back.append(end - middle)
     return statistics.median(ahead), statistics.median(back)
+
+
+def _as_backward(like: Tensor) -> AbstractContextManager[Any]:
+    """A backward pass is outside autocast."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _now(x: Tensor) -> float:
@@ -192,7 +242,7 @@ def _now(x: Tensor) -> float:
 
 def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tuple[int, Block]:
     """What is there before the first block, and what comes after the last one."""
-    executor = Executor(blocks, every(1, len(blocks)))
+    executor = Executor(model, blocks, every(1, len(blocks)))
     counted = LiveBytes()
     base = after = most = 0
     start = middle = end = 0.0
@@ -206,6 +256,11 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
         tensor = first_tensor(output)
         counted.peak = after = counted.live
         start = _now(tensor)
+        if not tensor.requires_grad:
+            raise ConfigError(
+                "no gradient comes to the last block, so that nothing is kept for one; leave "
+                "activation checkpointing out, or train some of the blocks"
+            )
         tensor.register_hook(came_back)  # type: ignore[no-untyped-call]
 
     def came_back(gradient: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from scaledtrain.recompute.chain import Chain
 
-__all__ = ["Cost", "Keep", "Plan", "Recompute", "Step", "cost", "count_blocks", "every"]
+__all__ = ["Cost", "Keep", "Plan", "Recompute", "Step", "cost", "count_blocks", "depth", "every"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ def count_blocks(plan: Plan) -> int:
         3
     """
     return sum(1 if isinstance(step, Keep) else count_blocks(step.plan) for step in plan)
+
+
+def depth(plan: Plan) -> int:
+    """How often blocks are inside of a `Recompute`, at most.
+
+    Example:
+        >>> depth((Recompute((Recompute((Keep(),)), Keep())), Keep()))
+        2
+    """
+    return max((1 + depth(s.plan) for s in plan if isinstance(s, Recompute)), default=0)
 
 
 def every(k: int, n_blocks: int) -> Plan:

@@ -6,20 +6,20 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.recompute.apart import Sample, peak_bytes
+from scaledtrain.recompute.apart import Sample, loss, loss_without_gradients, peak_bytes
 from scaledtrain.recompute.blocks import find_blocks, named_blocks
 from scaledtrain.recompute.chain import Chain
-from scaledtrain.recompute.dear import DEAR, contexts_of
+from scaledtrain.recompute.dear import DEAR, MakeContexts, contexts_of
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.measure import measure_chain
-from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, every
+from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, depth, every
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 _ATTEMPTS = 8  # to find a plan whose peak fits when it is measured
+_SLACK_BYTES = 64  # of what a training loop adds: the sum of its losses
+_MAX_DEPTH = 64  # of groups in groups: each takes some ten frames of Python's stack
 _UNITS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -76,14 +78,16 @@ class CheckpointEvery(CheckpointPolicy):
     k: int = 1
 
     def __post_init__(self) -> None:
-        if self.k < 1:
+        if not isinstance(self.k, int) or self.k < 1:
             raise ConfigError(f"k is {self.k}; a group has at least one block")
 
     def install(
         self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample | None
     ) -> Executor:
         """Checkpoint groups of ``k``."""
-        return Executor(blocks, every(self.k, len(blocks)), told=_told_groups(self.k, len(blocks)))
+        return Executor(
+            model, blocks, every(self.k, len(blocks)), told=_told_groups(self.k, len(blocks))
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class CheckpointSqrt(CheckpointPolicy):
     ) -> Executor:
         """Checkpoint groups of sqrt(n)."""
         k = math.isqrt(len(blocks) - 1) + 1
-        return Executor(blocks, every(k, len(blocks)), told=_told_groups(k, len(blocks)))
+        return Executor(model, blocks, every(k, len(blocks)), told=_told_groups(k, len(blocks)))
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,13 @@ class Selective(CheckpointPolicy):
         found: list[Any] = []
         for name in self.operators:
             packet = getattr(torch.ops.aten, name, None)
-            if packet is None:
+            if not isinstance(packet, torch._ops.OpOverloadPacket):
                 raise ConfigError(
                     f"operators has {name!r}, which torch.ops.aten has not; mm, addmm, bmm, "
                     "convolution and _scaled_dot_product_flash_attention_for_cpu are some it has"
                 )
-            found += [getattr(packet, overload) for overload in packet.overloads()]
+            overloads: list[str] = packet.overloads()  # type: ignore[no-untyped-call]
+            found += [getattr(packet, overload) for overload in overloads]
         return found
 
     def install(
@@ -144,7 +149,7 @@ class Selective(CheckpointPolicy):
         """Checkpoint each block by itself, and keep these operators' results."""
         n, contexts = len(blocks), contexts_of(self._overloads())
         told = f"activations: of each of {n} blocks only what is dear to compute is kept"
-        return Executor(blocks, (Keep(),) * n, (contexts,), told)
+        return Executor(model, blocks, (Keep(),) * n, (contexts,), told)
 
 
 @dataclass(frozen=True)
@@ -208,24 +213,77 @@ class MemoryBudget(CheckpointPolicy):
             )
         ways = [("all", None), ("dear", contexts_of())]
         chain = measure_chain(model, blocks, sample, ways)
-        aim = self.n_bytes
+        contexts = [make for _, make in ways]
+        expected = loss_without_gradients(model, sample)
+        aim = self.n_bytes - _SLACK_BYTES
         for _ in range(_ATTEMPTS):
-            plan = fastest_plan(chain, aim)
+            plan = _plan(chain, aim)
             if plan is None:
                 break
-            executor = Executor(blocks, plan[:-1], [contexts for _, contexts in ways])
-            measured = peak_bytes(model, sample)
-            if measured <= self.n_bytes:
+            executor = Executor(model, blocks, plan[:-1], contexts)
+            try:
+                measured = peak_bytes(model, sample)
+                found = loss(model, sample)
+            except BaseException:
+                executor.remove()
+                raise
+            if not math.isclose(expected, found, rel_tol=1e-4, abs_tol=1e-12):
+                executor.remove()
+                chain = _one_by_one(chain, expected, found)
+                continue
+            if measured + _SLACK_BYTES <= self.n_bytes:
                 executor.told = _told(chain, plan, self.n_bytes, measured)
                 return executor
             executor.remove()
-            aim -= measured - self.n_bytes
-        least = smallest_bytes(chain) + self.n_bytes - aim
+            aim -= measured + _SLACK_BYTES - self.n_bytes
+        least = _least(model, blocks, chain, sample, contexts)
         raise ConfigError(
-            f"activations do not fit into {self.n_bytes} bytes: however often blocks are computed "
-            f"again, {least} bytes ({_mib(least)}) are needed; raise the budget to that, or make "
-            "the microbatch smaller and gradient_accumulation_steps larger"
+            f"the activations of {len(blocks)} blocks ({type(blocks[0]).__name__} and so on) do "
+            f"not fit into {self.n_bytes} bytes: however often they are computed again, {least} "
+            f"bytes ({_mib(least)}) are needed; raise the budget to that, make the microbatch "
+            "smaller and gradient_accumulation_steps larger, or name more of the model's blocks"
         )
+
+
+def _plan(chain: Chain, peak_bytes: int) -> Plan | None:
+    everything = (Keep(),) * len(chain)
+    if cost(chain, everything).peak_bytes <= peak_bytes:
+        return everything
+    plan = fastest_plan(chain, peak_bytes)
+    return None if plan is None or depth(plan) > _MAX_DEPTH else plan
+
+
+def _least(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    chain: Chain,
+    sample: Sample,
+    contexts: Sequence[MakeContexts | None],
+) -> int:
+    """A budget that can be kept: of the smallest plan, tried out."""
+    least = smallest_bytes(chain)
+    while (plan := _plan(chain, least)) is None:  # it nests too deep
+        least += least // 8
+    executor = Executor(model, blocks, plan[:-1], contexts)
+    try:
+        return max(least, peak_bytes(model, sample)) + _SLACK_BYTES
+    finally:
+        executor.remove()
+
+
+def _one_by_one(chain: Chain, expected: float, found: float) -> Chain:
+    """The model uses what blocks return for more than the next block: none of them join.
+
+    Raises:
+        ConfigError: none did.
+    """
+    if not any(block.joins for block in chain.blocks):
+        raise ConfigError(
+            f"with activations that are computed again the model's loss is {found:g}, and "
+            f"{expected:g} without: it does not compute the same each time it is called, beside "
+            "what torch's default generators draw"
+        )
+    return Chain(tuple(replace(b, joins=False) for b in chain.blocks), chain.base_bytes)
 
 
 def checkpoint_activations(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.dear import MakeContexts
 
 __all__ = ["Rerun"]
@@ -18,8 +19,8 @@ __all__ = ["Rerun"]
 class Rerun:
     """One forward pass of some blocks that is made again.
 
-    Buffers that the first pass changed, as the running statistics of a batch norm, are not changed
-    by the second one: it works on copies.
+    The running statistics that a batch norm changes in the first pass are not changed by the second
+    one: it works on copies.
 
     Args:
         blocks: that run.
@@ -42,19 +43,25 @@ class Rerun:
         further = (nullcontext(), nullcontext()) if self._contexts is None else self._contexts()
         return _FirstPass(self, further[0]), _SecondPass(self, further[1])
 
-    def begin_first(self) -> list[list[int]]:
-        """Versions of the buffers."""
-        return [_versions(module) for module in self._modules]
+    def begin_first(self) -> list[list[tuple[int, int]]]:
+        """Identities and versions of the buffers."""
+        return [_states(module) for module in self._modules]
 
-    def end_first(self, versions: Sequence[list[int]]) -> None:
-        """Note which modules have changed buffers since."""
-        pairs = zip(self._modules, versions, strict=True)
-        # The kernels of these change the running statistics without a new version.
-        self._changed = [
-            module
-            for module, before in pairs
-            if isinstance(module, _NormBase) or _versions(module) != before
-        ]
+    def end_first(self, before: Sequence[list[tuple[int, int]]]) -> None:
+        """Note which modules have changed buffers since.
+
+        Raises:
+            ConfigError: one that may read what it has changed.
+        """
+        for module, states in zip(self._modules, before, strict=True):
+            if isinstance(module, _NormBase):  # its kernels change statistics unseen
+                self._changed.append(module)
+            elif _states(module) != states:
+                raise ConfigError(
+                    f"{type(module).__name__} changes its buffers in its forward pass, and would "
+                    "find others if it were computed again; leave its block out of the chain "
+                    "(blocks=[...]), or choose a module that keeps its buffers"
+                )
 
     def begin_second(self) -> None:
         """Let the blocks change copies."""
@@ -71,18 +78,19 @@ class Rerun:
         self._own = []
 
 
-def _versions(module: nn.Module) -> list[int]:
-    return [buffer._version for buffer in module._buffers.values() if buffer is not None]
+def _states(module: nn.Module) -> list[tuple[int, int]]:
+    buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+    return [(id(buffer), buffer._version) for buffer in buffers]
 
 
 class _FirstPass(AbstractContextManager[None]):
     def __init__(self, rerun: Rerun, further: AbstractContextManager[Any]) -> None:
         self._rerun = rerun
         self._further = further
-        self._versions: list[list[int]] = []
+        self._before: list[list[tuple[int, int]]] = []
 
     def __enter__(self) -> None:
-        self._versions = self._rerun.begin_first()
+        self._before = self._rerun.begin_first()
         self._further.__enter__()
 
     def __exit__(
@@ -92,7 +100,8 @@ class _FirstPass(AbstractContextManager[None]):
         traceback: TracebackType | None,
     ) -> None:
         self._further.__exit__(kind, error, traceback)
-        self._rerun.end_first(self._versions)
+        if error is None:
+            self._rerun.end_first(self._before)
 
 
 class _SecondPass(AbstractContextManager[None]):

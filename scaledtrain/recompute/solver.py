@@ -63,7 +63,10 @@ def smallest_bytes(chain: Chain) -> int:
     """The least budget for which there is a plan, up to a thousandth of what everything needs."""
     table = _Table(chain, _enough(chain))
     units = int(np.argmax(np.isfinite(table.times(0, len(chain) - 1, False))))
-    return units * table.unit + chain.base_bytes
+    least = units * table.unit + chain.base_bytes
+    while fastest_plan(chain, least) is None:  # which rounds to other units
+        least += table.unit
+    return least
 
 
 def _enough(chain: Chain) -> int:
@@ -135,6 +138,8 @@ class _Table:
                 yield (index, first + 1), least, seconds
         forward_seconds, most, before, end = 0.0, 0, 0, self._outputs[last]
         for rest in range(first + 1, last + 1):
+            if rest > first + 1 and not self._blocks[rest - 1].joins:
+                return
             block, output = self._blocks[rest - 1], self._outputs[rest - 1]
             forward_seconds += block.forward_seconds
             most = max(most, before + block.forward_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from functools import partial
@@ -143,7 +145,7 @@ def test_predicted_bytes_are_measured_bytes(case: str) -> None:
     plans: list[Plan] = [(one,) * n, every(1, n), every(2, n), (Keep(1),) * n]
     plans.append((*nested, *every(1, n - 5)))
     for plan in plans:
-        executor = Executor(blocks, plan, (None, contexts_of()))
+        executor = Executor(model, blocks, plan, (None, contexts_of()))
         measured = peak_bytes(model, sample)
         executor.remove()
         assert cost(chain, (*plan, one)).peak_bytes == pytest.approx(measured, rel=0.05)
@@ -181,26 +183,152 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_hooks_of_blocks_see_each_call_and_its_output() -> None:
+def test_hooks_see_each_call_once_and_are_in_no_group() -> None:
     model = chain_of_layers().eval()
-    seen: dict[int, list[Tensor]] = {}
-    for index, block in enumerate(model):
-        block.register_forward_hook(
-            lambda module, args, output, index=index: seen.setdefault(index, []).append(output)
-        )
-    expected = [model[: n + 1](ROWS) for n in range(9)]
+    seen: list[Tensor] = []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = model[:2](ROWS)
+    handle = checkpoint_activations(model, CheckpointEvery(1))
     seen.clear()
-    checkpoint_activations(model, CheckpointEvery(9))
     model(ROWS).sum().backward()
-    # The first block's hook sees the group's output; the others' each block's own, once in the
-    # forward pass, once again in the backward pass, and what is handed on when the model calls.
-    assert torch.equal(seen[0][0], expected[8])
-    for index in range(1, 9):
-        assert torch.equal(seen[index][0], expected[index])
-    seen.clear()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], expected)
+    handle.remove()
+    checkpoint_activations(model, CheckpointEvery(3))
+    with pytest.raises(ConfigError, match="one of them has hooks"):
+        model(ROWS)
     with torch.no_grad():
-        assert torch.equal(model(ROWS), expected[8])
-    assert all(torch.equal(seen[index][0], expected[index]) for index in range(9))
+        model(ROWS)
+
+
+class Collecting(nn.Module):
+    """Uses the output of every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        three = (nn.Linear, nn.Tanh) * 3
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(kind(32, 32) if kind is nn.Linear else kind() for kind in three))
+            for _ in range(6)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return torch.stack(outputs)
+
+
+class Adding(Collecting):
+    """A block is given more than what the one before it returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class Skipping(Collecting):
+    """Leaves a block out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x) if index != 1 else x
+        return x
+
+
+class Shifting(nn.Module):
+    """Changes an argument of its blocks in place after it was used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Shifted() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = torch.zeros(1)
+        for block in self.blocks:
+            x = block(x, shift)
+            shift.add_(1.0)
+        return x
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) * torch.cos(shift)
+        return out
+
+
+def test_blocks_that_are_no_plain_chain_run_one_by_one_or_not_at_all() -> None:
+    for make, message in (
+        (Adding, "was not called with what the one before it returned"),
+        (Skipping, "not all blocks that are computed again together were called"),
+    ):
+        model = make()
+        handle = checkpoint_activations(model, CheckpointEvery(2))
+        with pytest.raises(ConfigError, match=message):
+            model(ROWS).sum().backward()
+        handle.remove()
+        checkpoint_activations(model, CheckpointEvery(1))
+        model(ROWS).sum().backward()
+    shifting = Shifting()
+    checkpoint_activations(shifting, CheckpointEvery(1))
+    with pytest.raises(ConfigError, match="was changed in place after the block was called"):
+        shifting(ROWS).sum().backward()
+
+
+def test_a_budget_groups_only_what_is_a_chain() -> None:
+    def sample(called: Any) -> Tensor:
+        return called(ROWS).square().mean()
+
+    for make in (Adding, Collecting):
+        expected, everything = trained(make(), sample)
+        model = make()
+        checkpoint_activations(model, MemoryBudget(int(0.75 * everything)), sample)
+        found, peak = trained(model, sample)
+        assert peak <= 0.75 * everything
+        assert all(map(torch.equal, expected, found))
+    fickle = chain_of_layers()
+    draws = iter(range(100))
+    with pytest.raises(ConfigError, match="does not compute the same each time"):
+        checkpoint_activations(
+            fickle, MemoryBudget("1MiB"), lambda called: called(ROWS).square().mean() + next(draws)
+        )
+
+
+def test_a_copy_of_the_model_is_its_own() -> None:
+    model = chain_of_layers().eval()
+    handle = checkpoint_activations(model, CheckpointEvery(3))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        copied(ROWS).sum().backward()
+        assert torch.equal(copied(ROWS), torch.zeros(64, 32))
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(parameter.grad is not None for parameter in copied.parameters())
+    with pytest.raises(ConfigError, match="computed again already"):
+        checkpoint_activations(model, CheckpointEvery(1))
+    handle.remove()
+    checkpoint_activations(model, CheckpointEvery(1))
+
+
+def test_under_autocast_the_budget_holds_and_bits_stay() -> None:
+    def sample(called: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return called(ROWS).float().square().mean()
+
+    expected, everything = trained(chain_of_layers(), sample)
+    model = chain_of_layers()
+    checkpoint_activations(model, MemoryBudget(int(0.75 * everything)), sample)
+    found, peak = trained(model, sample)
+    assert peak <= 0.75 * everything
+    assert all(map(torch.equal, expected, found))
 
 
 def test_the_trainer_trains_to_the_same_bits_and_plans_at_the_first_batch() -> None:
@@ -252,8 +380,20 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
     model = Convnet()
     checkpoint_activations(model, CheckpointEvery(2))
     (x,) = model.stages[0](torch.randn(1, 4, 6, 6), scale=0.5)
-    with pytest.raises(ConfigError, match="with other arguments than the first"):
+    with pytest.raises(ConfigError, match="and the same other arguments"):
         model.stages[1](x, scale=0.25)
+    twice = nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match="a block comes twice"):
+        checkpoint_activations(nn.Sequential(twice, twice), CheckpointEvery())
+    normed = nn.Sequential(
+        *(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)) for _ in "ab")
+    )
+    checkpoint_activations(normed, CheckpointEvery())
+    with pytest.raises(ConfigError, match="changes its buffers in its forward pass"):
+        normed(torch.randn(2, 4))
+    frozen = chain_of_layers().requires_grad_(False)
+    with pytest.raises(ConfigError, match="no gradient comes to the last block"):
+        checkpoint_activations(frozen, MemoryBudget("1MiB"), CASES["layers"][1])
     with pytest.raises(ConfigError, match="needs a sample"):
         checkpoint_activations(gpt(), MemoryBudget(10_000))
 
