@@ -33,7 +33,8 @@ class Outcome(NamedTuple):
     overflows: int
     scale: float
     steps: int
-    narrow: Tensor
+    bf16: Tensor
+    fp16: Tensor
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +56,18 @@ def observe(case: Case, link: Link) -> Outcome:
     fp16 = trainer(strategy=case.make(n), link=link, precision=FP16, callbacks=[overflow])
     steps = fp16.fit(batches(4 * 6 * n), max_epochs=1).step
 
-    narrow = trainer(strategy=case.make(n), link=link, precision="bf16-true")
-    narrow.fit(batches(4 * 6 * n), max_epochs=1)
+    bf16_true = trainer(strategy=case.make(n), link=link, precision="bf16-true")
+    bf16_true.fit(batches(4 * 6 * n), max_epochs=1)
+    fp16_true = trainer(strategy=case.make(n), link=link, precision="fp16-true")
+    fp16_true.fit(batches(4 * 6 * n), max_epochs=1)
     return Outcome(
         flat(equal.model),
         flat(fp16.model),
         fp16.scaler.overflows,
         fp16.scaler.metrics()["loss_scale"],
         steps,
-        flat(narrow.model),
+        flat(bf16_true.model),
+        flat(fp16_true.model),
     )
 
 
@@ -99,10 +103,11 @@ def test_an_overflow_on_one_replica_parts_nobody(
 
 @every_strategy
 def test_parameters_of_16_bits_end_equal(case: Case, outcomes: list[dict[str, Outcome]]) -> None:
-    zero, one = (rank[case.name].narrow for rank in outcomes)
-    assert torch.isfinite(zero).all()
-    assert torch.equal(zero, one)
-    assert torch.equal(zero, zero.bfloat16().double())
+    zero, one = (rank[case.name] for rank in outcomes)
+    assert torch.equal(zero.bf16, one.bf16)
+    assert torch.equal(zero.fp16, one.fp16)
+    assert torch.equal(zero.bf16, zero.bf16.bfloat16().double())
+    assert torch.equal(zero.fp16, zero.fp16.half().double())
 
 
 class Weights(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -253,45 +252,6 @@ def test_saved_and_resumed_is_not_stopping(rounding: type[Rounding], dtype: torc
         for key, value in inner.state[p].items():
             assert torch.equal(value, other_inner.state[q][key])
             assert value.dtype is other_inner.state[q][key].dtype
-
-
-def tensor_bytes() -> int:
-    """Of all tensors that are alive in this process."""
-    gc.collect()
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in gc.get_objects()
-        if type(t) in (Tensor, nn.Parameter)
-    }
-    return sum(storages.values())
-
-
-@pytest.mark.parametrize(
-    ("rounding", "dtype", "expected"),
-    [
-        # parameter, gradient, two means of AdamW, and what the rounding keeps
-        (None, torch.float32, 4 + 4 + 8),
-        (StochasticRounding, torch.bfloat16, 2 + 2 + 4),
-        (KahanCompensation, torch.bfloat16, 2 + 2 + 4 + 2),
-        (MasterWeights, torch.bfloat16, 2 + 2 + 8 + 4),
-        (MasterWeights, torch.float16, 2 + 2 + 8 + 4),
-        (KahanCompensation, torch.float16, 2 + 2 + 8 + 2),
-    ],
-)
-def test_bytes_of_a_parameter(
-    rounding: type[Rounding] | None, dtype: torch.dtype, expected: int
-) -> None:
-    """Measured between steps; beside them there are a few bytes for each tensor."""
-    n = 64 * 1024
-    before = tensor_bytes()
-    parameters = [nn.Parameter(torch.ones(n // 4, dtype=dtype)) for _ in range(4)]
-    optimizer: Any = torch.optim.AdamW(parameters)
-    if rounding is not None:
-        optimizer = WideStep(optimizer, rounding())
-    for p in parameters:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert (tensor_bytes() - before) / n == pytest.approx(expected, abs=0.01)
 
 
 class TestQuadratic:

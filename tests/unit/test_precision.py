@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -205,6 +206,48 @@ def test_a_model_with_its_own_loss(precision: Precision) -> None:
     batch = {"inputs": torch.eye(2).repeat(4, 1), "labels": torch.tensor([1, 3] * 4)}
     t.fit([batch], max_epochs=100)
     assert t.evaluate([batch])["loss"] < 0.01
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that are alive in this process."""
+    gc.collect()
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if type(t) in (Tensor, nn.Parameter)
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        # parameter, gradient, two means of AdamW, and what the rounding keeps
+        (Precision("fp32"), 4 + 4 + 8),
+        (Precision("bf16-mixed"), 4 + 4 + 8),
+        (Precision("fp16-mixed"), 4 + 4 + 8),
+        (Precision("bf16-true"), 2 + 2 + 4),
+        (Precision("bf16-true", "kahan"), 2 + 2 + 4 + 2),
+        (Precision("bf16-true", "master"), 2 + 2 + 8 + 4),
+        (Precision("bf16-true", "nearest"), 2 + 2 + 4),
+        (Precision("fp16-true"), 2 + 4 + 8 + 4),
+        (Precision("fp16-true", "kahan"), 2 + 4 + 8 + 2),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_parameter(precision: Precision, expected: int) -> None:
+    """Measured between steps; beside them there are a few bytes for each tensor."""
+    before = tensor_bytes()
+    model = precision.convert(nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(4))))
+    adamw = partial(torch.optim.AdamW, lr=1e-3)
+    replica = Replica(model, adamw, None, partial(precision.rounding, 0))
+    scaler, updater = precision.scaler(replica), replica.updater()
+    with precision.autocast(replica.device):
+        loss = model(torch.ones(1, 128)).mean()
+    scaler.backward(loss)
+    updater.step()
+    measured = (tensor_bytes() - before) / (4 * 128 * 128)
+    assert measured == pytest.approx(expected, abs=0.03)
 
 
 def test_norm_of_narrow_gradients_is_wide() -> None:
