@@ -269,7 +269,7 @@ def measure(contender: str, name: str, number: int, is_quick: bool) -> Run:
 # --- The curve --------------------------------------------------------------------------------
 
 LEARNING_RATE = 2e-4
-"""Of AdamW, and so about the size of an update: too small for bfloat16 numbers above 1/10."""
+"""Of AdamW, and so about the size of an update: too small for bfloat16 numbers above 1/16."""
 CURVES = {
     "fp32": Precision("fp32"),
     "bf16-mixed": Precision("bf16-mixed"),
