@@ -149,7 +149,8 @@ class Precision:
         """Bring a model, in place, into the format of the parameters; once, before it is trained.
 
         With 16-bit parameters, buffers are converted as well; the model then takes floating inputs
-        of any format, and returns float32, in which losses are computed.
+        of any format, and returns float32, in which a loss function computes; a loss that the model
+        returns by itself it computes as it does.
 
         Raises:
             ConfigError: mixed precision, and the model has 16-bit parameters.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = ["random_bits", "stochastic_round"]
 
+_PIECE = 2**20  # numbers
 _KEPT = -65536  # 0xFFFF0000: sign, exponent and the 7 bits of bfloat16's mantissa
 
 
@@ -46,7 +47,14 @@ def stochastic_round(x: Tensor, bits: Tensor, out: Tensor) -> Tensor:
     References:
         Gupta et al. 2015, Deep Learning with Limited Numerical Precision, arXiv 1502.02551.
     """
-    noise = bits.view(x.shape).to(torch.int32).bitwise_and_(0xFFFF)
-    kept = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(_KEPT).view(torch.float32)
-    # The bits of a NaN may run over into those of a zero.
-    return out.copy_(torch.where(x.isnan(), x, kept))
+    if not out.is_contiguous():
+        rounded = torch.empty(x.shape, dtype=out.dtype, device=x.device)
+        return out.copy_(stochastic_round(x, bits, rounded))
+    # In pieces, since the 32-bit numbers of all of it may be more memory than there is to save.
+    pieces = (torch.split(t.view(-1), _PIECE) for t in (x.contiguous(), bits, out))
+    for wide, some, narrow in zip(*pieces, strict=True):
+        noise = some.to(torch.int32).bitwise_and_(0xFFFF)
+        kept = noise.add_(wide.view(torch.int32)).bitwise_and_(_KEPT).view(torch.float32)
+        # The bits of a NaN may run over into those of a zero.
+        narrow.copy_(torch.where(wide.isnan(), wide, kept))
+    return out

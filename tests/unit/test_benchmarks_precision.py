@@ -59,4 +59,4 @@ def test_readme_shows_what_is_stored() -> None:
 def test_a_misspelt_contender_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--only", "fp23"])
-    assert "--only fp23: it can be some of gpt, wide, fp32" in capsys.readouterr().err
+    assert "--only fp23: it can be some of gpt, deep, fp32" in capsys.readouterr().err
