@@ -101,6 +101,7 @@ class TrainConfig:
     optimizer: Annotated[Node, Kind(n_given=1)]
     lr_schedule: Annotated[Node, Kind(n_given=1, incomplete=True)] | None
     precision: Precision
+    activation_checkpointing: Node | None
     mesh: Mesh
     max_steps: int | None
     max_epochs: int | None

@@ -3,6 +3,7 @@
     ScaledTrainError
     ├── ConfigError            what was asked for cannot be: a wrong key, size, model or loader
     ├── NonFiniteLossError     the loss became NaN or infinite
+    ├── DataError              a data set's files are damaged or missing, or cannot be written
     ├── ReplayError            a run that is made again does not come to the same
     └── ClusterError           the ranks of one job cannot work together
         ├── RendezvousError    they never met: a missing rank, a port in use
@@ -18,6 +19,7 @@ from __future__ import annotations
 __all__ = [
     "ClusterError",
     "ConfigError",
+    "DataError",
     "DeadlockError",
     "NonFiniteLossError",
     "PeerLostError",
@@ -38,6 +40,10 @@ class ConfigError(ScaledTrainError, ValueError):
 
 class NonFiniteLossError(ScaledTrainError, ArithmeticError):
     """The loss became NaN or infinite."""
+
+
+class DataError(ScaledTrainError, RuntimeError):
+    """A file of a data set is damaged or missing, or cannot be written; the message names it."""
 
 
 class ReplayError(ScaledTrainError, RuntimeError):

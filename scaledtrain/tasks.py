@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,10 +20,15 @@ from torch.utils.data import (
 )
 
 from scaledtrain import data
+from scaledtrain.data.sharded.manifest import MANIFEST
+from scaledtrain.data.sharded.order import Shuffle
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import next_token_loss
 from scaledtrain.schedule import LossFn
 
-__all__ = ["Task", "accuracy", "digits", "stdlib_text"]
+__all__ = ["Task", "accuracy", "digits", "sharded", "stdlib_text"]
+
+MakeLoader = Callable[[Dataset[Any], int, bool], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Task:
             them and is not given it gets it from here.
         gathers: whether ``dataset[[0, 5, 7]]`` is a batch, which beats collating by far.
         facts: what a reader of the results should know about the data.
+        make_loader: ``make_loader(dataset, batch_size, shuffle)``, its batches; None: a
+            ``DataLoader``.
     """
 
     train: Dataset[Any]
@@ -47,16 +56,19 @@ class Task:
     sizes: Mapping[str, int] = field(default_factory=dict)
     gathers: bool = False
     facts: Mapping[str, str | int] = field(default_factory=dict)
+    make_loader: MakeLoader | None = None
 
-    def train_loader(self, batch_size: int) -> DataLoader[Any]:
+    def train_loader(self, batch_size: int) -> Iterable[Any]:
         """Batches in random order."""
         return self._loader(self.train, batch_size, shuffle=True)
 
-    def test_loader(self, batch_size: int) -> DataLoader[Any] | None:
+    def test_loader(self, batch_size: int) -> Iterable[Any] | None:
         """Batches in order; None if there is nothing to test on."""
         return None if self.test is None else self._loader(self.test, batch_size, shuffle=False)
 
-    def _loader(self, dataset: Dataset[Any], batch_size: int, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], batch_size: int, shuffle: bool) -> Iterable[Any]:
+        if self.make_loader is not None:
+            return self.make_loader(dataset, batch_size, shuffle)
         if isinstance(dataset, IterableDataset):
             return DataLoader(dataset, batch_size=batch_size)
         if not self.gathers:
@@ -123,3 +135,112 @@ def stdlib_text(
             "test_sha256": test.fingerprint,
         },
     )
+
+
+def sharded(
+    path: str,
+    test_path: str | None = None,
+    inputs: str = "x",
+    targets: str = "y",
+    loss: Literal["cross_entropy", "mse", "next_token"] = "cross_entropy",
+    n_classes: int | None = None,
+    shuffle: Shuffle = "block",
+    block_bytes: int = 2**20,
+    buffer_bytes: int = 64 * 2**20,
+    verify: bool = True,
+    on_damage: Literal["raise", "skip"] = "raise",
+) -> Task:
+    """Data of your own, also more than fit into memory; see `scaledtrain.data.ShardedDataset`.
+
+    Args:
+        path: folder of the data set to train on, as `scaledtrain.data.ShardWriter` wrote it.
+        test_path: the same, to evaluate on; None: no evaluation.
+        inputs: column that the model is given: float, or tokens.
+        targets: column that the loss compares its outputs with.
+        loss: ``"cross_entropy"`` of classes, with the accuracy as a metric, ``"mse"``, or
+            ``"next_token"`` of a language model.
+        n_classes: how many classes, or tokens in the vocabulary; None: the model says.
+        shuffle: of the samples to train on; see `scaledtrain.data.ShardedLoader`, also for the
+            rest.
+        block_bytes: how long a read is.
+        buffer_bytes: bytes of the blocks that are mixed with each other.
+        verify: check what is read against its checksums.
+        on_damage: what a damaged shard does.
+
+    Raises:
+        ConfigError: a folder without a data set, or without these columns, or samples of different
+            lengths, which no model here takes.
+    """
+
+    def dataset(folder: str) -> data.ShardedDataset:
+        columns = [inputs, targets]
+        found = data.ShardedDataset(
+            folder, columns, as_tuple=True, verify=verify, on_damage=on_damage
+        )
+        for name, column in found.columns.items():
+            if column.ragged:
+                raise ConfigError(
+                    f"column {name!r} of {folder} has samples of different lengths, which no model "
+                    "of scaledtrain.models takes; write them padded or packed to one length, or "
+                    "return a Task of your own"
+                )
+        return found
+
+    def loader(samples: Dataset[Any], batch_size: int, shuffled: bool) -> data.ShardedLoader:
+        assert isinstance(samples, data.ShardedDataset)
+        return data.ShardedLoader(
+            samples,
+            batch_size,
+            shuffle=shuffle if shuffled else "none",
+            block_bytes=block_bytes,
+            buffer_bytes=buffer_bytes,
+        )
+
+    train, test = dataset(path), None if test_path is None else dataset(test_path)
+    facts: dict[str, str | int] = {}
+    for name, part in (("train", train), ("test", test)):
+        if part is not None:
+            # It has the checksums of the shards, and so stands for every byte of them.
+            digest = hashlib.sha256((part.folder / MANIFEST).read_bytes())
+            facts |= {f"{name}_samples": len(part), f"{name}_sha256": digest.hexdigest()}
+    return Task(
+        train,
+        test,
+        loss_fn=_LOSSES[loss],
+        metrics={"accuracy": accuracy} if loss == "cross_entropy" else {},
+        sizes=_sizes(train.columns[inputs].shape, train.columns[targets].shape, loss, n_classes),
+        facts=facts,
+        make_loader=loader,
+    )
+
+
+def _class_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Labels may be of any whole dtype: bytes, to save space."""
+    return F.cross_entropy(outputs, targets.long())
+
+
+def _token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return next_token_loss(outputs, targets.long())
+
+
+_LOSSES: Mapping[str, LossFn] = {
+    "cross_entropy": _class_loss,
+    "mse": F.mse_loss,
+    "next_token": _token_loss,
+}
+
+
+def _sizes(
+    inputs: tuple[int, ...], targets: tuple[int, ...], loss: str, n_classes: int | None
+) -> dict[str, int]:
+    """What models can know of their arguments."""
+    sizes = {"in_features": math.prod(inputs)}
+    if len(inputs) == 1:
+        sizes["sequence_length"] = inputs[0]
+    if len(inputs) == 3:
+        sizes["channels"] = inputs[0]
+    if loss == "mse":
+        sizes["out_features"] = math.prod(targets)
+    elif n_classes is not None:
+        sizes |= dict.fromkeys(("n_classes", "out_features", "vocab_size"), n_classes)
+    return sizes

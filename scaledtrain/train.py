@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.comm.protocols import Link
@@ -52,7 +51,7 @@ __all__ = [
     "settle",
 ]
 
-Loader = DataLoader[Any]
+Loader = Iterable[Any]
 Config = TrainConfig | DictConfig | Mapping[str, Any]
 
 _BATCH_KEYS = [field.name for field in fields(BatchSizes)]
@@ -308,6 +307,11 @@ def _assemble(
         strategy=strategy,
         mesh=config.mesh,
         precision=config.precision,
+        activation_checkpointing=(
+            None
+            if config.activation_checkpointing is None
+            else make(config.activation_checkpointing)
+        ),
         gradient_accumulation_steps=accumulation,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.precision import Precision, PrecisionName
+from scaledtrain.recompute import CheckpointPolicy, checkpoint_activations
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
@@ -67,6 +68,8 @@ class Trainer:
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
         precision: the number formats, or their name (``"bf16-mixed"``); default fp32.
+        activation_checkpointing: which activations are computed again instead of kept; None keeps
+            all.
         gradient_accumulation_steps: batches of the loader per step on each replica.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
@@ -111,6 +114,7 @@ class Trainer:
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
         precision: Precision | PrecisionName = "fp32",
+        activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
@@ -133,6 +137,11 @@ class Trainer:
             )
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}; it is > 0, or None not to clip")
+        if activation_checkpointing is not None and compile is not None:
+            raise ConfigError(
+                f"compile is {compile!r}, and activations are to be computed again, too; "
+                "torch.compile decides by itself what it keeps: choose one of the two"
+            )
         if deterministic:
             be_deterministic()
         self._owned: Connection | None = None
@@ -184,6 +193,25 @@ class Trainer:
         self._seed = seed
         self._stopping = False
         self._introduced = False
+        self._unplanned: CheckpointPolicy | None = None
+        if activation_checkpointing is not None:
+            if activation_checkpointing.needs_sample:
+                self._unplanned = activation_checkpointing  # until there is a batch
+            else:
+                self.metrics.say(checkpoint_activations(self.model, activation_checkpointing).told)
+
+    def _plan_activations(self, batch: StepBatch) -> None:
+        """With a batch it can be seen which activations fit; once."""
+        if self._unplanned is None or not batch.microbatches:
+            return
+        policy, self._unplanned = self._unplanned, None
+        largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
+
+        def sample(called: Callable[..., Any]) -> Tensor:
+            with self.precision.autocast(self.link.device):
+                return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
+
+        self.metrics.say(checkpoint_activations(self.model, policy, sample).told)
 
     @property
     def step_count(self) -> int:
@@ -321,8 +349,12 @@ class Trainer:
         share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
-        with self.strategy.consensus(), eval_mode(self.model):
-            for step in share.epoch(0):
+        with (
+            self.strategy.consensus(),
+            eval_mode(self.model),
+            closing(share.epoch(0)) as steps,
+        ):
+            for step in steps:
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch)
                     sums[:-1] += torch.stack([v.double() for v in values]) * size
@@ -471,17 +503,19 @@ class _Run:
         trainer.model.train()
         while self._max_epochs is None or trainer.epoch < self._max_epochs:
             start = timeline.now()
-            for batch in self._loader.epoch(trainer.epoch, trainer.steps_in_epoch):
-                timeline.add("data", start)
-                if not trainer.step(batch):
-                    return self._ended_by_strategy()
-                trainer.steps_in_epoch += 1
-                self._steps += 1
-                trainer._call("on_step_end")
-                evaluated = self._evaluation_is_due() and self._evaluate()
-                if reason := self._reason_to_stop(evaluated):
-                    return reason
-                start = timeline.now()
+            with closing(self._loader.epoch(trainer.epoch, trainer.steps_in_epoch)) as steps:
+                for batch in steps:
+                    timeline.add("data", start)
+                    trainer._plan_activations(batch)
+                    if not trainer.step(batch):
+                        return self._ended_by_strategy()
+                    trainer.steps_in_epoch += 1
+                    self._steps += 1
+                    trainer._call("on_step_end")
+                    evaluated = self._evaluation_is_due() and self._evaluate()
+                    if reason := self._reason_to_stop(evaluated):
+                        return reason
+                    start = timeline.now()
             trainer.epoch += 1
             trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0
             if trained and self._eval_every is None and self._eval_loader is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from scaledtrain.comm.protocols import ReduceOp
 from scaledtrain.errors import ConfigError
 
-__all__ = ["reduce_in_rank_order"]
+__all__ = ["reduce_in_rank_order", "total_weight"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -49,7 +49,7 @@ def reduce_in_rank_order(
     terms = [(rank, 1.0) for rank in range(len(by_rank))]
     divisor = float(len(by_rank))
     if op == "mean" and any(weight != 1.0 for weight in weights):
-        divisor = _total(weights)
+        divisor = total_weight(weights)
         terms = [(rank, weight) for rank, weight in enumerate(weights) if weight != 0.0]
     total: list[Tensor] = []
     for rank, weight in terms:
@@ -64,7 +64,12 @@ def reduce_in_rank_order(
     return [t.to(like.dtype) for t, like in zip(total, by_rank[0], strict=True)]
 
 
-def _total(weights: Sequence[float]) -> float:
+def total_weight(weights: Sequence[float]) -> float:
+    """Of a mean over ranks, added in their order.
+
+    Raises:
+        ConfigError: a weight that is negative or not finite, or no rank has one.
+    """
     total = 0.0
     for rank, weight in enumerate(weights):
         if not (weight >= 0.0 and math.isfinite(weight)):

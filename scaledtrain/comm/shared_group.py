@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import struct
 import threading
 import time
@@ -31,6 +30,7 @@ from torch.autograd.graph import increment_version
 
 from scaledtrain.comm.flat import bytes_of
 from scaledtrain.comm.protocols import ReduceOp
+from scaledtrain.comm.reduction import total_weight
 from scaledtrain.comm.shared_memory import SharedSegment, aligned
 from scaledtrain.errors import ClusterError, ConfigError
 
@@ -393,20 +393,8 @@ class SharedMemoryGroup:
     def _reduction(self, plan: _Plan, weights: list[float]) -> _Reduction:
         if plan.call != "mean" or weights == self._ones:
             return plan.unweighted
-        total = 0.0
-        for rank, weight in enumerate(weights):
-            if not (weight >= 0.0 and math.isfinite(weight)):
-                raise ConfigError(
-                    f"rank {rank} gave a mean the weight {weight}; a weight is a finite number >= 0"
-                )
-            total += weight
-        if total == 0.0:
-            raise ConfigError(
-                f"all {self.size} ranks gave the weight 0 to a mean, so that it has no value; at "
-                "least one rank must have a sample"
-            )
         terms = tuple((r, w) for r, w in enumerate(weights) if w != 0.0)
-        return _Reduction("mean", terms, _divisors(total))
+        return _Reduction("mean", terms, _divisors(total_weight(weights)))
 
     def _barrier(self, doing: str) -> None:
         for semaphore in self._posts:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,10 +33,31 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from scaledtrain.data.ragged import Ragged
 from scaledtrain.errors import ConfigError
 from scaledtrain.seeding import kept_generators, seed_everything
 
-__all__ = ["ReplicaLoader", "StepBatch", "count_samples"]
+__all__ = ["ReplicaLoader", "StepBatch", "StridedLoader", "count_samples"]
+
+
+@runtime_checkable
+class StridedLoader(Protocol):
+    """A loader that gives every n-th batch of an epoch, from any batch on, and reads no other."""
+
+    batch_size: int
+    """Samples in a full batch."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch, those of all replicas."""
+
+    def batches(
+        self, epoch: int, start: int = 0, step: int = 1, seed: int | None = None
+    ) -> Generator[Any, None, None]:
+        """Batches ``start``, ``start + step``, ... of an epoch.
+
+        Which samples are in batch i is the same for the same (seed, epoch), whatever the start and
+        the step. None stands for a batch of which nothing could be read.
+        """
 
 
 class StepBatch(NamedTuple):
@@ -57,6 +78,8 @@ class StepBatch(NamedTuple):
 
 def count_samples(batch: Any) -> int:
     """Length of the first dimension of the first tensor (or list) in a batch."""
+    if isinstance(batch, Ragged):
+        return batch.samples
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         batch = batch[0]
     if isinstance(batch, Tensor):
@@ -84,33 +107,49 @@ def _to(batch: Any, device: torch.device) -> Any:
 class _EveryNth:
     """The batches of one replica from a sampler that yields batches of indices."""
 
-    def __init__(self, sampler: Iterable[Any], rank: int, replicas: int) -> None:
+    def __init__(self, sampler: Iterable[Any], replicas: int, seed: int) -> None:
         self._sampler = sampler
-        self._rank = rank
         self._replicas = replicas
+        self._seed = seed
         self._random = _random_sampler(sampler)
-        self._skipped = 0
-        self._seed = 0
+        self._epoch = self._first = 0
 
-    def begin(self, seed: int, skipped: int, rank: int) -> None:
-        """The next iteration is of this order, without so many of this replica's first batches."""
-        self._seed, self._skipped, self._rank = seed, skipped, rank
+    def begin(self, epoch: int, first: int) -> None:
+        """The next iteration is of this epoch's order, from that batch on."""
+        self._epoch, self._first = epoch, first
 
     def __iter__(self) -> Iterator[Any]:
         order: Iterable[Any] = self._sampler
+        seed = self._seed + self._epoch
         if self._random is not None:
-            self._random.generator = torch.Generator().manual_seed(self._seed)
+            self._random.generator = torch.Generator().manual_seed(seed)
         elif not _is_sequential(order):
             # It may draw from global generators, whose state differs between the replicas.
             with kept_generators():
-                seed_everything(self._seed)
+                seed_everything(seed)
                 order = list(order)
-        first = self._rank + self._skipped * self._replicas
-        return islice(iter(order), first, None, self._replicas)
+        return islice(iter(order), self._first, None, self._replicas)
 
     def __len__(self) -> int:
         total: int = len(self._sampler)  # type: ignore[arg-type]
-        return len(range(self._rank + self._skipped * self._replicas, total, self._replicas))
+        return len(range(self._first, total, self._replicas))
+
+
+class _Strided:
+    """The batches of one replica from a loader that can give them alone."""
+
+    def __init__(self, loader: StridedLoader, replicas: int, seed: int) -> None:
+        self._loader = loader
+        self._replicas = replicas
+        self._seed = seed
+        self._epoch = self._first = 0
+
+    def begin(self, epoch: int, first: int) -> None:
+        """The next iteration is of this epoch, from that batch on."""
+        self._epoch, self._first = epoch, first
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._loader.batches(self._epoch, self._first, self._replicas, self._seed)
 
 
 def _random_sampler(sampler: Any) -> Any:
@@ -132,9 +171,10 @@ class ReplicaLoader:
 
     Args:
         loader: a ``DataLoader`` over a map-style data set (only this replica's samples are read; a
-            sampler draws its order by (seed, epoch), equally everywhere), a
-            ``DataLoader`` over an ``IterableDataset``, or any iterable of batches that is the same
-            on every replica (each then reads all batches and keeps its own).
+            sampler draws its order by (seed, epoch), equally everywhere), a `StridedLoader` such as
+            `scaledtrain.data.ShardedLoader` (the same, also where an epoch is entered in its
+            middle), a ``DataLoader`` over an ``IterableDataset``, or any iterable of batches that
+            is the same on every replica (each then reads all batches and keeps its own).
         rank: this replica.
         replicas: how many there are.
         accumulation: batches of a step on each replica.
@@ -172,7 +212,7 @@ class ReplicaLoader:
         self._accumulation = accumulation
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
-        self._order: _EveryNth | None = None
+        self._order: _EveryNth | _Strided | None = None
         self.batch_size: int | None = None
         self._total: int | None = None
         self._length: int | None = None
@@ -182,6 +222,11 @@ class ReplicaLoader:
             self.batch_size = loader.batch_size
             if not isinstance(loader.dataset, IterableDataset):
                 self._shard(loader)
+        elif isinstance(loader, StridedLoader):
+            self.batch_size = loader.batch_size
+            self._total = self._length = len(loader)
+            self._own = self._order = _Strided(loader, replicas, seed)
+            self._reads_all = False
         else:
             self._length = _length(loader)
 
@@ -204,7 +249,7 @@ class ReplicaLoader:
             self._total = self._length = len(sampler)
         except TypeError:  # a sampler without a length: read everything, keep what is ours
             return
-        own = self._order = _EveryNth(sampler, self._rank, self._replicas)
+        own = self._order = _EveryNth(sampler, self._replicas, self._seed)
         options: dict[str, Any] = {"sampler": own, "batch_size": None}
         self._own = DataLoader(
             loader.dataset,
@@ -228,17 +273,17 @@ class ReplicaLoader:
             return None
         return math.ceil(self._total / (self._replicas * self._accumulation))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[StepBatch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[StepBatch, None, None]:
         """The steps of one epoch, from step ``start`` on.
 
         The order of the samples is the same for the same (seed, epoch). Of a loader over a
-        map-style data set no skipped sample is read.
+        map-style data set, or of a `StridedLoader`, no skipped sample is read.
         """
         rank = self._rank
         if self._alone and self._length is not None:
             rank = (self._rank - epoch * self._length) % self._replicas
         if self._order is not None:
-            self._order.begin(self._seed + epoch, start * self._accumulation, rank)
+            self._order.begin(epoch, rank + start * self._accumulation * self._replicas)
         windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
         window = next(windows, None)
         has_one = not (self._alone and self._length and rank >= self._length)
@@ -267,7 +312,9 @@ class ReplicaLoader:
             if count or not self._alone:
                 if batches is None:
                     batches = iter(self._own)
-                yield list(islice(batches, count))
+                own = [batch for batch in islice(batches, count) if batch is not None]
+                if own or not self._alone:
+                    yield own
 
     def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""

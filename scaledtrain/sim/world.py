@@ -235,6 +235,10 @@ class World:
         waiting = [rank for rank in self.ranks if rank.alive]
         told = "; ".join(f"rank {rank.number} {_said(rank.doing)}" for rank in waiting[:_MAX_NAMED])
         more = f"; and {len(waiting) - _MAX_NAMED} more" if len(waiting) > _MAX_NAMED else ""
+        gone = [str(rank.number) for rank in self.ranks if not rank.alive]
+        if gone:
+            named = ", ".join(gone[:_MAX_NAMED]) + (", ..." if len(gone) > _MAX_NAMED else "")
+            more += f". Already ended: rank{'s' if len(gone) > 1 else ''} {named}"
         raise DeadlockError(
             f"at {self.now:g} virtual seconds nobody can go on, and nothing is under way: {told}"
             f"{more}. On real machines they would wait until a timeout: look at who waits for whom"

@@ -8,9 +8,10 @@ import torch
 from omegaconf import OmegaConf
 
 import scaledtrain
-from scaledtrain import cli
+from scaledtrain import cli, tasks
 from scaledtrain.command_line import compose, config_folder, read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
+from scaledtrain.data import ShardWriter
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import workers_to_start
 from scaledtrain.rendezvous import Connection, connect
@@ -24,6 +25,7 @@ FILES = sorted(
 
 # What a choice needs beside it, where the defaults do not fit it.
 COMPANIONS = {
+    "activation_checkpointing/memory_budget": ["activation_checkpointing.size=1GiB"],
     "model/gpt": ["data=stdlib_text"],
     "data/stdlib_text": ["model=gpt"],
     "strategy/admission": ["strategy=async"],
@@ -99,10 +101,21 @@ def message(*overrides: str, **options: str) -> str:
     return str(error.value)
 
 
+def write_data(folder: Path, n: int = 50, classes: int = 5) -> list[str]:
+    """Overrides for a data set of n samples of 6 features, the label in bytes."""
+    with ShardWriter(folder, shard_samples=20) as writer:
+        labels = torch.arange(n) % classes
+        writer.write_batch({"x": torch.randn(n, 6), "y": labels.to(torch.uint8)})
+    paths = [f"data.path={folder}", f"data.test_path={folder}"]
+    return ["data=sharded", *paths, f"data.n_classes={classes}"]
+
+
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_choice_composes_and_builds(file: Path, link: Connection) -> None:
+def test_every_choice_composes_and_builds(file: Path, link: Connection, tmp_path: Path) -> None:
     group, choice = file.parent.as_posix(), file.stem
     companions = [*COMPANIONS.get(group, []), *COMPANIONS.get(f"{group}/{choice}", [])]
+    if (group, choice) == ("data", "sharded"):
+        companions += write_data(tmp_path)
     config = compose([f"{group}={choice}", *companions, *SMALL])
     if "max_train_bytes" in config.data:
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(SMALL_TEXT))
@@ -268,6 +281,39 @@ def test_a_part_can_be_a_factory_whose_arguments_are_set_like_any_other(link: Co
     assert "'strategy.outer_optimizer.lrr' (did you mean 'lr'?)" in message(
         "strategy=diloco", "+strategy.outer_optimizer.lrr=0.5"
     )
+
+
+class TestShardedData:
+    def test_trains_and_evaluates(self, link: Connection, tmp_path: Path) -> None:
+        overrides = [*SMALL, *write_data(tmp_path), "max_steps=4", "data.local_batch_size=8"]
+        trainer, train, test = build(compose(overrides), link)
+        assert [p.shape for p in trainer.replica.parameters][-1] == (5,)
+        result = trainer.fit(train, max_epochs=1, eval=test)
+        assert result.step == 7  # 50 / 8
+        assert set(result.evaluation) == {"loss", "accuracy"}
+        trainer.close()
+
+    @pytest.mark.parametrize(
+        ("override", "told"),
+        [
+            ("data.path=nowhere", "nowhere holds no data set"),
+            ("data.targets=label", "no column 'label', only x, y"),
+            ("data.n_classes=null", "MLP needs out_features, which data sharded does not say"),
+            ("data.shuffle=yes please", "one of 'full', 'block', 'none'"),
+            ("data.buffer_bytes=0", "buffer_bytes is 0"),
+        ],
+    )
+    def test_a_mistake_is_told(
+        self, override: str, told: str, link: Connection, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match=told):
+            build(compose([*SMALL, *write_data(tmp_path), override]), link)
+
+    def test_ragged_columns_are_refused(self, tmp_path: Path) -> None:
+        with ShardWriter(tmp_path) as writer:
+            writer.write({"x": b"abc", "y": 0})
+        with pytest.raises(ConfigError, match="column 'x' .* different lengths"):
+            tasks.sharded(str(tmp_path))
 
 
 class TestOwnClasses:

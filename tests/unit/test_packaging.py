@@ -79,6 +79,7 @@ def test_the_core_needs_few_other_packages(metadata: Message) -> None:
         "tensorboard",
         "torch",
         "tqdm",
+        "xxhash",
     }
 
 

@@ -132,8 +132,9 @@ def test_a_rank_that_leaves_a_collective_out_is_named() -> None:
         if link.group.rank != 2:
             link.group.all_reduce([torch.ones(1)]).wait()
 
-    with pytest.raises(DeadlockError, match=r"rank 1 waits in all_reduce for rank 2"):
+    with pytest.raises(DeadlockError, match=r"rank 1 waits in all_reduce for rank 2") as caught:
         simulate(program, Cluster(Constant(1.0), HOST), 3)
+    assert "Already ended: rank 2." in str(caught.value)
 
 
 def trained(seed: int) -> tuple[list[Tensor | None], float]:

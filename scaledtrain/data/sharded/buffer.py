@@ -1,0 +1,90 @@
+"""The samples of a shard that is not full yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from scaledtrain.data.sharded.columns import DTYPES, OFFSETS, Array, Column
+from scaledtrain.data.sharded.files import write_whole
+from scaledtrain.data.sharded.header import ITEM_BYTES, Tensors, build_header, checksum
+from scaledtrain.data.sharded.manifest import ShardInfo
+
+__all__ = ["ShardBuffer"]
+
+
+class ShardBuffer:
+    """Gathers samples in memory, and writes them as one shard.
+
+    Args:
+        columns: that each sample has.
+
+    Attributes:
+        samples: how many there are.
+    """
+
+    def __init__(self, columns: Mapping[str, Column]) -> None:
+        self._columns = {name: _ColumnBuffer(column) for name, column in columns.items()}
+        self.samples = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the samples in the shard."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def add(self, values: Mapping[str, Array | list[Array]], start: int, stop: int) -> None:
+        """Add some of these samples.
+
+        Args:
+            values: column -> ``[n, *shape]``, or ``n`` arrays of a ragged one, of its stored dtype.
+            start: the first of those to add.
+            stop: the one behind the last.
+        """
+        for name, column in self._columns.items():
+            column.add(values[name][start:stop])
+        self.samples += stop - start
+
+    def write(self, path: Path) -> ShardInfo:
+        """Write the shard; when this returns it is on the disk.
+
+        Raises:
+            OSError: it cannot be written; no part of it is left.
+        """
+        tensors: Tensors = {}
+        for name, column in self._columns.items():
+            tensors |= column.tensors(name, self.samples)
+        by_item = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensors[tensor][0]])
+        tensors = {tensor: tensors[tensor] for tensor in by_item}
+        header = build_header(tensors)
+        size = write_whole(path, [memoryview(header), *(data for *_, data in tensors.values())])
+        return ShardInfo(path.name, self.samples, size, f"{checksum(header):016x}")
+
+
+class _ColumnBuffer:
+    def __init__(self, column: Column) -> None:
+        self._column = column
+        self._data = bytearray()
+        self._ends = [0]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._data) + (8 * len(self._ends) if self._column.ragged else 0)
+
+    def add(self, values: Array | list[Array]) -> None:
+        for array in values if isinstance(values, list) else [values]:
+            self._data += array.reshape(-1).view(np.uint8).data
+            if self._column.ragged:
+                self._ends.append(self._ends[-1] + len(array))
+
+    def tensors(self, name: str, samples: int) -> Tensors:
+        column, data = self._column, memoryview(self._data)
+        code = DTYPES[column.dtype].code
+        if not column.ragged:
+            return {name: (code, (samples, *column.shape), data)}
+        ends = np.array(self._ends, "<i8").view(np.uint8).data
+        return {
+            name: (code, (self._ends[-1], *column.shape), data),
+            name + OFFSETS: ("I64", (samples + 1,), ends),
+        }

@@ -1,0 +1,330 @@
+"""Reads a data set: any sample, any batch, a part of a sample, from the page cache."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from scaledtrain.data.sharded.columns import Array, Column
+from scaledtrain.data.sharded.crop import Slice, crop_ranges, normalise
+from scaledtrain.data.sharded.gather import Piece, Values, ask_for, gather, pieces
+from scaledtrain.data.sharded.manifest import Manifest
+from scaledtrain.data.sharded.memory import Memory
+from scaledtrain.data.sharded.shard import Shard
+from scaledtrain.errors import ConfigError, DataError
+
+__all__ = ["Batch", "ShardedDataset"]
+
+MAX_OPEN = 256  # shards at a time: each takes a file descriptor and a mapping
+SAMPLES_PER_READ = 64  # when all samples are iterated over
+
+Batch = dict[str, Values] | tuple[Values, ...]
+OnDamage = Literal["raise", "skip"]
+
+_log = logging.getLogger(__name__)
+
+
+class ShardedDataset(Dataset[Any]):
+    """A data set that a `ShardWriter` wrote; a map-style ``Dataset`` of torch.
+
+    * ``dataset[i]`` is a sample: ``{column: tensor}``, or a tuple of tensors.
+    * ``dataset[2:9]`` and ``dataset[[5, 0, 7]]`` are batches, read in one go: ``[n, *shape]``, of a
+      ragged column a `Ragged`. In a ``DataLoader`` this is many times faster than collating
+      samples: give it ``sampler=BatchSampler(...), batch_size=None``; `ShardedLoader` does more.
+    * ``dataset.view(i, column)`` is a read-only NumPy array: the page cache itself, no copy.
+    * ``dataset.read(i, column, slices)`` is a crop, without reading the rest.
+
+    Tensors have memory of their own and may be written to. Opening reads the manifest alone; a
+    shard is opened when it is first needed, and everything is checked against its checksum when it
+    is first read by a process, in pieces of 16 KiB. A copy in another process, as in the workers of
+    a ``DataLoader``, opens its files anew.
+
+    A file that is cut short by another program while it is read ends the process with SIGBUS, as
+    any memory map does.
+
+    Args:
+        folder: of the data set.
+        columns: which to read, in this order; None: all.
+        as_tuple: samples and batches are tuples in the order of the columns, as a loss function
+            (inputs, targets) needs them, rather than dicts.
+        verify: check what is read against its checksums.
+        on_damage: what a damaged or missing shard does. ``"raise"``: DataError. ``"skip"``: its
+            samples are left out of batches and of iteration from the moment when the damage is
+            found, told in the log, and counted; the numbers of the others do not change, and one
+            that is asked for alone is an error all the same.
+
+    Attributes:
+        manifest: what the folder says of itself.
+        columns: those that are read, by name.
+        damaged: file -> what was found of it; only with ``on_damage="skip"``.
+        samples_skipped: how often a sample was left out.
+
+    Raises:
+        ConfigError: the folder holds no data set, or it has no such column.
+        DataError: its manifest, or later a shard, is damaged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from scaledtrain.data.sharded import ShardWriter
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with ShardWriter(folder.name) as writer:
+        ...     writer.write_batch({"x": torch.arange(6.0).view(3, 2), "y": [7, 8, 9]})
+        >>> data = ShardedDataset(folder.name)
+        >>> data[1]
+        {'x': tensor([2., 3.]), 'y': tensor(8)}
+        >>> ShardedDataset(folder.name, ["y", "x"], as_tuple=True)[[2, 0]]
+        (tensor([9, 7]), tensor([[4., 5.],
+                [0., 1.]]))
+        >>> data.read(2, "x", slice(1, 2))
+        tensor([5.])
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        columns: Sequence[str] | None = None,
+        *,
+        as_tuple: bool = False,
+        verify: bool = True,
+        on_damage: OnDamage = "raise",
+    ) -> None:
+        if on_damage not in ("raise", "skip"):
+            raise ConfigError(f"on_damage is {on_damage!r}; it is 'raise' or 'skip'")
+        self.folder = Path(folder)
+        self.manifest = manifest = Manifest.load(self.folder)
+        names = list(manifest.columns) if columns is None else list(columns)
+        for name in names:
+            if name not in manifest.columns:
+                raise ConfigError(
+                    f"the data set in {self.folder} has no column {name!r}, only "
+                    f"{', '.join(manifest.columns)}"
+                )
+        self.columns: Mapping[str, Column] = {name: manifest.columns[name] for name in names}
+        self.damaged: dict[str, str] = {}
+        self._given_up: set[int] = set()
+        self.samples_skipped = 0
+        self._as_tuple = as_tuple
+        self._verify = verify
+        self._on_damage = on_damage
+        self.starts: Array = np.cumsum([0, *(s.samples for s in manifest.shards)], dtype=np.int64)
+        self._begin()
+        if not manifest.complete:
+            warnings.warn(
+                f"the data set in {self.folder} was not finished: these are its first "
+                f"{len(self)} samples; ShardWriter(..., resume=True) goes on with it",
+                stacklevel=2,
+            )
+
+    def _begin(self) -> None:
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: dict[int, dict[str, Array]] = {}
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_open", "_checked", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    @property
+    def sample_bytes(self) -> float:
+        """What a sample takes in the files, all columns of the set, on average."""
+        return sum(shard.bytes for shard in self.manifest.shards) / max(1, len(self))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._batch(np.arange(*index.indices(len(self)), dtype=np.int64))
+        if isinstance(index, (list, tuple, np.ndarray)) or (
+            isinstance(index, Tensor) and index.ndim
+        ):
+            return self._batch(self._indices(index))
+        shard, row = self._locate(index)
+        found = {}
+        for name, column in self.columns.items():
+            stored, start, stop = self._place(shard, row, name, column)
+            shard.check(name, np.array([start]), np.array([stop]))
+            found[name] = column.to_torch(stored.copy())
+        return self.form(found)
+
+    def __iter__(self) -> Iterator[Any]:
+        for low in range(0, len(self), SAMPLES_PER_READ):
+            indices = np.arange(low, min(low + SAMPLES_PER_READ, len(self)), dtype=np.int64)
+            batch, kept = self.gather(indices)
+            samples = {n: v if isinstance(v, Tensor) else v.unbind() for n, v in batch.items()}
+            for i in range(int(kept.sum())):
+                # A sample that is kept does not keep its neighbours.
+                yield self.form({name: values[i].clone() for name, values in samples.items()})
+
+    def view(self, index: int, column: str) -> Array:
+        """A sample's value in the page cache: read-only, and not copied.
+
+        Raises:
+            ConfigError: no such column, or one of bfloat16, which NumPy does not have.
+            IndexError: no such sample.
+            DataError: its shard is damaged.
+        """
+        if self._column(column).dtype == "bfloat16":
+            raise ConfigError(f"column {column!r} is bfloat16, which NumPy has not: use read")
+        shard, row = self._locate(index)
+        stored, start, stop = self._place(shard, row, column, self._column(column))
+        shard.check(column, np.array([start]), np.array([stop]))
+        return stored
+
+    def read(self, index: int, column: str, slices: Slice | Sequence[Slice] = ()) -> Tensor:
+        """A part of a sample's value; the rest of it is not read.
+
+        Args:
+            index: of the sample.
+            column: its name.
+            slices: a slice or an index for each of the first dims; what is left out is whole.
+
+        Raises:
+            ConfigError: no such column, or more slices than dims.
+            IndexError: no such sample, or an index outside its value.
+            DataError: its shard is damaged.
+
+        Example:
+            ``scans.read(3, "volume", (slice(0, 64), slice(96, 160), slice(96, 160)))``
+        """
+        shard, row = self._locate(index)
+        kind = self._column(column)
+        stored, start, _ = self._place(shard, row, column, kind)
+        parts = normalise(slices, stored.shape)
+        starts, stops = crop_ranges(parts, stored.shape, stored.itemsize)
+        shard.check(column, start + starts, start + stops)
+        return kind.to_torch(np.array(stored[parts]))
+
+    def gather(
+        self, indices: Array, memory: Memory | None = None, read_ahead: bool = False
+    ) -> tuple[dict[str, Values], Array]:
+        """A batch, and which of the samples are in it.
+
+        Args:
+            indices: int64 ``[n]``, each from 0 to ``len(dataset) - 1``.
+            memory: where the batch goes; None: anywhere.
+            read_ahead: ask the kernel for all of it before the first is needed, which pays for
+                large batches that are not in the page cache.
+
+        Returns:
+            Column -> ``[kept, *shape]`` or `Ragged`, and bool ``[n]``: all, unless damaged shards
+            are skipped.
+
+        Raises:
+            DataError: a shard is damaged.
+        """
+        while True:  # once more without a shard that turned out to be damaged
+            kept = self._readable(indices)
+            parts: list[tuple[Shard, Piece]] = []
+            try:
+                for piece in pieces(indices[kept], self.starts):
+                    parts.append((self._shard(piece.shard), piece))
+                if read_ahead:
+                    for shard, piece in parts:
+                        ask_for(shard, piece, self.columns)
+                batch = gather(parts, int(kept.sum()), self.columns, memory or Memory())
+            except DataError:
+                if self._on_damage == "raise":
+                    raise
+                for shard, piece in parts:
+                    if shard.damage is not None:
+                        self._give_up(piece.shard, shard.damage)
+                continue
+            if not kept.all():
+                with self._lock:
+                    self.samples_skipped += len(indices) - int(kept.sum())
+            return batch, kept
+
+    def form(self, columns: Mapping[str, Values]) -> Batch:
+        """A dict or a tuple, as the data set was told."""
+        return tuple(columns.values()) if self._as_tuple else dict(columns)
+
+    def _batch(self, indices: Array) -> Batch:
+        return self.form(self.gather(indices)[0])
+
+    def _column(self, name: str) -> Column:
+        if name not in self.columns:
+            raise ConfigError(f"column is {name!r}; the data set reads {', '.join(self.columns)}")
+        return self.columns[name]
+
+    def _indices(self, given: Any) -> Array:
+        indices = np.asarray(given)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise ConfigError(
+                f"a batch is asked for with indices of shape {list(indices.shape)} and dtype "
+                f"{indices.dtype}; give a list of whole numbers"
+            )
+        indices = indices.astype(np.int64)
+        outside = (indices < -len(self)) | (indices >= len(self))
+        if outside.any():
+            raise IndexError(f"sample {indices[outside][0]} of {len(self)}")
+        return np.where(indices < 0, indices + len(self), indices)
+
+    def _locate(self, index: Any) -> tuple[Shard, int]:
+        """The shard of a sample, and its row there."""
+        sample = operator.index(index)
+        if not -len(self) <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        sample %= len(self)
+        number = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self._shard(number), sample - int(self.starts[number])
+
+    def _place(self, shard: Shard, row: int, name: str, column: Column) -> tuple[Array, int, int]:
+        """A sample's stored value, and its first and last byte in the column's tensor."""
+        stored = shard.rows(name)
+        if not column.ragged:
+            return stored[row, ...], row * column.nbytes, (row + 1) * column.nbytes
+        (start,), (stop,) = shard.bounds(name, np.array([row]))
+        return stored[start:stop], int(start) * column.nbytes, int(stop) * column.nbytes
+
+    def _shard(self, number: int) -> Shard:
+        """The shard, opened; the one that was not used for longest is closed for it."""
+        if self._process != os.getpid():  # forked, perhaps while a thread held the lock
+            self._begin()
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is None:
+                checked = self._checked.setdefault(number, {}) if self._verify else None
+                info = self.manifest.shards[number]
+                try:
+                    shard = Shard(self.folder / info.file, info, self.manifest.columns, checked)
+                except DataError as error:
+                    self._give_up(number, str(error))
+                    raise
+                self._open[number] = shard
+                if len(self._open) > MAX_OPEN:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(number)
+        return shard
+
+    def _readable(self, indices: Array) -> Array:
+        """Which of these samples are in no shard that was given up."""
+        kept = np.ones(len(indices), bool)
+        for number in self._given_up:
+            kept &= (indices < self.starts[number]) | (indices >= self.starts[number + 1])
+        return kept
+
+    def _give_up(self, number: int, why: str) -> None:
+        if self._on_damage == "skip" and number not in self._given_up:
+            info = self.manifest.shards[number]
+            self._given_up = {*self._given_up, number}  # a new one: others may be looking at it
+            self.damaged[info.file] = why
+            _log.warning("its %d samples are left out: shard %s: %s", info.samples, info.file, why)

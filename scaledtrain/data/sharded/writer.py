@@ -1,0 +1,317 @@
+"""Writes a data set, shard by shard, so that a crash leaves what was written until then."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from scaledtrain.data.ragged import Ragged
+from scaledtrain.data.sharded.buffer import ShardBuffer
+from scaledtrain.data.sharded.columns import (
+    Array,
+    Column,
+    as_array,
+    as_column,
+    check_columns,
+    wrong_shape,
+)
+from scaledtrain.data.sharded.files import sync_folder
+from scaledtrain.data.sharded.manifest import MANIFEST, Manifest, shard_name
+from scaledtrain.errors import ConfigError, DataError
+
+__all__ = ["ShardWriter"]
+
+SHARD_BYTES = 64 * 2**20
+
+
+class ShardWriter:
+    """Writes samples into a folder, one shard after the other; holds one shard in memory.
+
+    A shard gets its name when all of it is on the disk, and the manifest names it after that. So a
+    crash, a kill or a full disk loses the samples since the last whole shard, and no other; what is
+    there can be read, and ``resume=True`` goes on behind it.
+
+    Args:
+        folder: is made if it is not there.
+        columns: of the data set, or of some of its columns; the others follow from the first
+            sample: its values' dtypes and shapes (of bytes: ragged ``uint8``).
+        shard_bytes: a shard is full when its samples have at least so many bytes ...
+        shard_samples: ... or when it has so many samples; None: only bytes count.
+        resume: go on after the last whole shard of a data set that is not finished, or add to one
+            that is; ``samples_written`` tells which sample comes next. Where there is none yet,
+            begin.
+        overwrite: delete the data set that is in the folder, if there is one.
+
+    Attributes:
+        samples_written: samples that are in whole shards or wait for theirs to be full.
+
+    Raises:
+        ConfigError: the folder holds a data set already, another writer is at work in it, or a
+            sample does not have the columns that the first one had.
+        DataError: the disk is full, or cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with ShardWriter(folder.name, {"tokens": Column("uint16", ragged=True)}) as writer:
+        ...     for n in range(100):
+        ...         writer.write({"tokens": range(n), "label": n % 10})
+        >>> writer.samples_written, sorted(os.listdir(folder.name))
+        (100, ['manifest.json', 'shard-00000.safetensors'])
+        >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        columns: Mapping[str, Column] | None = None,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        shard_samples: int | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        for name, limit in (("shard_bytes", shard_bytes), ("shard_samples", shard_samples)):
+            if limit is not None and limit < 1:
+                raise ConfigError(f"{name} is {limit}; a shard holds at least 1")
+        if resume and overwrite:
+            raise ConfigError("resume keeps what is there, overwrite deletes it; give one of them")
+        self.folder = Path(folder)
+        self._declared = dict(columns or {})
+        self._shard_bytes = shard_bytes
+        self._shard_samples = shard_samples
+        self._lock = self._take_folder()
+        try:
+            self._manifest = self._begin(resume, overwrite)
+        except BaseException:
+            self._release()
+            raise
+        self._columns: Mapping[str, Column] = self._manifest.columns
+        self._buffer = ShardBuffer(self._columns)
+
+    @property
+    def samples_written(self) -> int:
+        """Samples that are in whole shards or wait for theirs to be full."""
+        return self._manifest.samples + self._buffer.samples
+
+    def _take_folder(self) -> int:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise ConfigError(f"no data set can be written to {self.folder}: {error}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ConfigError(
+                f"another ShardWriter is at work in {self.folder}; let it end, or give another "
+                "folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        return lock
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _begin(self, resume: bool, overwrite: bool) -> Manifest:
+        there = (self.folder / MANIFEST).exists()
+        if there and not resume and not overwrite:
+            raise ConfigError(
+                f"{self.folder} holds a data set already; give another folder, resume=True to go "
+                "on with it, or overwrite=True to delete it"
+            )
+        if there and resume:
+            manifest = Manifest.load(self.folder)
+            for name, column in self._declared.items():
+                if manifest.columns.get(name) != column:
+                    raise ConfigError(
+                        f"the data set in {self.folder} has the columns {dict(manifest.columns)}, "
+                        f"but {name!r} was declared as {column}; declare it as it is"
+                    )
+        else:
+            if there:
+                (self.folder / MANIFEST).unlink()  # first: so there is never half a data set
+                sync_folder(self.folder)
+            manifest = Manifest({})
+        known = {shard.file for shard in manifest.shards}
+        for pattern in ("shard-*.safetensors", ".shard-*.unfinished"):
+            for file in self.folder.glob(pattern):
+                if file.name not in known:
+                    file.unlink()
+        return manifest
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Add one sample.
+
+        Args:
+            sample: column -> its value: a tensor, an array, bytes, a number or lists of numbers.
+
+        Raises:
+            ConfigError: it lacks a column, or has a value of another dtype or shape.
+            DataError: a shard was full, and could not be written.
+        """
+        arrays = {name: as_array(value) for name, value in sample.items()}
+        if not self._columns:
+            self._set_columns(sample)
+        self._check_names(sample)
+        self._append(
+            {
+                name: [self._value(name, *arrays[name], sample[name])]
+                if column.ragged
+                else self._value(name, *arrays[name], sample[name])[None]
+                for name, column in self._columns.items()
+            }
+        )
+
+    def write_batch(self, batch: Mapping[str, Any]) -> None:
+        """Add ``n`` samples at once, which costs much less per sample.
+
+        Args:
+            batch: column -> ``[n, *shape]``; of a ragged column, a list of ``n`` values, or a
+                `Ragged`.
+
+        Raises:
+            ConfigError: columns of different length, or as for ``write``.
+            DataError: a shard was full, and could not be written.
+        """
+        given = batch
+        batch = {n: v.unbind() if isinstance(v, Ragged) else v for n, v in batch.items()}
+        lengths = {name: len(values) for name, values in batch.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"the columns of a batch have different lengths: {lengths}")
+        if not any(lengths.values()):
+            return
+        if not self._columns:
+            self._set_columns({n: v if isinstance(v, Ragged) else v[0] for n, v in given.items()})
+        self._check_names(batch)
+        self._append(
+            {
+                name: [self._value(name, *as_array(value), value) for value in batch[name]]
+                if column.ragged
+                else self._value(name, *as_array(batch[name]), batch[name], dims=1)
+                for name, column in self._columns.items()
+            }
+        )
+
+    def _set_columns(self, sample: Mapping[str, Any]) -> None:
+        columns = {n: self._declared.get(n) or _column_of(value) for n, value in sample.items()}
+        if lacking := self._declared.keys() - columns.keys():
+            raise ConfigError(
+                f"the first sample has no {', '.join(sorted(lacking))}, which was declared as a "
+                f"column; it has {', '.join(columns)}"
+            )
+        if not columns:
+            raise ConfigError("the first sample has no columns; a sample is {name: value, ...}")
+        check_columns(columns)
+        self._columns = columns
+        self._buffer = ShardBuffer(columns)
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        if given.keys() != self._columns.keys():
+            raise ConfigError(
+                f"sample {self.samples_written} has the columns {', '.join(given)}, but the data "
+                f"set has {', '.join(self._columns)}; every sample has all of them"
+            )
+
+    def _value(self, name: str, array: Array, dtype: str, given: Any, dims: int = 0) -> Array:
+        """The array as the column stores it, if it has these dims and those of the column."""
+        column = self._columns[name]
+        array = as_column(array, dtype, name, column, given)
+        if array.ndim != dims + column.ragged + len(column.shape):
+            raise wrong_shape(name, column, array)
+        return array
+
+    def _append(self, values: Mapping[str, Array | list[Array]]) -> None:
+        """Fill shards with these samples, and write each that is full."""
+        if self._lock < 0:
+            raise ConfigError(
+                f"the ShardWriter of {self.folder} is closed, by you or by an error that was told; "
+                "go on with a new one, with resume=True"
+            )
+        samples = len(next(iter(values.values())))
+        sizes = np.zeros(samples, np.int64)
+        for column in values.values():
+            if isinstance(column, list):
+                sizes += [value.nbytes + 8 for value in column]
+            else:
+                sizes += column.nbytes // samples
+        ends = np.cumsum(sizes)
+        start = 0
+        while start < samples:
+            room = self._shard_bytes - self._buffer.nbytes + (ends[start - 1] if start else 0)
+            stop = int(np.searchsorted(ends, room)) + 1
+            if self._shard_samples is not None:
+                stop = min(stop, start + self._shard_samples - self._buffer.samples)
+            stop = min(stop, samples)
+            self._buffer.add(values, start, stop)
+            start = stop
+            enough = self._buffer.samples == self._shard_samples
+            if enough or self._buffer.nbytes >= self._shard_bytes:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Write the shard that is in memory; only then the manifest names it."""
+        path = self.folder / shard_name(len(self._manifest.shards))
+        full, self._buffer = self._buffer, ShardBuffer(self._columns)
+        try:
+            info = full.write(path)
+            self._publish(Manifest(self._columns, (*self._manifest.shards, info)))
+        except OSError as error:
+            self._release()
+            raise DataError(
+                f"shard {path} cannot be written: {error}; the {self._manifest.samples} samples "
+                "before it can be read. Make room, and go on behind them with resume=True"
+            ) from error
+
+    def _publish(self, manifest: Manifest) -> None:
+        manifest.save(self.folder)
+        self._manifest = manifest
+
+    def close(self) -> None:
+        """Write the last shard, and say in the manifest that the data set is complete."""
+        if self._lock < 0:
+            return
+        try:
+            if self._buffer.samples:
+                self._flush()
+            try:
+                self._publish(replace(self._manifest, complete=True))
+            except OSError as error:
+                raise DataError(f"{self.folder / MANIFEST} cannot be written: {error}") from error
+        finally:
+            self._release()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:  # what waits for its shard to be full is lost; the whole shards stay
+            self._release()
+
+
+def _column_of(value: Any) -> Column:
+    if isinstance(value, Ragged):
+        array, dtype = as_array(value.values)
+        return Column(dtype, array.shape[1:], ragged=True)
+    array, dtype = as_array(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return Column(dtype, ragged=True)
+    return Column(dtype, array.shape)

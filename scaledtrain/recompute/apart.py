@@ -1,0 +1,68 @@
+"""A model's forward and backward pass apart from its training, to see what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from scaledtrain.recompute.blocks import Call
+from scaledtrain.recompute.live_bytes import LiveBytes
+
+__all__ = ["Apart", "Sample", "peak_bytes"]
+
+Sample = Callable[[Call], Tensor]
+"""Called with a model, returns the loss of one microbatch."""
+
+
+class Apart:
+    """The model with parameters and buffers that share memory with its own, or are copies.
+
+    Gradients are given up as soon as they are there; random numbers, buffers and the model's own
+    gradients are as before at the end.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._tensors: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            own = parameter.detach().requires_grad_(parameter.requires_grad)
+            if own.requires_grad:
+                own.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
+            self._tensors[name] = own
+        for name, buffer in model.named_buffers():
+            self._tensors[name] = buffer.clone()
+        devices = {p.get_device() for p in model.parameters() if p.is_cuda}
+        self._random = torch.random.fork_rng(devices=sorted(devices))
+
+    def __enter__(self) -> Call:
+        self._random.__enter__()
+        return self._call
+
+    def __exit__(self, *error: Any) -> None:
+        self._random.__exit__(*error)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._model, self._tensors, args, kwargs)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def peak_bytes(model: nn.Module, sample: Sample) -> int:
+    """Activations that are alive at once in a forward and backward pass, at most.
+
+    The model's parameters, gradients and buffers stay as they are, and no hook of theirs is called.
+
+    Args:
+        model: with or without a plan.
+        sample: see `Sample`.
+    """
+    with Apart(model) as apart, LiveBytes() as counted:
+        torch.autograd.backward(sample(apart))
+    peak: int = counted.peak
+    return peak

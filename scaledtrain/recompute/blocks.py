@@ -1,0 +1,143 @@
+"""The blocks of a model, and what happens where they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from scaledtrain.errors import ConfigError
+
+__all__ = [
+    "Call",
+    "Divert",
+    "Interception",
+    "check_arguments",
+    "find_blocks",
+    "first_tensor",
+    "named_blocks",
+]
+
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+Call = Callable[..., Any]
+Divert = Callable[[int, Call, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's chain: of all ``nn.Sequential`` and ``nn.ModuleList``, the one with most in it.
+
+    Args:
+        model: any; it may be the ``nn.Sequential`` itself.
+
+    Raises:
+        ConfigError: it has none of at least two modules.
+
+    Example:
+        >>> layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        >>> model = nn.Sequential(nn.Embedding(9, 4), layers)
+        >>> [type(block).__name__ for block in find_blocks(model)]
+        ['Linear', 'Linear', 'Linear']
+    """
+    lists = [m for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList))]
+    lists = [m for m in lists if len(m) >= 2]
+    if not lists:
+        raise ConfigError(
+            f"{type(model).__name__} has no nn.Sequential or nn.ModuleList of two modules or more, "
+            "so that its blocks are not known; name them: blocks=[...]"
+        )
+    return list(max(lists, key=_most_alike).children())
+
+
+def _most_alike(modules: nn.Module) -> tuple[int, int]:
+    """How many of the modules are of the kind that there are most of, and their parameters."""
+    kinds = [type(child) for child in modules.children()]
+    most = max(set(kinds), key=kinds.count)
+    return kinds.count(most), sum(p.numel() for p in modules.parameters())
+
+
+def named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Submodules by name, in the order in which they are called.
+
+    Raises:
+        ConfigError: there is no such submodule.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ConfigError(
+                f"blocks has {name!r}, which {type(model).__name__} has not; it has "
+                f"{', '.join(list(modules)[1:21])}"
+            )
+    return [modules[name] for name in names]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What goes on to the next block: the output, or the first of a tuple.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    first = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(first, Tensor):
+        raise ConfigError(
+            f"a block returned a {type(output).__name__}; blocks whose activations are to be "
+            "computed again return a tensor, or a tuple that begins with one"
+        )
+    return first
+
+
+def check_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what a second call of the block could find changed.
+
+    Raises:
+        ConfigError: there is no tensor in the first place, or something that is neither a tensor
+            nor a plain value.
+    """
+    name = type(block).__name__
+    if not (args and isinstance(args[0], Tensor)):
+        raise ConfigError(
+            f"{name} was called without a tensor as its first positional argument, which has to be "
+            "the output of the block before it"
+        )
+    for value in tree_leaves((args, dict(kwargs))):
+        if value is not None and not isinstance(value, _PLAIN):
+            raise ConfigError(
+                f"{name} is given a {type(value).__name__}, which may change when it is used, so "
+                "that the block cannot be computed again with it; leave it out in training (a "
+                "cache of keys and values: model.config.use_cache = False)"
+            )
+
+
+class Interception:
+    """Calls of the blocks' ``forward`` go somewhere else, until it is removed.
+
+    Args:
+        blocks: the modules; nothing else about them changes.
+        call: called as ``call(index, forward, args, kwargs)`` with the ``forward`` that was.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], call: Divert) -> None:
+        self._blocks = list(blocks)
+        self._before = [vars(block).get("forward") for block in blocks]
+        for index, block in enumerate(blocks):
+            block.forward = _diverted(index, block.forward, call)
+
+    def remove(self) -> None:
+        """Let them be as they were."""
+        for block, before in zip(self._blocks, self._before, strict=True):
+            if before is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = before
+        self._blocks, self._before = [], []
+
+
+def _diverted(index: int, forward: Call, call: Divert) -> Call:
+    def diverted(*args: Any, **kwargs: Any) -> Any:
+        return call(index, forward, args, kwargs)
+
+    return diverted

@@ -1,0 +1,98 @@
+"""What the blocks of a model cost, one after another: time, and bytes that are kept meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scaledtrain.errors import ConfigError
+
+__all__ = ["Block", "Chain", "Way"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a block so that its backward pass can follow.
+
+    Bytes are those of activations alone, beside parameters and their gradients; what is there
+    before the block runs, its input included, is not counted.
+    """
+
+    name: str
+    """``"all"``: everything is kept that the backward pass needs. ``"dear"``: only what is dear to
+    compute; the rest is computed again in the backward pass."""
+    forward_seconds: float
+    backward_seconds: float
+    """What is computed again included."""
+    kept_bytes: int
+    """From the end of the forward pass to the backward pass; the block's output included."""
+    forward_bytes: int
+    """At most, during the forward pass; at least ``kept_bytes``."""
+    backward_bytes: int
+    """At most, during the backward pass, beside the gradient of the output: what has been kept
+    included, but for the output where nobody needs it any more."""
+    stopped_seconds: float
+    """As ``forward_seconds``, of a forward pass that is only made for the backward pass: it stops
+    when that has all it needs, so that nobody computes the output."""
+    stopped_bytes: int
+    """As ``kept_bytes``, then."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the model that takes the output of the one before it."""
+
+    ways: tuple[Way, ...]
+    output_bytes: int
+    """As many has the gradient of the output."""
+    forward_seconds: float
+    """Of a forward pass that keeps nothing but the output."""
+    forward_bytes: int
+    """At most, during such a pass; at least ``output_bytes``."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """All blocks, from the first to the last.
+
+    Whatever comes after the last block that can be run in several ways (a head, the loss) is a
+    block, too, with one way.
+
+    Args:
+        blocks: in the order in which they run.
+        base_bytes: there all the time: the input of the first block, and what the model keeps
+            before it.
+
+    Raises:
+        ConfigError: no block, or a block that cannot be run in any way.
+    """
+
+    blocks: tuple[Block, ...]
+    base_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ConfigError("a chain needs at least one block")
+        for index, block in enumerate(self.blocks):
+            if not block.ways:
+                raise ConfigError(f"block {index} of the chain has no way to be run")
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step that keeps everything."""
+        ways = [block.ways[0] for block in self.blocks]
+        return sum(way.forward_seconds + way.backward_seconds for way in ways)
+
+    def without_keeping(self, first: int, last: int) -> tuple[float, int]:
+        """Seconds, and bytes at most, of a forward pass that keeps nothing but the last output."""
+        blocks = self.blocks[first : last + 1]
+        return sum(block.forward_seconds for block in blocks), most_bytes(blocks)
+
+
+def most_bytes(blocks: Sequence[Block]) -> int:
+    """Of a forward pass in which each block's output is given up when the next one has its own."""
+    inputs = [0, *(block.output_bytes for block in blocks)]
+    return max(before + block.forward_bytes for before, block in zip(inputs, blocks, strict=False))

@@ -1,0 +1,272 @@
+"""Models whose activations are computed again: the same bits, fewer bytes, within the budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scaledtrain import ConfigError, Precision, Trainer
+from scaledtrain.models import GPT
+from scaledtrain.recompute import (
+    CheckpointEvery,
+    CheckpointPolicy,
+    CheckpointSqrt,
+    MemoryBudget,
+    Selective,
+    checkpoint_activations,
+)
+from scaledtrain.recompute.apart import peak_bytes
+from scaledtrain.recompute.dear import contexts_of
+from scaledtrain.recompute.execute import Executor
+from scaledtrain.recompute.live_bytes import LiveBytes
+from scaledtrain.recompute.measure import measure_chain
+from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, every
+
+TOKENS = torch.arange(4 * 32).view(4, 32) % 31
+
+
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(31, sequence_length=32, n_layers=8, n_heads=2, d_model=32, dropout=0.1)
+
+
+class Residual(nn.Module):
+    """A block of a convnet, with a buffer that every forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4, momentum=0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor]:
+        return (x + scale * F.relu(self.norm(self.convolution(x))),)
+
+
+class Convnet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.stages = nn.ModuleList(Residual() for _ in range(6))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.stages:
+            (x,) = block(x, scale=0.5)
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def chain_of_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Dropout(0.2)) for _ in range(9))
+    return nn.Sequential(*layers)
+
+
+IMAGES = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = {
+    "gpt": (gpt, lambda model: model(TOKENS).logsumexp(-1).mean()),
+    "convnet": (Convnet, lambda model: model(IMAGES).square().mean()),
+    "layers": (chain_of_layers, lambda model: model(ROWS).square().mean()),
+}
+POLICIES: dict[str, CheckpointPolicy] = {
+    "every block": CheckpointEvery(),
+    "every 3": CheckpointEvery(3),
+    "sqrt": CheckpointSqrt(),
+    "selective": Selective(),
+    "by name": Selective(["addmm", "convolution"]),
+}
+
+
+def trained(model: nn.Module, sample: Callable[[Any], Tensor]) -> tuple[list[Tensor], int]:
+    """Of two microbatches gradients, buffers, and the next random number; bytes at most."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.manual_seed(3)
+    with LiveBytes() as counted:
+        for _ in range(2):
+            sample(model).backward()  # type: ignore[no-untyped-call]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [*gradients, *model.buffers(), torch.rand(1)], counted.peak
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_bits_in_fewer_bytes(policy: str, case: str) -> None:
+    make, sample = CASES[case]
+    expected, everything = trained(make(), sample)
+    model = make()
+    checkpoint_activations(model, POLICIES[policy])
+    found, peak = trained(model, sample)
+    assert len(expected) == len(found)
+    assert all(map(torch.equal, expected, found))
+    assert peak < 0.8 * everything
+
+
+@pytest.mark.parametrize("share", [0.75, 0.6, 0.5])
+@pytest.mark.parametrize("case", CASES)
+def test_a_budget_is_kept_and_predicted(case: str, share: float) -> None:
+    make, sample = CASES[case]
+    expected, everything = trained(make(), sample)
+    model = make()
+    budget = int(share * everything)
+    told = checkpoint_activations(model, MemoryBudget(budget), sample).told
+    found, peak = trained(model, sample)
+    assert peak <= budget
+    assert all(map(torch.equal, expected, found))
+    predicted, measured, limit = (
+        float(n) for n in re.findall(r"([\d.]+) MiB", told.partition("predicted")[2])[:3]
+    )
+    assert measured <= limit
+    assert predicted == pytest.approx(measured, rel=0.05, abs=0.011)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predicted_bytes_are_measured_bytes(case: str) -> None:
+    make, sample = CASES[case]
+    model = make()
+    blocks = list(model.children()) if case == "layers" else None
+    blocks = blocks or list(model.get_submodule("blocks" if case == "gpt" else "stages"))
+    chain = measure_chain(model, blocks, sample, [("all", None), ("dear", contexts_of())])
+    assert len(chain) == len(blocks) + 1
+    n, one = len(blocks), Keep()
+    nested = (Recompute((Recompute((one, one)), one)), Recompute((one, Keep(1))))
+    plans: list[Plan] = [(one,) * n, every(1, n), every(2, n), (Keep(1),) * n]
+    plans.append((*nested, *every(1, n - 5)))
+    for plan in plans:
+        executor = Executor(blocks, plan, (None, contexts_of()))
+        measured = peak_bytes(model, sample)
+        executor.remove()
+        assert cost(chain, (*plan, one)).peak_bytes == pytest.approx(measured, rel=0.05)
+
+
+def test_a_budget_that_cannot_be_kept_names_one_that_can() -> None:
+    make, sample = CASES["gpt"]
+    with pytest.raises(ConfigError, match=r"do not fit into 50000 bytes") as caught:
+        checkpoint_activations(make(), MemoryBudget(50_000), sample)
+    found = re.search(r"(\d+) bytes \(", str(caught.value))
+    assert found is not None
+    model = make()
+    checkpoint_activations(model, MemoryBudget(int(found[1])), sample)
+    assert peak_bytes(model, sample) <= int(found[1])
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    make, sample = CASES["convnet"]
+    model = make()
+    calls: list[int] = []
+    weight = next(model.parameters())
+    weight.register_post_accumulate_grad_hook(lambda parameter: calls.append(1))  # type: ignore[no-untyped-call]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    handle = checkpoint_activations(model, MemoryBudget("1MiB"), sample)
+    assert torch.equal(torch.rand(1), expected)
+    assert calls == []
+    assert all(parameter.grad is None for parameter in model.parameters())
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    handle.remove()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_hooks_of_blocks_see_each_call_and_its_output() -> None:
+    model = chain_of_layers().eval()
+    seen: dict[int, list[Tensor]] = {}
+    for index, block in enumerate(model):
+        block.register_forward_hook(
+            lambda module, args, output, index=index: seen.setdefault(index, []).append(output)
+        )
+    expected = [model[: n + 1](ROWS) for n in range(9)]
+    seen.clear()
+    checkpoint_activations(model, CheckpointEvery(9))
+    model(ROWS).sum().backward()
+    # The first block's hook sees the group's output; the others' each block's own, once in the
+    # forward pass, once again in the backward pass, and what is handed on when the model calls.
+    assert torch.equal(seen[0][0], expected[8])
+    for index in range(1, 9):
+        assert torch.equal(seen[index][0], expected[index])
+    seen.clear()
+    with torch.no_grad():
+        assert torch.equal(model(ROWS), expected[8])
+    assert all(torch.equal(seen[index][0], expected[index]) for index in range(9))
+
+
+def test_the_trainer_trains_to_the_same_bits_and_plans_at_the_first_batch() -> None:
+    data = [(TOKENS[i : i + 2], TOKENS[i : i + 2]) for i in (0, 2)] * 4
+
+    def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def run(policy: CheckpointPolicy | None) -> str:
+        with Trainer(
+            gpt(), loss_fn, partial(torch.optim.SGD, lr=0.1), activation_checkpointing=policy,
+            precision=Precision(), gradient_accumulation_steps=2, console=False,
+        ) as trainer:  # fmt: skip
+            trainer.fit(data, max_steps=4)
+            return trainer.replica.sha256()
+
+    expected = run(None)
+    for policy in (CheckpointEvery(2), Selective(), MemoryBudget("600KiB")):
+        assert run(policy) == expected
+    with pytest.raises(ConfigError, match="do not fit into 10000 bytes"):
+        run(MemoryBudget(10_000))
+    with pytest.raises(ConfigError, match="choose one of the two"):
+        Trainer(
+            gpt(), loss_fn, partial(torch.optim.SGD, lr=0.1),
+            activation_checkpointing=CheckpointEvery(), compile="eager",
+        )  # fmt: skip
+
+
+class Cache:
+    """What a model might hand from block to block."""
+
+
+def test_what_cannot_be_computed_again_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has no nn.Sequential or nn.ModuleList"):
+        checkpoint_activations(nn.Linear(2, 2), CheckpointEvery())
+    with pytest.raises(ConfigError, match="blocks has 'layer', which GPT has not"):
+        checkpoint_activations(gpt(), CheckpointEvery(), blocks=["layer"])
+    model = Convnet()
+    checkpoint_activations(model, CheckpointEvery())
+    with pytest.raises(ConfigError, match="given a Cache, which may change"):
+        model.stages[0](torch.randn(1, 4, 6, 6), scale=Cache())
+    with pytest.raises(ConfigError, match="without a tensor as its first positional argument"):
+        model.stages[0](x=torch.randn(1, 4, 6, 6))
+    in_place = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    with pytest.raises(ConfigError, match="changes its input in place"):
+        checkpoint_activations(
+            in_place, MemoryBudget("1MiB"), lambda called: called(torch.randn(2, 4)).sum()
+        )
+    model = Convnet()
+    checkpoint_activations(model, CheckpointEvery(2))
+    (x,) = model.stages[0](torch.randn(1, 4, 6, 6), scale=0.5)
+    with pytest.raises(ConfigError, match="with other arguments than the first"):
+        model.stages[1](x, scale=0.25)
+    with pytest.raises(ConfigError, match="needs a sample"):
+        checkpoint_activations(gpt(), MemoryBudget(10_000))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CheckpointEvery(0), "k is 0"),
+        (lambda: MemoryBudget("2 gigs"), "'2 gigs' is not understood"),
+        (lambda: MemoryBudget(0), "holds nothing"),
+        (lambda: Selective(["matmull"]), "'matmull', which torch.ops.aten has not"),
+    ],
+)
+def test_wrong_policies_are_refused(make: Callable[[], CheckpointPolicy], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()

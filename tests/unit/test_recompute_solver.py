@@ -1,0 +1,126 @@
+"""Plans of what is computed again: the solver against all plans that there are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from scaledtrain import ConfigError
+from scaledtrain.recompute.chain import Block, Chain, Way
+from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, every
+from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
+
+
+def plans(chain: Chain, first: int, last: int) -> Iterator[Plan]:
+    """All for some blocks whose last one is kept."""
+    for way in range(len(chain.blocks[first].ways)):
+        rests: Iterator[Plan] = iter([()]) if first == last else plans(chain, first + 1, last)
+        yield from ((Keep(way), *rest) for rest in rests)
+    for middle in range(first + 1, last + 1):
+        inner = list(plans(chain, first, middle - 1))
+        for rest in plans(chain, middle, last):
+            yield from ((Recompute(plan), *rest) for plan in inner)
+
+
+def any_block(generator: random.Random) -> Block:
+    output, seconds = generator.randint(1, 4), generator.randint(1, 9)
+    ways = []
+    for _ in range(generator.randint(1, 2)):
+        kept = output + generator.randint(0, 9)
+        ways.append(
+            Way(
+                "any",
+                forward_seconds=seconds + generator.randint(0, 2),
+                backward_seconds=generator.randint(1, 9),
+                kept_bytes=kept,
+                forward_bytes=kept + generator.randint(0, 4),
+                backward_bytes=generator.randint(0, 5),
+                stopped_seconds=generator.randint(0, seconds),
+                stopped_bytes=kept - generator.randint(0, output),
+            )
+        )
+    return Block(tuple(ways), output, seconds, output + generator.randint(0, 3))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_solver_finds_what_trying_all_plans_finds(seed: int) -> None:
+    generator = random.Random(seed)
+    n_blocks = generator.randint(1, 4)
+    chain = Chain(tuple(any_block(generator) for _ in range(n_blocks)), generator.randint(0, 3))
+    costs = [cost(chain, plan) for plan in plans(chain, 0, n_blocks - 1)]
+    least = min(c.peak_bytes for c in costs)
+    assert smallest_bytes(chain) == least
+    assert fastest_plan(chain, least - 1) is None
+    for budget in range(least, max(c.peak_bytes for c in costs) + 1):
+        plan = fastest_plan(chain, budget)
+        assert plan is not None
+        found = cost(chain, plan)
+        assert found.peak_bytes <= budget
+        assert found.seconds == min(c.seconds for c in costs if c.peak_bytes <= budget)
+
+
+KEEPS_ALL = Way("all", 1.0, 2.0, 12, 12, 13, 0.75, 11)
+KEEPS_SOME = Way("dear", 1.25, 2.5, 7, 12, 14, 1.25, 7)
+BLOCK = Block((KEEPS_ALL, KEEPS_SOME), output_bytes=1, forward_seconds=1.0, forward_bytes=6)
+UNIFORM = Chain((BLOCK,) * 16)
+
+
+def test_no_fixed_policy_is_faster_in_as_many_bytes() -> None:
+    fixed = [(*every(k, 15), Keep()) for k in range(1, 16)]
+    fixed += [(Keep(way),) * 16 for way in (0, 1)]
+    for plan in fixed:
+        seconds, peak = cost(UNIFORM, plan)
+        best = fastest_plan(UNIFORM, peak)
+        assert best is not None
+        assert cost(UNIFORM, best).seconds <= seconds
+
+
+def test_more_bytes_never_take_longer_and_the_least_is_run_most() -> None:
+    least = smallest_bytes(UNIFORM)
+    budgets = range(least, 16 * 12 + 5)
+    found = [fastest_plan(UNIFORM, budget) for budget in budgets]
+    seconds = [cost(UNIFORM, plan).seconds for plan in found if plan is not None]
+    assert len(seconds) == len(budgets)
+    assert seconds == sorted(seconds, reverse=True)
+    # Keeping everything: 16 x (1 + 2). One block's 13 bytes in its backward pass and its gradient
+    # are the least, with at least one boundary: the other blocks run again and again.
+    assert seconds[-1] == 48.0
+    assert seconds[0] > 80.0
+    assert least == 13 + 1 + 1
+
+
+def test_what_comes_to_what() -> None:
+    # The others' 12 bytes each, the last gradient, and the last one's 13 in its backward pass.
+    three = Chain((BLOCK,) * 3, base_bytes=100)
+    assert cost(three, (Keep(),) * 3) == (9.0, 100 + 24 + 1 + 13)
+    # Two boundaries of 1 wait while the last block has 13 and a gradient; the others run again,
+    # stopped: 2 x (1 + 0.75 + 2) + 3.
+    assert cost(three, (*every(1, 2), Keep())) == (10.5, 100 + 2 + 1 + 13)
+    # Together, the second one alone is stopped: 1 + 1 + 3, and again 1 + 2 + 0.75 + 2. The first
+    # one's 12 bytes wait meanwhile.
+    assert cost(three, (*every(2, 2), Keep())) == (10.75, 100 + 12 + 1 + 13)
+    # 1 + 1 + 3, again 1 + 0.75 + 2, and the first a third time 0.75 + 2; boundaries of 1 wait.
+    nested = (Recompute((Recompute((Keep(),)), Keep())), Keep())
+    assert cost(three, nested) == (11.5, 100 + 1 + 1 + 13)
+    assert cost(three, (Keep(1),) * 3) == (3 * 3.75, 100 + 7 * 2 + 1 + 14)
+
+
+def test_a_long_chain_of_equal_blocks_is_solved() -> None:
+    tail = Block((Way("all", 0.1, 0.1, 0, 2, 2, 0.1, 0),), 0, 0.1, 2)
+    chain = Chain((BLOCK,) * 200 + (tail,), base_bytes=1)
+    everything = cost(chain, (Keep(),) * 201)
+    plan = fastest_plan(chain, everything.peak_bytes // 10)
+    assert plan is not None
+    found = cost(chain, plan)
+    assert found.peak_bytes <= everything.peak_bytes // 10
+    # Every block once more, at 0.75 to 1 of its 3 seconds: a third more at most.
+    assert everything.seconds < found.seconds < everything.seconds * 4 / 3
+
+
+def test_a_chain_has_blocks_and_they_have_ways() -> None:
+    with pytest.raises(ConfigError, match="at least one block"):
+        Chain(())
+    with pytest.raises(ConfigError, match="block 1 of the chain has no way"):
+        Chain((BLOCK, Block((), 1, 1.0, 1)))
