@@ -11,7 +11,7 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Metrics:
     * ``step_seconds``: mean of this replica;
     * ``data_seconds``, ``compute_seconds``, ``communication_seconds``, ``waiting_seconds``,
       ``evaluation_seconds``: the parts of ``step_seconds``;
+    * where the loss is scaled, ``loss_scale``: of the next step, and ``overflows``: steps of this
+      replica that made no update, since training began;
     * ``staleness_mean``, ``staleness_max``, ``staleness_counts`` (value -> pushes), where there is
       one;
     * ``bytes_sent``: payload that this rank handed to a transport, per step of this replica;
@@ -73,6 +75,7 @@ class Metrics:
         timeline: where the time parts come from.
         device: whose memory is reported.
         bytes_sent: tells how much this rank has sent so far; None: nothing is.
+        scaling: tells scale and overflows by name; None: there are none.
         log_every: steps between records, at least 1.
         console: whether rank 0 shows progress on stderr.
         tensorboard: whether rank 0 writes TensorBoard events to ``run_dir/tensorboard``.
@@ -86,6 +89,7 @@ class Metrics:
         timeline: Timeline,
         device: torch.device,
         bytes_sent: Callable[[], int] | None = None,
+        scaling: Callable[[], Mapping[str, float]] | None = None,
         log_every: int = 50,
         console: bool = True,
         tensorboard: bool = True,
@@ -97,6 +101,7 @@ class Metrics:
         self._timeline = timeline
         self._device = device
         self._bytes_sent = bytes_sent or (lambda: 0)
+        self._scaling = scaling or dict
         self._show = console and rank == 0
         self._console = Console(None, False)
         self._run_dir = run_dir
@@ -180,6 +185,7 @@ class Metrics:
             "step_seconds": elapsed / self._steps,
             "bytes_sent": (self._bytes_sent() - self._sent_before) / self._steps,
             "memory_bytes": _peak_memory_bytes(self._device),
+            **self._scaling(),
         }
         if loss is not None:
             values["loss"] = loss
@@ -202,6 +208,8 @@ class Metrics:
         )
         if self._staleness:
             text += f"  staleness {values['staleness_mean']:.1f}"
+        if values.get("overflows"):
+            text += f"  {values['overflows']:.0f} overflows"
         self._console.show(step, text)
         self._forget(step, now)
 

@@ -1,59 +1,212 @@
-"""In which number formats a step computes."""
+"""In which number formats a step computes, and in which parameters are kept."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.loss_scale import DynamicScaler, LossScale, LossScaler, NoScaler
+from scaledtrain.optim.narrow import KahanCompensation, MasterWeights, Rounding, StochasticRounding
 from scaledtrain.replica import Replica
+from scaledtrain.schema import did_you_mean
 
-__all__ = ["Precision"]
+__all__ = ["Precision", "PrecisionName", "Update"]
 
-_AS_IT_IS = nullcontext()
+PrecisionName = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true", "fp16-true"]
+Update = Literal["stochastic", "kahan", "master", "nearest"]
+
+
+class _Formats(NamedTuple):
+    """What a name stands for."""
+
+    autocast: torch.dtype | None = None
+    parameters: torch.dtype | None = None
+    scaled: bool = False
+    updates: tuple[Update, ...] = ()
+    """Ways to update parameters of 16 bits; the first is the default."""
+
+
+_FORMATS: dict[str, _Formats] = {
+    "fp32": _Formats(),
+    "bf16-mixed": _Formats(autocast=torch.bfloat16),
+    "fp16-mixed": _Formats(autocast=torch.float16, scaled=True),
+    "bf16-true": _Formats(
+        parameters=torch.bfloat16, updates=("stochastic", "kahan", "master", "nearest")
+    ),
+    "fp16-true": _Formats(parameters=torch.float16, scaled=True, updates=("master", "kahan")),
+}
+_HALF = (torch.float16, torch.bfloat16)
+_ROUNDINGS: dict[Update, type[Rounding] | None] = {
+    "stochastic": StochasticRounding,
+    "kahan": KahanCompensation,
+    "master": MasterWeights,
+    "nearest": None,
+}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How forward and backward compute, and what happens to gradients before the update.
+    """The number formats of a run.
+
+    | name         | parameters | forward, backward | gradients | loss     |
+    |--------------|------------|-------------------|-----------|----------|
+    | `fp32`       | float32    | float32           | float32   | as it is |
+    | `bf16-mixed` | float32    | autocast bfloat16 | float32   | as it is |
+    | `fp16-mixed` | float32    | autocast float16  | float32   | scaled   |
+    | `bf16-true`  | bfloat16   | bfloat16          | bfloat16  | as it is |
+    | `fp16-true`  | float16    | float16           | float32   | scaled   |
+
+    A parameter w of 16 bits cannot take an update smaller than half of its last place, 2^-9 |w| in
+    bfloat16: rounded to the nearest it stays as it is, and training stalls. ``update`` says what is
+    done about it; each is described in `scaledtrain.optim.narrow`:
+
+    * ``"stochastic"``: round up or down at random, right in expectation, and the optimizer's state,
+      too: nothing but 16-bit numbers between steps;
+    * ``"kahan"``: what was rounded off is kept, in 16 bits, and added next time;
+    * ``"master"``: the optimizer works on a float32 copy;
+    * ``"nearest"``: as torch does it by itself, for comparison.
+
+    Replicas that average parameters (`LocalSGD`, `Gossip`, ...) do so in the parameters' format,
+    and lose what is smaller there; gradients that are averaged or pushed to a server, whose copy is
+    float32, are no such case. With 16-bit parameters the optimizer's ``step`` is called for some
+    parameters at a time: one that looks at all of them together does not fit.
 
     Args:
-        name: ``"fp32"``: parameters, activations and gradients in float32, nothing is scaled.
+        name: of the formats.
+        update: of 16-bit parameters; None: ``"stochastic"`` for bfloat16, ``"master"`` for float16.
+        loss_scale: where the loss is scaled; None: the usual one.
+        float32_matmul: how torch multiplies float32 matrices in this process, by
+            ``torch.set_float32_matmul_precision``: ``"high"`` lets GPUs use TF32, ``"medium"``
+            bfloat16; None leaves it as it is.
 
     Raises:
-        ConfigError: any other name.
+        ConfigError: an unknown name, or an option that the formats have no use for.
+
+    Example:
+        >>> precision = Precision("bf16-true", update="kahan")
+        >>> model = precision.convert(nn.Linear(2, 1))
+        >>> model.weight.dtype, model(torch.ones(3, 2)).dtype
+        (torch.bfloat16, torch.float32)
+        >>> print(precision)
+        bf16-true (kahan)
+
+    References:
+        Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740; Kalamkar et al. 2019,
+        A Study of BFLOAT16 for Deep Learning Training, arXiv 1905.12322; Zamirai et al. 2020,
+        Revisiting BFloat16 Training, arXiv 2010.06192 (stochastic rounding, Kahan summation).
     """
 
-    name: Literal["fp32"] = "fp32"
+    name: PrecisionName = "fp32"
+    update: Update | None = None
+    loss_scale: LossScale | None = None
+    float32_matmul: Literal["highest", "high", "medium"] | None = None
 
     def __post_init__(self) -> None:
-        if self.name != "fp32":
-            raise ConfigError(f"precision is {self.name!r}; it can be: 'fp32'")
+        if self.name not in _FORMATS:
+            guess = did_you_mean(self.name, _FORMATS)
+            raise ConfigError(f"precision is {self.name!r}{guess}; it can be: {_quoted(_FORMATS)}")
+        formats = _FORMATS[self.name]
+        if self.update is not None and self.update not in formats.updates:
+            raise ConfigError(
+                f"precision {self.name} has no update {self.update!r}; "
+                + (
+                    f"it can be: {_quoted(formats.updates)}"
+                    if formats.updates
+                    else "its parameters are float32, and take small updates as they are: leave "
+                    "it out"
+                )
+            )
+        if self.loss_scale is not None and not formats.scaled:
+            raise ConfigError(
+                f"precision {self.name} scales no loss, since its gradients have float32's range; "
+                "leave loss_scale out, or compute in float16 (fp16-mixed, fp16-true)"
+            )
+        matmul = ("highest", "high", "medium")
+        if self.float32_matmul not in (None, *matmul):
+            raise ConfigError(
+                f"float32_matmul is {self.float32_matmul!r}; it can be: {_quoted(matmul)}"
+            )
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def __str__(self) -> str:
+        """The name, and the update where there is a choice."""
+        update = self._update
+        return self.name if update is None else f"{self.name} ({update})"
+
+    @property
+    def _update(self) -> Update | None:
+        updates = _FORMATS[self.name].updates
+        return self.update or (updates[0] if updates else None)
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Bring a model, in place, into the format of the parameters; once, before it is trained.
+
+        With 16-bit parameters, buffers are converted as well; the model then takes floating inputs
+        of any format, and returns float32, in which a loss function computes; a loss that the model
+        returns by itself it computes as it does.
+
+        Raises:
+            ConfigError: mixed precision, and the model has 16-bit parameters.
+        """
+        if self.float32_matmul is not None:
+            torch.set_float32_matmul_precision(self.float32_matmul)
+        formats = _FORMATS[self.name]
+        if formats.autocast is not None:
+            for name, parameter in model.named_parameters():
+                if parameter.dtype in _HALF:
+                    raise ConfigError(
+                        f"precision {self.name} keeps parameters in float32, but {name} is "
+                        f"{parameter.dtype}; call model.float(), or choose bf16-true or fp16-true"
+                    )
+        if formats.parameters is None:
+            return model
+        model.register_forward_pre_hook(
+            partial(_narrow_inputs, formats.parameters), with_kwargs=True
+        )
+        model.register_forward_hook(_widen_outputs)
+        return model.to(formats.parameters)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Context in which the forward pass runs."""
-        return _AS_IT_IS
+        dtype = _FORMATS[self.name].autocast
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """What backward starts from."""
-        return loss
+    def scaler(self, replica: Replica) -> LossScaler:
+        """What runs the backward passes of a replica; once, as the parameters are prepared."""
+        if not _FORMATS[self.name].scaled:
+            return NoScaler()
+        return DynamicScaler(self.loss_scale or LossScale(), replica.parameters)
 
-    def unscale_and_clip(
-        self, replica: Replica, max_norm: float | None, measure: bool
-    ) -> tuple[bool, Tensor | None]:
-        """Make the gradients ready for the update.
+    def rounding(self, seed: int) -> Rounding | None:
+        """How updates get into 16-bit parameters; None: the optimizer does it by itself.
 
         Args:
-            replica: whose gradients.
-            max_norm: clip to this 2-norm; None does not clip.
-            measure: give the norm also when nothing is clipped.
-
-        Returns:
-            Whether the update may be made, and the norm before clipping (None if not measured).
+            seed: of random numbers; the same on all replicas, so that equal ones stay equal.
         """
-        if max_norm is not None:
-            return True, replica.clip_gradients(max_norm)
-        return True, replica.gradient_norm() if measure else None
+        update = self._update
+        make = None if update is None else _ROUNDINGS[update]
+        return None if make is None else make(seed)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _narrow_inputs(
+    dtype: torch.dtype, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def narrow(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
+    return tree_map_only(Tensor, narrow, args), tree_map_only(Tensor, narrow, kwargs)
+
+
+def _widen_outputs(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _HALF else t, outputs)

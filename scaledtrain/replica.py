@@ -13,11 +13,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.optim.narrow import Rounding, WideStep
 
-__all__ = ["MakeOptimizer", "MakeScheduler", "Replica", "Updater"]
+__all__ = ["MakeOptimizer", "MakeRounding", "MakeScheduler", "Replica", "Updater"]
 
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 MakeScheduler = Callable[[Optimizer], LRScheduler]
+MakeRounding = Callable[[], Rounding | None]
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Updater:
@@ -25,6 +29,13 @@ class Updater:
 
     A schedule so tied to the updates cannot be stepped once per rank or once per microbatch by
     mistake, wherever the updates are made: on every replica, or on a server.
+
+    Args:
+        named_parameters: what is updated.
+        make_optimizer: makes the optimizer of them.
+        make_scheduler: makes the schedule from the optimizer.
+        make_rounding: makes what updates of 16-bit parameters go through, if there are such;
+            None: the optimizer works on them as they are.
     """
 
     def __init__(
@@ -32,6 +43,7 @@ class Updater:
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         make_optimizer: MakeOptimizer,
         make_scheduler: MakeScheduler | None = None,
+        make_rounding: MakeRounding | None = None,
     ) -> None:
         self.optimizer = make_optimizer(named_parameters)
         if not isinstance(self.optimizer, Optimizer):
@@ -40,6 +52,10 @@ class Updater:
                 "torch.optim.Optimizer; pass e.g. functools.partial(torch.optim.SGD, lr=0.1)"
             )
         self._scheduler = make_scheduler(self.optimizer) if make_scheduler else None
+        groups = self.optimizer.param_groups
+        is_narrow = any(p.dtype in _HALF for group in groups for p in group["params"])
+        rounding = make_rounding() if make_rounding is not None and is_narrow else None
+        self._wide = None if rounding is None else WideStep(self.optimizer, rounding)
 
     @property
     def has_schedule(self) -> bool:
@@ -53,19 +69,25 @@ class Updater:
 
     def step(self) -> None:
         """Make one update from the parameters' ``.grad``."""
-        self.optimizer.step()
+        if self._wide is None:
+            self.optimizer.step()
+        else:
+            self._wide.step()
         if self._scheduler is not None:
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the state of the optimizer and of the schedule."""
+        """A copy of the state of the optimizer, of the schedule, and of the rounding."""
         scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
         # Copied here and below, since torch's own dictionaries share the tensors in use.
-        return copy.deepcopy({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
+        state = copy.deepcopy({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
+        return {**state, "rounding": None if self._wide is None else self._wide.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        if self._wide is not None and state["rounding"] is not None:
+            self._wide.load_state_dict(state["rounding"], state["optimizer"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
 
@@ -78,6 +100,7 @@ class Replica:
         make_optimizer: makes the optimizer from (name, parameter) pairs; it is called where the
             updates are made, so pass a factory: ``functools.partial(torch.optim.SGD, lr=0.1)``.
         make_scheduler: makes the learning-rate schedule from the optimizer; one step per update.
+        make_rounding: makes what updates of 16-bit parameters go through; None: nothing.
 
     Raises:
         ConfigError: the model has nothing to train, or ``make_optimizer`` is an optimizer.
@@ -94,6 +117,7 @@ class Replica:
         model: nn.Module,
         make_optimizer: MakeOptimizer,
         make_scheduler: MakeScheduler | None = None,
+        make_rounding: MakeRounding | None = None,
     ) -> None:
         if isinstance(make_optimizer, Optimizer):
             name = type(make_optimizer).__name__
@@ -115,6 +139,7 @@ class Replica:
         self._model = model
         self._make_optimizer = make_optimizer
         self._make_scheduler = make_scheduler
+        self._make_rounding = make_rounding
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -139,7 +164,7 @@ class Replica:
         """
         own = self.parameters if parameters is None else parameters
         named = zip(self.names if names is None else names, own, strict=True)
-        return Updater(list(named), self._make_optimizer, self._make_scheduler)
+        return Updater(list(named), self._make_optimizer, self._make_scheduler, self._make_rounding)
 
     def sha256(self) -> str:
         """SHA-256 of the bytes of all parameters, in order: equal if, and only if, every bit is."""
@@ -158,15 +183,21 @@ class Replica:
         """Gradient of every parameter, in order; a missing one is made: it counts as zero."""
         for parameter in self.parameters:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of all gradients together, a scalar on the replica's device."""
+        """2-norm of all gradients together, a scalar on the replica's device; float32 at least."""
         present = [p.grad for p in self.parameters if p.grad is not None]
+        if any(g.dtype in _HALF for g in present):
+            # Of float16 it would be infinite where it is above 65504, of bfloat16 8 bits.
+            norms = torch._foreach_norm(present, 2.0, torch.float32)
+            norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+            return norm
         return nn.utils.get_total_norm(present)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale all gradients to a norm of at most ``max_norm``; returns the norm before."""
-        norm: Tensor = nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        norm = self.gradient_norm()
+        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
         return norm

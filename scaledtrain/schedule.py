@@ -15,6 +15,7 @@ from scaledtrain.clock import Clock, HostClock
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
+from scaledtrain.loss_scale import LossScaler, NoScaler
 from scaledtrain.precision import Precision
 
 __all__ = [
@@ -129,8 +130,9 @@ class MicrobatchLoop:
     Args:
         model: called as ``model(inputs)``, or as ``model(**batch)`` when there is no ``loss_fn``.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over the microbatch's samples, a scalar.
-        precision: its ``autocast`` and ``scale`` are used.
+        precision: its ``autocast`` is used.
         parameters: whose gradients are computed.
+        scaler: runs the backward passes; default: of the loss as it is.
         drop_compute: when to begin no further microbatch.
         paces: how long computing takes: each is asked with the time that the one before told.
         clock: by which it takes that long.
@@ -147,6 +149,7 @@ class MicrobatchLoop:
         precision: Precision,
         parameters: Sequence[nn.Parameter],
         *,
+        scaler: LossScaler | None = None,
         drop_compute: DropCompute | None = None,
         paces: Sequence[Pace] = (),
         clock: Clock | None = None,
@@ -156,6 +159,7 @@ class MicrobatchLoop:
         self._loss_fn = loss_fn
         self._precision = precision
         self._parameters = parameters
+        self._scaler = scaler or NoScaler()
         self._drop_compute = drop_compute or DropCompute()
         self._paces = paces
         self._clock = clock or HostClock()
@@ -175,14 +179,14 @@ class MicrobatchLoop:
             if computed and self._drop_compute.is_over(sum(self.microbatch_seconds)):
                 break
             start = self._clock.now()
-            with self._precision.autocast():
+            with self._precision.autocast(self._parameters[0].device):
                 # The outputs are let go of before backward, which can use their memory.
                 loss = call_model(self.model, microbatch, self._loss_fn)[1]
             if abandon is not None and abandon():
                 return None
             if size != samples:
                 loss = loss * (size / samples)
-            self._precision.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._scaler.backward(loss)
             loss = loss.detach()
             total = loss if total is None else total + loss
             computed += size

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
-from scaledtrain.precision import Precision
+from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
@@ -66,7 +67,7 @@ class Trainer:
         lr_scheduler: a factory from optimizer to ``LRScheduler``; one step per update.
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
-        precision: default fp32.
+        precision: the number formats, or their name (``"bf16-mixed"``); default fp32.
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
         gradient_accumulation_steps: batches of the loader per step on each replica.
@@ -112,7 +113,7 @@ class Trainer:
         lr_scheduler: MakeScheduler | None = None,
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
-        precision: Precision | None = None,
+        precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
@@ -149,10 +150,13 @@ class Trainer:
             link = self._owned = connect()
         self.link: Link = link
         (mesh or Mesh()).check(self.link.group.size)
-        self.model = model.to(self.link.device)
+        self.precision = Precision(precision) if isinstance(precision, str) else precision
+        self.model = self.precision.convert(model.to(self.link.device))
         self.strategy: Strategy = strategy or Sync()
-        self.precision = precision or Precision()
-        self.replica = Replica(self.model, optimizer, lr_scheduler)
+        self.replica = Replica(
+            self.model, optimizer, lr_scheduler, partial(self.precision.rounding, seed)
+        )
+        self.scaler = self.precision.scaler(self.replica)
         self.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
         self.strategy.attach(self.replica, self.link)
         seed_everything(seed, self.link.group.rank)
@@ -162,6 +166,7 @@ class Trainer:
             loss_fn,
             self.precision,
             self.replica.parameters,
+            scaler=self.scaler,
             drop_compute=drop_compute,
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
@@ -174,6 +179,7 @@ class Trainer:
             timeline=self.timeline,
             device=self.link.device,
             bytes_sent=lambda: self.link.bytes_sent,
+            scaling=self.scaler.metrics,
             log_every=log_every,
             console=console,
         )
@@ -204,7 +210,7 @@ class Trainer:
         largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
 
         def sample(called: Callable[..., Any]) -> Tensor:
-            with self.precision.autocast():
+            with self.precision.autocast(self.link.device):
                 return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
 
         self._checkpointing = checkpoint_activations(self.model, policy, sample)
@@ -234,7 +240,7 @@ class Trainer:
             self.timeline.add("compute", start)
         self._call("on_gradients")
         self.strategy.reduce_gradients(batch.weight * _share(computed.samples, batch.samples))
-        finite, norm = self.precision.unscale_and_clip(
+        finite, norm = self.scaler.check_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
         if finite:
@@ -362,7 +368,7 @@ class Trainer:
         return dict(zip(names, means, strict=True))
 
     def _measure(self, batch: Any) -> list[Tensor]:
-        with self.precision.autocast():
+        with self.precision.autocast(self.link.device):
             outputs, loss = call_model(self.model, batch, self._loss_fn)
         if self._eval_metrics and not isinstance(batch, (tuple, list)):
             raise ConfigError(
@@ -381,7 +387,7 @@ class Trainer:
         with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
                 for batch in step.microbatches:
-                    with self.precision.autocast():
+                    with self.precision.autocast(self.link.device):
                         if isinstance(batch, Mapping):
                             outputs.append(self.model(**batch))
                         else:
@@ -390,10 +396,11 @@ class Trainer:
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of this rank's model, strategy (optimizer or server) and place in the data."""
+        """A copy of this rank's model, strategy (optimizer, server), scaler, place in the data."""
         return {
             "model": copy.deepcopy(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "steps_in_epoch": self.steps_in_epoch,
         }
@@ -402,6 +409,7 @@ class Trainer:
         """Restore what ``state_dict`` returned, on every rank, before ``fit``."""
         self.model.load_state_dict(state["model"])
         self.strategy.load_state_dict(state["strategy"])
+        self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
         self.steps_in_epoch = state["steps_in_epoch"]
 
@@ -450,7 +458,7 @@ class Trainer:
             f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
             f"{self.link.group.size} replica{'s' if self.link.group.size > 1 else ''} on "
             f"{self.link.device.type} over {self.link.transport}; strategy "
-            f"{self.strategy}; precision {self.precision.name}; batch per replica "
+            f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
         )
 

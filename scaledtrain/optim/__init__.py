@@ -1,5 +1,19 @@
-"""Optimizers that torch does not have."""
+"""Optimizers that torch does not have, and updates of parameters that have only 16 bits."""
 
 from scaledtrain.optim.delayed_nesterov import DelayedNesterov
+from scaledtrain.optim.narrow import (
+    KahanCompensation,
+    MasterWeights,
+    Rounding,
+    StochasticRounding,
+    WideStep,
+)
 
-__all__ = ["DelayedNesterov"]
+__all__ = [
+    "DelayedNesterov",
+    "KahanCompensation",
+    "MasterWeights",
+    "Rounding",
+    "StochasticRounding",
+    "WideStep",
+]

@@ -196,7 +196,7 @@ class _Rerun:
             return functional_call(trainer.model, named, arguments, options)
 
         total, samples = 0.0, 0
-        with eval_mode(trainer.model), trainer.precision.autocast():
+        with eval_mode(trainer.model), trainer.precision.autocast(trainer.link.device):
             for batch in self._batches or witness.batches:
                 size = count_samples(batch)
                 total += call_model(called, batch, self._task.loss_fn)[1].item() * size

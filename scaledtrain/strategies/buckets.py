@@ -71,10 +71,12 @@ class GradientBuckets:
         overlap: bool | None,
     ) -> None:
         if overlap is None:
-            overlap = compressed(group, compression, parameters).overlaps
+            overlap = compressed(group, compression, _gradients_of(parameters)).overlaps
         cut = cut_into_buckets(parameters, bucket_bytes) if overlap else [list(parameters)]
         self._parameters = parameters
-        self._buckets = [_Bucket(bucket, compressed(group, compression, bucket)) for bucket in cut]
+        self._buckets = [
+            _Bucket(bucket, compressed(group, compression, _gradients_of(bucket))) for bucket in cut
+        ]
         self._handles: list[Handle] = []
         self._microbatches = 0
         self._weight = 1.0
@@ -200,8 +202,13 @@ class _Bucket:
     def _gradients(self) -> Iterator[Tensor]:
         for parameter in self.parameters:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             yield parameter.grad
+
+
+def _gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Tensors like their gradients, which may be of another dtype."""
+    return [p.detach().to(p.grad_dtype or p.dtype) for p in parameters]
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -74,6 +74,9 @@ class Gossip(Alone):
         """Give every replica rank 0's state, and let the others reach this one's."""
         super().attach(replica, link)
         self._peer = AveragingPeer(replica.parameters)
+        for reached, own in zip(self._peer.parameters, replica.parameters, strict=True):
+            if own.grad_dtype != own.dtype:
+                reached.grad_dtype = own.grad_dtype
         self._updater = replica.updater(self._peer.parameters)
         self._answer: list[Tensor] = []  # made when this replica first calls
         self._peers = link.meet(self._peer.tensors, self._peer, answers=True)

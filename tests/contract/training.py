@@ -51,17 +51,24 @@ def plain_training(
     epochs: int = 1,
     accumulation: int = 1,
     clip: float | None = None,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """What a user would write; accumulation divides each loss by the number of batches."""
     model = net()
     optimizer = make_optimizer(model.parameters())
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(epochs):
         for i, (x, y) in enumerate(batches):
-            (F.cross_entropy(model(x), y) / accumulation).backward()
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss / accumulation).backward()
             if (i + 1) % accumulation == 0:
+                scaler.unscale_(optimizer)
                 if clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
     return flat(model)
 

@@ -393,7 +393,7 @@ def test_impossible_values() -> None:
         Slowdown({1: 0.5})
     with pytest.raises(ConfigError, match=r"gamma_shape is 0\.0; it is > 0"):
         Slowdown({}, gamma_shape=0.0)
-    with pytest.raises(ConfigError, match="'fp33'; it can be: 'fp32'"):
+    with pytest.raises(ConfigError, match=r"'fp33' \(did you mean 'fp32'\?\); it can be: 'fp32'"):
         Precision("fp33")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="one of at_least and at_most"):
         StopAtTarget("loss")

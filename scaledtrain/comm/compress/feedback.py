@@ -19,6 +19,7 @@ class Feedback:
 
         p = g + e,  sent: C(p),  e <- p - C(p)
 
+    with e in float32 at least, since p must not lose the small g of half precision to a larger e.
     So sent + kept = gradient + kept before, and every bit of gradient is sent in the end. A codec
     that needs no feedback is used as it is. Where a gradient is not finite, C(p) shows it and e
     stays as it was: such a step is skipped.
@@ -27,7 +28,7 @@ class Feedback:
 
     Args:
         codec: C.
-        like: tensors like those to come; e begins at zero.
+        like: tensors of the shapes and dtypes to encode; e begins at zero.
 
     Example:
         >>> from scaledtrain.comm.compress import TopK
@@ -44,7 +45,10 @@ class Feedback:
         self._codec = codec
         self._kept: list[Tensor] = []
         if codec.needs_feedback:
-            self._kept = [torch.zeros_like(t, requires_grad=False) for t in like]
+            self._dtypes = [t.dtype for t in like]
+            self._kept = [
+                torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in like
+            ]
         self._empty: list[dict[str, Tensor]] = [{} for _ in like]
 
     @torch.no_grad()
@@ -52,9 +56,10 @@ class Feedback:
         """C(g + e); the gradients are not changed."""
         if not self._kept:
             return self._codec.encode(gradients)
-        wanted = torch._foreach_add(list(gradients), self._kept)
-        encoded = self._codec.encode(wanted)
-        sent = self._codec.decode(encoded, wanted)
+        wanted = torch._foreach_add(self._kept, list(gradients))
+        whole = [w.to(dtype) for w, dtype in zip(wanted, self._dtypes, strict=True)]
+        encoded = self._codec.encode(whole)
+        sent = self._codec.decode(encoded, whole)
         for kept, rest in zip(self._kept, torch._foreach_sub(wanted, sent), strict=True):
             keep_if_finite(kept, rest)
         return encoded

@@ -39,17 +39,18 @@ class RoundTrip:
     ) -> None:
         self._codec = codec
         self._partition = partition
+        self._like = like
         self._feedback = [Feedback(codec, partition.part(like, shard)) for shard in range(shards)]
 
     @torch.no_grad()
     def make(self, update: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
         """What each shard is sent, in bytes; and the gradient that the shards decode."""
-        sizes, gradient = [], [torch.empty_like(u) for u in update]
+        sizes, gradient = [], [torch.empty_like(p, requires_grad=False) for p in self._like]
         for shard, feedback in enumerate(self._feedback):
-            part = self._partition.part(update, shard)
-            encoded = feedback.encode(part)
+            encoded = feedback.encode(self._partition.part(update, shard))
             sizes.append(bytes_of(encoded))
-            decoded = self._codec.decode(encoded, part)
-            for place, value in zip(self._partition.part(gradient, shard), decoded, strict=True):
+            places = self._partition.part(gradient, shard)
+            decoded = self._codec.decode(encoded, places)
+            for place, value in zip(places, decoded, strict=True):
                 place.copy_(value)
         return sizes, gradient

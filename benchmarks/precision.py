@@ -1,0 +1,540 @@
+"""Lower precision: the time of a step, the memory of training, and where plain bfloat16 stalls.
+
+python -m benchmarks.precision                everything, 5 rounds; results/precision/ and README.md
+python -m benchmarks.precision --only fp32,ours_bf16-mixed      some contenders
+python -m benchmarks.precision --curve        only the curves, results/precision_curve/
+python -m benchmarks.precision --quick        does it run? A few steps, nothing is stored
+python -m benchmarks.precision --table        write README.md's tables and the picture anew
+python -m benchmarks.precision --check        fail if README.md is not what --table would write
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.harness import (
+    BenchmarkError,
+    Measurement,
+    Report,
+    check_losses,
+    environment,
+    next_round,
+    provenance,
+    python_module,
+    ratios,
+    rotated,
+    run_group,
+    times,
+)
+from benchmarks.overhead import WORKLOADS, CheckedLoss, Task, TimedBatches, Workload, fused_adamw
+from benchmarks.overhead import quick as fewer_steps
+from scaledtrain import Precision, Trainer
+from scaledtrain.data import digits
+from scaledtrain.models import GPT, MLP
+
+PACKAGES = ("torch", "accelerate", "lightning", "numpy", "matplotlib")
+SETTINGS = {
+    "threads_per_rank": 1,
+    "cores_per_rank": 1,
+    "pinned": True,
+    "optimizer": "AdamW, lr 1e-3; fused where it does not say otherwise",
+}
+
+
+def _small_batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(4, 64, generator=generator), torch.randint(10, (4,), generator=generator)
+
+
+CASES = {
+    "gpt": replace(WORKLOADS["gpt"], steps_per_block=2, blocks=3),
+    "deep": Workload(
+        title="MLP of 32 layers, 32.6 M parameters, batch 4: next to no activations",
+        model=partial(MLP, 64, [1024] * 32, 10),
+        loss_fn=F.cross_entropy,
+        batch=_small_batch,
+        n_batches=4,
+        warmup_steps=1,
+        steps_per_block=1,
+        blocks=2,
+        log_every=2,
+        checked_step=1,
+    ),
+}
+QUICK = replace(
+    fewer_steps(CASES["gpt"]),
+    model=partial(GPT, 256, 128, n_layers=1, n_heads=2, d_model=32),
+    n_batches=2,
+)
+MATMUL = ("matmul", 1)
+SIZES = [(1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384)]
+"""The products of a block of the GPT with 8 x 128 tokens: rows, in, out."""
+
+
+@dataclass(frozen=True)
+class Run(Measurement):
+    """A measurement, and what it took."""
+
+    peak_bytes: int = 0
+    """Of the process's memory, above what it had before there was a model."""
+
+
+# --- Contenders -------------------------------------------------------------------------------
+
+
+def hand_written(
+    task: Task,
+    dtype: torch.dtype | None = None,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = fused_adamw,
+) -> None:
+    """The loop that a careful user writes, with autocast if there is a dtype, and a scaler."""
+    model, optimizer = task.model, make_optimizer(task.model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+    for inputs, targets in task.batches:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = task.loss_fn(model(inputs), targets)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def bare_bf16(task: Task) -> None:
+    """Everything in bfloat16, as torch does it: updates to the nearest."""
+    model = task.model.bfloat16()
+    optimizer = fused_adamw(model.parameters())
+    for inputs, targets in task.batches:
+        narrow = inputs.bfloat16() if inputs.is_floating_point() else inputs
+        task.loss_fn(model(narrow).float(), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def ours(task: Task, precision: Precision) -> None:
+    with Trainer(
+        task.model,
+        task.loss_fn,
+        fused_adamw,
+        precision=precision,
+        run_dir=task.folder,
+        log_every=task.workload.log_every,
+    ) as trainer:
+        trainer.fit(task.all_batches, max_steps=task.workload.steps)
+
+
+def accelerate(task: Task) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model, optimizer = accelerator.prepare(task.model, fused_adamw(task.model.parameters()))
+    for inputs, targets in task.batches:
+        optimizer.zero_grad()
+        with accelerator.autocast():
+            loss = task.loss_fn(model(inputs), targets)
+        accelerator.backward(loss)
+        optimizer.step()
+
+
+def fabric(task: Task, precision: Any) -> None:
+    from lightning.fabric import Fabric
+
+    runner = Fabric(accelerator="cpu", devices=1, precision=precision)
+    runner.launch()
+    model, optimizer = runner.setup(task.model, fused_adamw(task.model.parameters()))
+    for inputs, targets in task.batches:
+        optimizer.zero_grad()
+        with runner.autocast():
+            loss = task.loss_fn(model(inputs), targets)
+        runner.backward(loss)
+        optimizer.step()
+
+
+CONTENDERS: Mapping[str, Callable[[Task], None]] = {
+    "fp32": hand_written,
+    "ours_fp32": partial(ours, precision=Precision("fp32")),
+    "autocast_bf16": partial(
+        hand_written, dtype=torch.bfloat16, make_optimizer=partial(torch.optim.AdamW, lr=1e-3)
+    ),
+    "autocast_bf16_fused": partial(hand_written, dtype=torch.bfloat16),
+    "accelerate_bf16": accelerate,
+    "fabric_bf16-mixed": partial(fabric, precision="bf16-mixed"),
+    "ours_bf16-mixed": partial(ours, precision=Precision("bf16-mixed")),
+    "autocast_fp16_fused": partial(hand_written, dtype=torch.float16),
+    "ours_fp16-mixed": partial(ours, precision=Precision("fp16-mixed")),
+    "bare_bf16": bare_bf16,
+    "fabric_bf16-true": partial(fabric, precision="bf16-true"),
+    "ours_bf16-true_nearest": partial(ours, precision=Precision("bf16-true", "nearest")),
+    "ours_bf16-true_stochastic": partial(ours, precision=Precision("bf16-true", "stochastic")),
+    "ours_bf16-true_kahan": partial(ours, precision=Precision("bf16-true", "kahan")),
+    "ours_bf16-true_master": partial(ours, precision=Precision("bf16-true", "master")),
+}
+IMPORTS = {"accelerate": "accelerate", "fabric": "lightning.fabric"}
+MATMULS = {"matmul_fp32": torch.float32, "matmul_bf16": torch.bfloat16}
+
+
+def work(contender: str, name: str, is_quick: bool, folder: Path) -> None:
+    """In a fresh process: train as one contender, write down times and memory."""
+    workload = QUICK if is_quick else CASES[name]
+    if module := IMPORTS.get(contender.partition("_")[0]):
+        importlib.import_module(module)
+    generator = torch.Generator().manual_seed(0)
+    batches = [workload.batch(generator) for _ in range(workload.n_batches)]
+    _warm_up()
+    torch.manual_seed(0)
+    before = _resident_bytes()
+    timed = TimedBatches(batches, workload)
+    task = Task(
+        workload=workload,
+        rank=0,
+        ranks=1,
+        model=workload.model(),
+        loss_fn=CheckedLoss(workload.loss_fn, workload.checked_step),
+        batches=timed,
+        all_batches=timed,
+        folder=folder / "written",
+    )
+    CONTENDERS[contender](task)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    if len(timed.block_seconds) != workload.blocks or task.loss_fn.value is None:
+        raise BenchmarkError(f"{contender} did not make the {workload.steps} steps")
+    report = {
+        "steps_per_block": workload.steps_per_block,
+        "block_seconds": timed.block_seconds,
+        "losses": [task.loss_fn.value.item()],
+        "peak_bytes": peak,
+    }
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _warm_up() -> None:
+    """Load what torch and a run's folder load at their first use, so that it is not counted."""
+    batch = torch.ones(1, 1)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.autocast("cpu", torch.bfloat16),
+        Trainer(
+            torch.nn.Linear(1, 1), F.mse_loss, fused_adamw, run_dir=folder, console=False
+        ) as trainer,
+    ):
+        trainer.fit([(batch, batch)], max_steps=1)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
+    return pages * resource.getpagesize()
+
+
+def work_matmul(contender: str, is_quick: bool, folder: Path) -> None:
+    """In a fresh process: the products of the GPT's blocks, by themselves."""
+    pairs = [
+        (torch.randn(m, k, dtype=MATMULS[contender]), torch.randn(k, n, dtype=MATMULS[contender]))
+        for m, k, n in SIZES
+    ]
+    blocks = []
+    for _ in range(3 if is_quick else 8):
+        start = time.perf_counter()
+        for _ in range(5):
+            for a, b in pairs:
+                a @ b
+        blocks.append(time.perf_counter() - start)
+    report = {"steps_per_block": 5, "block_seconds": blocks[1:], "losses": [], "peak_bytes": 0}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def measure(contender: str, name: str, number: int, is_quick: bool) -> Run:
+    """One contender in a fresh process."""
+    load_average = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--quick"] if is_quick else []
+        command = python_module("benchmarks.precision", "--work", contender, name, folder, *flags)
+        run_group(command, 1)
+        report = json.loads((Path(folder) / "report.json").read_text("utf-8"))
+    return Run(name, 1, contender, number, load_average=load_average, **report)
+
+
+# --- The curve --------------------------------------------------------------------------------
+
+LEARNING_RATE = 2e-4
+"""Of AdamW, and so about the size of an update: too small for bfloat16 numbers above 1/16."""
+CURVES = {
+    "fp32": Precision("fp32"),
+    "bf16-mixed": Precision("bf16-mixed"),
+    "bf16-true, nearest": Precision("bf16-true", "nearest"),
+    "bf16-true, stochastic": Precision("bf16-true", "stochastic"),
+    "bf16-true, kahan": Precision("bf16-true", "kahan"),
+    "bf16-true, master": Precision("bf16-true", "master"),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How far one precision trained."""
+
+    precision: str
+    seed: int
+    steps: list[int]
+    losses: list[float]
+    """Mean over all of digits' training samples."""
+
+
+def train_curve(name: str, seed: int, steps: int, every: int) -> Curve:
+    """An MLP on digits; a pure function of its arguments."""
+    torch.manual_seed(seed)
+    inputs, targets = digits("train").tensors
+    everything = [(inputs, targets)]
+    trainer = Trainer(
+        MLP(64, [64], 10),
+        F.cross_entropy,
+        partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0),
+        precision=CURVES[name],
+        seed=seed,
+        console=False,
+    )
+    data = torch.utils.data.TensorDataset(inputs, targets)
+    loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
+    at, losses = [], []
+    for step in range(0, steps + 1, every):
+        if step:
+            trainer.fit(loader, max_steps=step)
+        at.append(step)
+        losses.append(trainer.evaluate(everything)["loss"])
+    return Curve(name, seed, at, losses)
+
+
+def render_curve(curves: Sequence[Curve], where: Mapping[str, Any]) -> str:
+    """How far each came, in Markdown."""
+    lines = [
+        provenance(where),
+        "",
+        f"MLP 64-64-10 on digits, AdamW, lr {LEARNING_RATE:g}: loss over the training set.",
+        "",
+        "| precision | at first | in the middle | at the end (of each seed) |",
+        "|---|--:|--:|--:|",
+    ]
+    for name in CURVES:
+        own = [c for c in curves if c.precision == name]
+        if own:
+            first, middle = own[0].losses[0], own[0].losses[len(own[0].losses) // 2]
+            ends = ", ".join(f"{c.losses[-1]:.4f}" for c in own)
+            lines.append(f"| {name} | {first:.3f} | {middle:.4f} | {ends} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_curve(curves: Sequence[Curve], file: Path) -> None:
+    """The curves of the first seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for curve in curves:
+        if curve.seed == curves[0].seed:
+            style = "--" if curve.precision == "fp32" else "-"
+            axes.plot(curve.steps, curve.losses, style, label=curve.precision)
+    axes.set_yscale("log")
+    axes.set_xlabel("updates")
+    axes.set_ylabel("training loss")
+    axes.legend()
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+
+
+# --- What is shown ----------------------------------------------------------------------------
+
+
+def render(runs: Sequence[Run], where: Mapping[str, Any]) -> str:
+    """The table, in Markdown.
+
+    Raises:
+        BenchmarkError: contenders did not compute about the same.
+    """
+    check_losses(runs, relative=0.02)  # of bfloat16 after a few updates
+    lines = [provenance(where)]
+    for name, workload in CASES.items():
+        case = (name, 1)
+        if any(r.case == case for r in runs):
+            lines += _table([r for r in runs if r.case == case], case, workload.title)
+    matmul = ratios(runs, MATMUL, "matmul_fp32", "matmul_bf16")
+    if matmul:
+        lines += [
+            "",
+            f"The products of the GPT's blocks alone are {matmul.median:.2f} ({matmul.low:.2f} to "
+            f"{matmul.high:.2f}) times as fast in bfloat16 on this machine.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(runs: Sequence[Run], case: tuple[str, int], title: str) -> list[str]:
+    lines = [
+        "",
+        f"**{title}**",
+        "",
+        "| | ms a step | times as fast as fp32 | ours / best peer | peak memory, MiB |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for contender in CONTENDERS:
+        spent = times(runs, case, contender)
+        if spent is None:
+            continue
+        faster = ratios(runs, case, "fp32", contender)
+        peaks = [r.peak_bytes for r in runs if r.contender == contender]
+        cells = [
+            f"{spent.median * 1e3:.0f}",
+            f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})" if faster else "",
+            _against_peers(runs, case, contender),
+            f"{statistics.median(peaks) / 2**20:.0f}",
+        ]
+        lines.append(f"| {contender} | {' | '.join(cells)} |")
+    return lines
+
+
+PEERS = {
+    "ours_fp32": ["fp32"],
+    "ours_bf16-mixed": [
+        "autocast_bf16",
+        "autocast_bf16_fused",
+        "accelerate_bf16",
+        "fabric_bf16-mixed",
+    ],
+    "ours_fp16-mixed": ["autocast_fp16_fused"],
+    "ours_bf16-true_nearest": ["bare_bf16", "fabric_bf16-true"],
+}
+
+
+def _against_peers(runs: Sequence[Run], case: tuple[str, int], contender: str) -> str:
+    """Time over that of the fastest peer that computes in the same formats."""
+    measured = [(times(runs, case, peer), peer) for peer in PEERS.get(contender, [])]
+    known = [(spread.median, peer) for spread, peer in measured if spread is not None]
+    if not known:
+        return ""
+    best = min(known)[1]
+    ratio = ratios(runs, case, contender, best)
+    if ratio is None:
+        return ""
+    return f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {best}"
+
+
+REPORT = Report("precision", Run, render)
+CURVE_REPORT = Report("precision_curve", Curve, render_curve, draw_curve)
+
+
+# --- The command ------------------------------------------------------------------------------
+
+
+Job = tuple[str, str]
+"""Workload and contender."""
+
+
+def run(jobs: Sequence[Job], rounds: int) -> None:
+    """Measure, store, and write the table."""
+    folder = REPORT.open(environment(PACKAGES, SETTINGS))
+    folder.add_command(" ".join(["python -m benchmarks.precision", *sys.argv[1:]]))
+    for measured in _rounds(jobs, rounds, folder.read(Run), False):
+        folder.add(measured)
+        check_losses(folder.read(Run), relative=0.02)
+    REPORT.write()
+
+
+def _rounds(
+    jobs: Sequence[Job], rounds: int, before: Sequence[Run], is_quick: bool
+) -> Iterator[Run]:
+    first = max(next_round(before, (name, 1)) for name, _ in jobs)
+    for number in range(first, first + rounds):
+        for name, contender in rotated(jobs, number):
+            measured = measure(contender, name, number, is_quick)
+            print(
+                f"round {number - first + 1}/{rounds}  {name:6}  {contender:28} "
+                f"{measured.seconds * 1e3:10.2f} ms  {measured.peak_bytes / 2**20:6.0f} MiB",
+                flush=True,
+            )
+            yield measured
+
+
+def run_curves(seeds: int, steps: int, every: int) -> Iterator[Curve]:
+    """Train with every precision."""
+    for seed in range(seeds):
+        for name in CURVES:
+            curve = train_curve(name, seed, steps, every)
+            print(f"{name:24} seed {seed}  {curve.losses[-1]:.5f}", flush=True)
+            yield curve
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.precision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [*CASES, *CONTENDERS, *MATMULS]
+    parser.add_argument("--rounds", type=int, default=5, help="each in fresh processes (default 5)")
+    parser.add_argument("--only", default="", help="some of: " + ", ".join(names))
+    parser.add_argument("--curve", action="store_true", help="only the curves")
+    parser.add_argument("--seeds", type=int, default=3, help="of each curve (default 3)")
+    parser.add_argument("--quick", action="store_true", help="a few steps; nothing is stored")
+    parser.add_argument("--table", action="store_true", help="write README.md's tables anew")
+    parser.add_argument("--check", action="store_true", help="see that README.md is right")
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.only = [name for name in options.only.split(",") if name]
+    for name in options.only:
+        if name not in names:
+            parser.error(f"--only {name}: it can be some of {', '.join(names)}")
+    for name in ("rounds", "seeds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: it is at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    if options.work:
+        contender, name, folder = options.work
+        if contender in MATMULS:
+            work_matmul(contender, options.quick, Path(folder))
+        else:
+            work(contender, name, options.quick, Path(folder))
+        return 0
+    if options.check:
+        return max(REPORT.check(), CURVE_REPORT.check())
+    if options.table:
+        REPORT.write()
+        CURVE_REPORT.write()
+        return 0
+    where = environment(PACKAGES, SETTINGS)
+    cases = [name for name in CASES if name in options.only] or list(CASES)
+    contenders = [name for name in CONTENDERS if name in options.only] or list(CONTENDERS)
+    jobs = [(name, contender) for name in cases for contender in contenders]
+    jobs += [(MATMUL[0], name) for name in MATMULS if name in options.only or not options.only]
+    if options.quick:
+        if not options.curve:
+            print(render(list(_rounds(jobs, 1, [], True)), where))
+        print(render_curve(list(run_curves(seeds=1, steps=20, every=10)), where))
+        return 0
+    if not options.only:
+        curves = CURVE_REPORT.open(where)
+        curves.add_command(" ".join(["python -m benchmarks.precision", *sys.argv[1:]]))
+        for curve in run_curves(options.seeds, steps=2000, every=100):
+            curves.add(curve)
+        CURVE_REPORT.write()
+    if not options.curve:
+        run(jobs, options.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The loss scale: torch's numbers, gradients in units of the loss, and what an overflow does."""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from scaledtrain import ConfigError, NonFiniteLossError, Replica
+from scaledtrain.loss_scale import DynamicScaler, LossScale
+
+
+def scaler_of(model: nn.Module, **options: float) -> tuple[Replica, DynamicScaler]:
+    replica = Replica(model, partial(torch.optim.SGD, lr=0.0))
+    return replica, DynamicScaler(LossScale(**options), replica.parameters)  # type: ignore[arg-type]
+
+
+def one_weight(value: float = 1.0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = nn.Linear(1, 1, bias=False, dtype=dtype)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def test_usual_numbers_are_those_of_torch() -> None:
+    usual, torchs = LossScale(), torch.amp.GradScaler("cpu")
+    assert usual.initial == torchs.get_scale() == 65536.0
+    assert usual.growth_interval == torchs.get_growth_interval() == 2000
+    assert usual.growth_factor == torchs.get_growth_factor() == 2.0
+    assert usual.backoff_factor == torchs.get_backoff_factor() == 0.5
+
+
+def test_scale_follows_overflows_as_torchs_does() -> None:
+    model = one_weight()
+    replica, ours = scaler_of(model, initial=1024.0, growth_interval=3)
+    torchs = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    optimizer = torch.optim.SGD(one_weight().parameters(), lr=0.0)
+    parameter = optimizer.param_groups[0]["params"][0]
+    draw = random.Random(0)
+    overflows, scales = 0, set()
+    for _ in range(60):
+        factor = math.inf if draw.random() < 0.2 else 1.0
+        overflows += factor == math.inf
+        replica.zero_grad()
+        ours.backward(model.weight.sum() * factor)
+        assert ours.check_and_clip(replica, None, False)[0] == (factor == 1.0)
+        optimizer.zero_grad()
+        torchs.scale(parameter.sum() * factor).backward()
+        torchs.step(optimizer)
+        torchs.update()
+        assert ours.scale == torchs.get_scale()
+        scales.add(ours.scale)
+    assert ours.overflows == overflows
+    assert len(scales) >= 5
+
+
+def test_an_overflow_halves_and_counts_from_zero() -> None:
+    """Two clean steps, an overflow, two clean steps: not three in a row, so no growth."""
+    model = one_weight()
+    replica, scaler = scaler_of(model, initial=8.0, growth_interval=3)
+    scales = []
+    for factor in (1.0, 1.0, math.nan, 1.0, 1.0, 1.0):
+        replica.zero_grad()
+        scaler.backward(model.weight.sum() * factor)
+        scaler.check_and_clip(replica, None, False)
+        scales.append(scaler.scale)
+    assert scales == [8.0, 8.0, 4.0, 4.0, 4.0, 8.0]
+    assert scaler.metrics() == {"loss_scale": 8.0, "overflows": 1}
+
+
+def test_gradients_are_in_units_of_the_loss_as_they_arrive() -> None:
+    """Also for a hook that waits for finished gradients, and when several add up."""
+    model = one_weight(3.0)
+    seen = []
+    model.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.item()))
+    _, scaler = scaler_of(model, initial=1024.0)
+    scaler.backward(model.weight.sum() * 2.0)
+    scaler.scale = 512.0
+    scaler.backward(model.weight.sum() * 5.0)
+    assert seen == [2.0, 7.0]
+    model.weight.sum().backward()  # the user's own, not scaled
+    assert seen[-1] == 8.0
+
+
+def test_small_gradients_survive_float16() -> None:
+    """The chain rule multiplies 1e-5 by 1e-4 in float16, whose smallest number is 6e-8."""
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return ((weight * 1e-5) * 1e-4).float().sum()
+
+    model = one_weight(dtype=torch.float16)
+    loss(model.weight).backward()
+    assert model.weight.grad.item() == 0.0
+    model.weight.grad = None
+    _, scaler = scaler_of(model, initial=1024.0)
+    scaler.backward(loss(model.weight))
+    assert model.weight.grad.dtype is torch.float32
+    assert model.weight.grad.item() == pytest.approx(1e-9, rel=0.02)
+
+
+def test_clipping_is_of_unscaled_gradients() -> None:
+    """A gradient of 3, clipped to 1, with its norm before."""
+    model = one_weight()
+    replica, scaler = scaler_of(model, initial=1024.0)
+    scaler.backward(model.weight.sum() * 3.0)
+    finite, norm = scaler.check_and_clip(replica, 1.0, False)
+    assert finite
+    assert norm is not None
+    assert norm.item() == 3.0
+    assert model.weight.grad.item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_second_scaler_of_the_same_parameters_does_not_meddle() -> None:
+    model = one_weight()
+    _, first = scaler_of(model, initial=16.0)
+    _, second = scaler_of(model, initial=64.0)
+    first.backward(model.weight.sum())
+    second.backward(model.weight.sum())
+    assert model.weight.grad.item() == 2.0
+    assert len(model.weight._backward_hooks) == 2
+    del first, second
+    assert len(model.weight._backward_hooks) == 0
+
+
+def test_an_overflow_at_the_smallest_scale_ends_the_run() -> None:
+    model = one_weight()
+    replica, scaler = scaler_of(model, initial=3.0, minimum=1.0)
+    for expected in (1.5, 1.0):
+        scaler.backward(model.weight.sum() * math.inf)
+        assert scaler.check_and_clip(replica, None, False) == (False, None)
+        assert scaler.scale == expected
+    with pytest.raises(NonFiniteLossError, match=r"down to 1\.0.*precision=bf16-mixed"):
+        scaler.check_and_clip(replica, None, False)
+
+
+def test_state_is_restored() -> None:
+    model = one_weight()
+    replica, scaler = scaler_of(model, initial=8.0, growth_interval=2)
+    for factor in (math.inf, 1.0):
+        replica.zero_grad()
+        scaler.backward(model.weight.sum() * factor)
+        scaler.check_and_clip(replica, None, False)
+    other_replica, other = scaler_of(one_weight(), initial=8.0, growth_interval=2)
+    other.load_state_dict(scaler.state_dict())
+    assert other.metrics() == {"loss_scale": 4.0, "overflows": 1}
+    other.check_and_clip(other_replica, None, False)  # the second clean step
+    assert other.scale == 8.0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"initial": 0.5}, r"initial is 0\.5; it is >= minimum 1\.0"),
+        ({"initial": math.inf}, "initial is inf"),
+        ({"minimum": 0.0}, r"minimum is 0\.0; it is a scale > 0"),
+        ({"growth_interval": 0}, "growth_interval is 0; it is a number of steps, >= 1"),
+        ({"growth_factor": 1.0}, r"growth_factor is 1\.0; it is > 1"),
+        ({"backoff_factor": 1.0}, r"backoff_factor is 1\.0; it is between 0 and 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_impossible_options(options: dict[str, float], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        LossScale(**options)  # type: ignore[arg-type]
