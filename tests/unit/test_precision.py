@@ -214,7 +214,7 @@ def tensor_bytes() -> int:
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in gc.get_objects()
-        if type(t) in (Tensor, nn.Parameter)
+        if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
     }
     return sum(storages.values())
 
