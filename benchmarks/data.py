@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import (
     Report,
     Spread,
@@ -392,42 +393,24 @@ def rounds(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="each in fresh processes (default 5)")
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(CASES))
+    parser = command_line("data", __doc__, "32 MiB", rounds=5)
+    add_some(parser, "only", CASES)
     parser.add_argument("--folder", help="on the disk that is to be measured")
-    parser.add_argument("--quick", action="store_true", help="32 MiB; nothing is stored")
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name] or list(CASES)
-    for name in options.only:
-        if name not in CASES:
-            parser.error(f"--only {name}: it can be some of {', '.join(CASES)}")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: it is at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.work:
         _work(*options.work)
-    elif options.check:
-        return REPORT.check()
-    elif options.table:
-        REPORT.write()
+    elif (status := shown(options, REPORT)) is not None:
+        return status
     elif options.quick:
         readings = list(rounds(options.only, 1, [], 32 * MIB, options.folder))
         print(render(readings, environment(PACKAGES, SETTINGS)))
     else:
         folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        folder.add_command(" ".join(["python -m benchmarks.data", *sys.argv[1:]]))
         before = folder.read(Reading)
         for reading in rounds(options.only, options.rounds, before, N_BYTES, options.folder):
             folder.add(reading)

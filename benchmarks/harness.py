@@ -284,8 +284,10 @@ class Report:
     readme: Path = README
 
     def open(self, where: Mapping[str, Any]) -> ResultsFolder:
-        """The folder that a run in this environment writes to."""
-        return ResultsFolder(self.results / self.name, where)
+        """The folder that a run in this environment writes to; it notes the command."""
+        folder = ResultsFolder(self.results / self.name, where)
+        folder.add_command(" ".join([f"python -m benchmarks.{self.name}", *sys.argv[1:]]))
+        return folder
 
     def text(self) -> str:
         """What README.md has to show; a picture is named as README.md sees it."""

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import (
     BenchmarkError,
     Measurement,
@@ -574,7 +575,6 @@ REPORT = Report("overhead", Measurement, render)
 def run(cases: Sequence[tuple[str, int]], contenders: Sequence[str], rounds: int) -> None:
     """Measure, store, and write the tables."""
     folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    folder.add_command(" ".join(["python -m benchmarks.overhead", *sys.argv[1:]]))
     for measurement in _rounds(cases, contenders, rounds, folder.read(Measurement), False):
         folder.add(measurement)
         check_losses(folder.read(Measurement))
@@ -617,31 +617,13 @@ def _rounds(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="each in fresh processes (default 5)")
-    parser.add_argument("--ranks", default="1,2", help="1, 2 or 1,2 (default)")
-    names = [*WORKLOADS, *CONTENDERS]
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(names))
+    parser = command_line("overhead", __doc__, "a few steps", rounds=5)
+    add_some(parser, "ranks", {"1": 1, "2": 2})
+    add_some(parser, "only", [*WORKLOADS, *CONTENDERS])
     parser.add_argument("--allreduce", action="store_true", help="only the all-reduce by itself")
-    parser.add_argument("--quick", action="store_true", help="a few steps; nothing is stored")
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--work-all-reduce", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name]
-    for name in options.only:
-        if name not in names:
-            parser.error(f"--only {name}: it can be some of {', '.join(names)}")
-    if options.ranks not in ("1", "2", "1,2"):
-        parser.error(f"--ranks {options.ranks}: it can be 1, 2 or 1,2")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: it is at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -651,14 +633,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(contender, workload, options.quick, Path(folder))
     elif options.work_all_reduce:
         work_all_reduce(options.quick, Path(options.work_all_reduce))
-    elif options.check:
-        return REPORT.check()
-    elif options.table:
-        REPORT.write()
+    elif (status := shown(options, REPORT)) is not None:
+        return status
     else:
         workloads = [w for w in WORKLOADS if w in options.only] or list(WORKLOADS)
         contenders = [c for c in CONTENDERS if c in options.only] or list(CONTENDERS)
-        cases = [(w, int(n)) for w in workloads for n in options.ranks.split(",")]
+        cases = [(w, n) for w in workloads for n in options.ranks]
         if options.allreduce:
             cases = [("all_reduce", 2)]
         if options.quick:

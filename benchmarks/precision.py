@@ -1,10 +1,9 @@
-"""Lower precision: the time of a step, the memory of training, and where plain bfloat16 stalls.
+"""Lower precision: the time of a step, and the memory of training.
 
 python -m benchmarks.precision                everything, 5 rounds; results/precision/ and README.md
 python -m benchmarks.precision --only fp32,ours_bf16-mixed      some contenders
-python -m benchmarks.precision --curve        only the curves, results/precision_curve/
 python -m benchmarks.precision --quick        does it run? A few steps, nothing is stored
-python -m benchmarks.precision --table        write README.md's tables and the picture anew
+python -m benchmarks.precision --table        write README.md's table anew
 python -m benchmarks.precision --check        fail if README.md is not what --table would write
 """
 
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import (
     BenchmarkError,
     Measurement,
@@ -45,7 +45,6 @@ from benchmarks.harness import (
 from benchmarks.overhead import WORKLOADS, CheckedLoss, Task, TimedBatches, Workload, fused_adamw
 from benchmarks.overhead import quick as fewer_steps
 from scaledtrain import Precision, Trainer
-from scaledtrain.data import digits
 from scaledtrain.models import GPT, MLP
 
 PACKAGES = ("torch", "accelerate", "lightning", "numpy", "matplotlib")
@@ -267,93 +266,6 @@ def measure(contender: str, name: str, number: int, is_quick: bool) -> Run:
     return Run(name, 1, contender, number, load_average=load_average, **report)
 
 
-# --- The curve --------------------------------------------------------------------------------
-
-LEARNING_RATE = 2e-4
-"""Of AdamW, and so about the size of an update: too small for bfloat16 numbers above 1/16."""
-CURVES = {
-    "fp32": Precision("fp32"),
-    "bf16-mixed": Precision("bf16-mixed"),
-    "bf16-true, nearest": Precision("bf16-true", "nearest"),
-    "bf16-true, stochastic": Precision("bf16-true", "stochastic"),
-    "bf16-true, kahan": Precision("bf16-true", "kahan"),
-    "bf16-true, master": Precision("bf16-true", "master"),
-}
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How far one precision trained."""
-
-    precision: str
-    seed: int
-    steps: list[int]
-    losses: list[float]
-    """Mean over all of digits' training samples."""
-
-
-def train_curve(name: str, seed: int, steps: int, every: int) -> Curve:
-    """An MLP on digits; a pure function of its arguments."""
-    torch.manual_seed(seed)
-    inputs, targets = digits("train").tensors
-    everything = [(inputs, targets)]
-    trainer = Trainer(
-        MLP(64, [64], 10),
-        F.cross_entropy,
-        partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0),
-        precision=CURVES[name],
-        seed=seed,
-        console=False,
-    )
-    data = torch.utils.data.TensorDataset(inputs, targets)
-    loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
-    at, losses = [], []
-    for step in range(0, steps + 1, every):
-        if step:
-            trainer.fit(loader, max_steps=step)
-        at.append(step)
-        losses.append(trainer.evaluate(everything)["loss"])
-    return Curve(name, seed, at, losses)
-
-
-def render_curve(curves: Sequence[Curve], where: Mapping[str, Any]) -> str:
-    """How far each came, in Markdown."""
-    lines = [
-        provenance(where),
-        "",
-        f"MLP 64-64-10 on digits, AdamW, lr {LEARNING_RATE:g}: loss over the training set.",
-        "",
-        "| precision | at first | in the middle | at the end (of each seed) |",
-        "|---|--:|--:|--:|",
-    ]
-    for name in CURVES:
-        own = [c for c in curves if c.precision == name]
-        if own:
-            first, middle = own[0].losses[0], own[0].losses[len(own[0].losses) // 2]
-            ends = ", ".join(f"{c.losses[-1]:.4f}" for c in own)
-            lines.append(f"| {name} | {first:.3f} | {middle:.4f} | {ends} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw_curve(curves: Sequence[Curve], file: Path) -> None:
-    """The curves of the first seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for curve in curves:
-        if curve.seed == curves[0].seed:
-            style = "--" if curve.precision == "fp32" else "-"
-            axes.plot(curve.steps, curve.losses, style, label=curve.precision)
-    axes.set_yscale("log")
-    axes.set_xlabel("updates")
-    axes.set_ylabel("training loss")
-    axes.legend()
-    figure.savefig(file, dpi=120, metadata={"Software": None})
-
-
 # --- What is shown ----------------------------------------------------------------------------
 
 
@@ -430,7 +342,6 @@ def _against_peers(runs: Sequence[Run], case: tuple[str, int], contender: str) -
 
 
 REPORT = Report("precision", Run, render)
-CURVE_REPORT = Report("precision_curve", Curve, render_curve, draw_curve)
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -443,7 +354,6 @@ Job = tuple[str, str]
 def run(jobs: Sequence[Job], rounds: int) -> None:
     """Measure, store, and write the table."""
     folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    folder.add_command(" ".join(["python -m benchmarks.precision", *sys.argv[1:]]))
     for measured in _rounds(jobs, rounds, folder.read(Run), False):
         folder.add(measured)
         check_losses(folder.read(Run), relative=0.02)
@@ -465,39 +375,11 @@ def _rounds(
             yield measured
 
 
-def run_curves(seeds: int, steps: int, every: int) -> Iterator[Curve]:
-    """Train with every precision."""
-    for seed in range(seeds):
-        for name in CURVES:
-            curve = train_curve(name, seed, steps, every)
-            print(f"{name:24} seed {seed}  {curve.losses[-1]:.5f}", flush=True)
-            yield curve
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.precision",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = [*CASES, *CONTENDERS, *MATMULS]
-    parser.add_argument("--rounds", type=int, default=5, help="each in fresh processes (default 5)")
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(names))
-    parser.add_argument("--curve", action="store_true", help="only the curves")
-    parser.add_argument("--seeds", type=int, default=3, help="of each curve (default 3)")
-    parser.add_argument("--quick", action="store_true", help="a few steps; nothing is stored")
-    parser.add_argument("--table", action="store_true", help="write README.md's tables anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md is right")
+    parser = command_line("precision", __doc__, "a few steps", rounds=5)
+    add_some(parser, "only", [*CASES, *CONTENDERS, *MATMULS])
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name]
-    for name in options.only:
-        if name not in names:
-            parser.error(f"--only {name}: it can be some of {', '.join(names)}")
-    for name in ("rounds", "seeds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: it is at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -509,29 +391,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             work(contender, name, options.quick, Path(folder))
         return 0
-    if options.check:
-        return max(REPORT.check(), CURVE_REPORT.check())
-    if options.table:
-        REPORT.write()
-        CURVE_REPORT.write()
-        return 0
-    where = environment(PACKAGES, SETTINGS)
+    if (status := shown(options, REPORT)) is not None:
+        return status
     cases = [name for name in CASES if name in options.only] or list(CASES)
     contenders = [name for name in CONTENDERS if name in options.only] or list(CONTENDERS)
     jobs = [(name, contender) for name in cases for contender in contenders]
-    jobs += [(MATMUL[0], name) for name in MATMULS if name in options.only or not options.only]
+    jobs += [(MATMUL[0], name) for name in MATMULS if name in options.only]
     if options.quick:
-        if not options.curve:
-            print(render(list(_rounds(jobs, 1, [], True)), where))
-        print(render_curve(list(run_curves(seeds=1, steps=20, every=10)), where))
-        return 0
-    if not options.only:
-        curves = CURVE_REPORT.open(where)
-        curves.add_command(" ".join(["python -m benchmarks.precision", *sys.argv[1:]]))
-        for curve in run_curves(options.seeds, steps=2000, every=100):
-            curves.add(curve)
-        CURVE_REPORT.write()
-    if not options.curve:
+        print(render(list(_rounds(jobs, 1, [], True)), environment(PACKAGES, SETTINGS)))
+    else:
         run(jobs, options.rounds)
     return 0
 

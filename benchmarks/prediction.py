@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import (
     Report,
     Spread,
@@ -449,27 +450,11 @@ def rounds(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.prediction",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="each in fresh processes (default 3)")
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(STRATEGIES))
-    parser.add_argument("--workers", type=int, choices=WORKERS, help="only so many")
-    parser.add_argument("--quick", action="store_true", help="half a second each; stores nothing")
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
+    parser = command_line("prediction", __doc__, "half a second each", rounds=3)
+    add_some(parser, "only", list(STRATEGIES))
+    add_some(parser, "workers", {str(n): n for n in WORKERS})
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name] or list(STRATEGIES)
-    for name in options.only:
-        if name not in STRATEGIES:
-            parser.error(f"--only {name}: it can be some of {', '.join(STRATEGIES)}")
-    options.workers = [options.workers] if options.workers else list(WORKERS)
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: it is at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -478,16 +463,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         what, condition, number, seconds, folder = options.work
         work(what, condition, int(number), float(seconds), Path(folder))
-    elif options.check:
-        return REPORT.check()
-    elif options.table:
-        REPORT.write()
+    elif (status := shown(options, REPORT)) is not None:
+        return status
     elif options.quick:
         made = list(rounds(options.only, options.workers, 1, [], 0.2))
         print(render(made, environment(PACKAGES, SETTINGS)))
     else:
         folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        folder.add_command(" ".join(["python -m benchmarks.prediction", *sys.argv[1:]]))
         before = folder.read(Prediction)
         for made in rounds(options.only, options.workers, options.rounds, before, 1.0):
             folder.add(made)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import (
     ROOT,
     Report,
@@ -335,25 +336,10 @@ def in_a_process(chain: str, number: int) -> Iterator[Point]:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recompute",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="each in fresh processes (default 3)")
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(CHAINS))
-    parser.add_argument("--quick", action="store_true", help="8 blocks; nothing is stored")
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
+    parser = command_line("recompute", __doc__, "8 blocks", rounds=3)
+    add_some(parser, "only", list(CHAINS))
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name] or list(CHAINS)
-    for name in options.only:
-        if name not in CHAINS:
-            parser.error(f"--only {name}: it can be some of {', '.join(CHAINS)}")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: it is at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -362,16 +348,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(THREADS)
         for point in measure_round(options.work[0], int(options.work[1]), False):
             print(json.dumps(asdict(point)), flush=True)
-    elif options.check:
-        return REPORT.check()
-    elif options.table:
-        REPORT.write()
+    elif (status := shown(options, REPORT)) is not None:
+        return status
     elif options.quick:
         points = [p for chain in options.only for p in measure_round(chain, 0, True)]
         print(render(points, environment(PACKAGES, SETTINGS)))
     else:
         folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        folder.add_command(" ".join(["python -m benchmarks.recompute", *sys.argv[1:]]))
         for number in range(options.rounds):
             for chain in options.only:
                 for point in in_a_process(chain, number):

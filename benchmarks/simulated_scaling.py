@@ -33,6 +33,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import ROOT, Report, environment, provenance, python_module
 from scaledtrain import (
     Callback,
@@ -502,24 +503,11 @@ PARTS = ("target", "efficiency", "size")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.simulated_scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--parts", default="", help="some of: " + ", ".join(PARTS))
-    parser.add_argument("--workers", default="", help="some of: " + ", ".join(map(str, SIZES)))
-    parser.add_argument("--quick", action="store_true", help="a little of it; stores nothing")
-    parser.add_argument("--table", action="store_true", help="write README.md's tables anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's are right")
+    parser = command_line("simulated_scaling", __doc__, "a little of it")
+    add_some(parser, "parts", PARTS)
+    add_some(parser, "workers", {str(n): n for n in SIZES})
     parser.add_argument("--large", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.sizes = [int(n) for n in options.workers.split(",") if n] or list(SIZES)
-    options.parts = [part for part in options.parts.split(",") if part] or list(PARTS)
-    for part in options.parts:
-        if part not in PARTS:
-            parser.error(f"--parts {part}: it can be some of {', '.join(PARTS)}")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -527,16 +515,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     if options.large:
         print(json.dumps(asdict(large(options.large))))
-    elif options.check:
-        return REPORT.check()
-    elif options.table:
-        REPORT.write()
+    elif (status := shown(options, REPORT)) is not None:
+        return status
     elif options.quick:
         print(render(list(run(options.parts, SIZES[:2], True)), environment(PACKAGES, SETTINGS)))
     else:
         folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        folder.add_command(" ".join(["python -m benchmarks.simulated_scaling", *sys.argv[1:]]))
-        for made in run(options.parts, options.sizes, False):
+        for made in run(options.parts, options.workers, False):
             print(
                 f"{made.part:10} {made.cluster:14} {made.strategy:16} {made.workers:5} "
                 f"{made.learning_rate or '':>5} {made.value} in {made.cpu_seconds:.1f} s",

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import (
     BenchmarkError,
     Report,
@@ -437,45 +438,18 @@ def run(
 ) -> None:
     """Measure, store, and write table and picture."""
     folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    folder.add_command(" ".join(["python -m benchmarks.ssgd_vs_asgd", *sys.argv[1:]]))
     for race in rounds(cases, conditions, contenders, count, folder.read(Race), False):
         folder.add(race)
     REPORT.write()
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ssgd_vs_asgd",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    names = (*OURS, *PEERS)
-    parser.add_argument("--rounds", type=int, default=3, help="each in fresh processes (default 3)")
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(names))
-    parser.add_argument("--cases", default="", help="some of slept:2, slept:4, real:2")
-    parser.add_argument("--conditions", default="", help="some of: " + ", ".join(CONDITIONS))
-    parser.add_argument("--quick", action="store_true", help="a second each; nothing is stored")
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
+    parser = command_line("ssgd_vs_asgd", __doc__, "a second each", rounds=3)
+    add_some(parser, "only", (*OURS, *PEERS))
+    add_some(parser, "cases", {f"{workload}:{n}": (workload, n) for workload, n in CASES})
+    add_some(parser, "conditions", list(CONDITIONS))
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name] or list(names)
-    for name in options.only:
-        if name not in names:
-            parser.error(f"--only {name}: it can be some of {', '.join(names)}")
-    known = {f"{workload}:{ranks}": (workload, ranks) for workload, ranks in CASES}
-    asked = [case for case in options.cases.split(",") if case] or list(known)
-    for case in asked:
-        if case not in known:
-            parser.error(f"--cases {case}: it can be some of {', '.join(known)}")
-    options.cases = [known[case] for case in asked]
-    options.conditions = [c for c in options.conditions.split(",") if c] or list(CONDITIONS)
-    for condition in options.conditions:
-        if condition not in CONDITIONS:
-            parser.error(f"--conditions {condition}: it can be some of {', '.join(CONDITIONS)}")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: it is at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -484,10 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         contender, workload, condition, number, folder = options.work
         work(contender, workload, condition, int(number), options.quick, Path(folder))
-    elif options.check:
-        return REPORT.check()
-    elif options.table:
-        REPORT.write()
+    elif (status := shown(options, REPORT)) is not None:
+        return status
     else:
         contenders = [*options.only, *REFERENCES]
         if options.quick:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.command_line import add_count, add_some, command_line, shown
 from benchmarks.harness import Report, environment, provenance
 from scaledtrain import Replica
 from scaledtrain.data import digits
@@ -423,7 +424,6 @@ def plan(
 def run(todo: Sequence[tuple[str, int, float, int]]) -> None:
     """Train what is not stored yet, store it, and write table and picture."""
     folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    folder.add_command(" ".join(["python -m benchmarks.staleness_quality", *sys.argv[1:]]))
     stored = {(r.rule, r.workers, r.rate, r.seed) for r in folder.read(Run)}
     for number, each in enumerate(todo, start=1):
         if each not in stored:
@@ -434,41 +434,19 @@ def run(todo: Sequence[tuple[str, int, float, int]]) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.staleness_quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--workers", default="", help="some of 8,16,32 (default: all)")
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(RULES))
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many (default {SEEDS})")
-    parser.add_argument("--quick", action="store_true", help="one seed, few gradients, no results")
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name] or list(RULES)
-    for name in options.only:
-        if name not in RULES:
-            parser.error(f"--only {name}: it can be some of {', '.join(RULES)}")
-    known = {str(n): n for n in WORKERS}
-    asked = [n for n in options.workers.split(",") if n] or list(known)
-    for name in asked:
-        if name not in known:
-            parser.error(f"--workers {name}: it can be some of {', '.join(known)}")
-    options.workers = [known[n] for n in asked]
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds}: it is at least 1")
-    return options
+    parser = command_line("staleness_quality", __doc__, "one seed, few gradients")
+    add_some(parser, "only", list(RULES))
+    add_some(parser, "workers", {str(n): n for n in WORKERS})
+    add_count(parser, "seeds", SEEDS, "how many")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     torch.set_num_threads(1)
-    if options.check:
-        return REPORT.check()
-    if options.table:
-        REPORT.write()
-    elif options.quick:
+    if (status := shown(options, REPORT)) is not None:
+        return status
+    if options.quick:
         todo = plan(options.only, options.workers, [0])
         runs = [train(*each, n_gradients=90) for each in todo]
         print(render(runs, environment(PACKAGES, SETTINGS)))

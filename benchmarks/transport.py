@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.command_line import add_some, command_line, shown
 from benchmarks.harness import (
     Report,
     Spread,
@@ -387,33 +388,17 @@ def rounds(
 def run(cases: Sequence[str], count: int) -> None:
     """Measure, store, and write the tables."""
     folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    folder.add_command(" ".join(["python -m benchmarks.transport", *sys.argv[1:]]))
     for exchange in rounds(cases, count, folder.read(Exchange), False):
         folder.add(exchange)
     REPORT.write()
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.transport",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="each in fresh processes (default 5)")
-    parser.add_argument("--only", default="", help="some of: " + ", ".join(CASES))
-    parser.add_argument("--quick", action="store_true", help="1 MiB; nothing is stored")
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
+    parser = command_line("transport", __doc__, "1 MiB", rounds=5)
+    add_some(parser, "only", CASES)
     parser.add_argument("--work-timed", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--work-balance", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.only = [name for name in options.only.split(",") if name] or list(CASES)
-    for name in options.only:
-        if name not in CASES:
-            parser.error(f"--only {name}: it can be some of {', '.join(CASES)}")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: it is at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -423,10 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = work_timed if options.work_timed else work_balance
         what, n_bytes, count, folder = options.work_timed or options.work_balance
         work(what, int(n_bytes), int(count), Path(folder))
-    elif options.check:
-        return REPORT.check()
-    elif options.table:
-        REPORT.write()
+    elif (status := shown(options, REPORT)) is not None:
+        return status
     elif options.quick:
         exchanges = list(rounds(options.only, 1, [], True))
         print(render(exchanges, environment(PACKAGES, SETTINGS)))
