@@ -20,6 +20,7 @@ from scaledtrain.comm.protocols import Link
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
+from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.precision import Precision, PrecisionName
@@ -191,22 +192,17 @@ class Trainer:
         self._eval_metrics = dict(eval_metrics or {})
         self._callbacks = list(callbacks)
         self._seed = seed
-        self._stopping = False
+        self._loop: FitLoop | None = None
         self._introduced = False
-        self._unplanned: CheckpointPolicy | None = None
+        self._unplanned = activation_checkpointing  # until there is a batch
         self._checkpointing: Executor | None = None
-        if activation_checkpointing is not None:
-            if activation_checkpointing.needs_sample:
-                self._unplanned = activation_checkpointing  # until there is a batch
-            else:
-                self._checkpointing = checkpoint_activations(self.model, activation_checkpointing)
-                self.metrics.say(self._checkpointing.told)
 
     def _plan_activations(self, batch: StepBatch) -> None:
-        """With a batch it can be seen which activations fit; once."""
-        if self._unplanned is None or not batch.microbatches:
+        """With a batch it can be seen what activations take, and that the loss stays; once."""
+        policy = self._unplanned
+        if policy is None or not batch.microbatches:
             return
-        policy, self._unplanned = self._unplanned, None
+        self._unplanned = None
         largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
 
         def sample(called: Callable[..., Any]) -> Tensor:
@@ -227,6 +223,7 @@ class Trainer:
 
     def step(self, batch: StepBatch) -> bool:
         """Make one step; False if the strategy says that the run is over."""
+        self._plan_activations(batch)
         computed = None
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
@@ -300,8 +297,18 @@ class Trainer:
             alone=self.strategy.lockstep.size < self.link.group.size,
         )
         self._introduce(loader)
-        self._stopping = False
-        run = _Run(self, loader, max_steps, max_epochs, max_seconds, eval, eval_every)
+        run = self._loop = FitLoop(
+            self,
+            loader,
+            self._call,
+            max_steps=max_steps,
+            max_epochs=max_epochs,
+            max_seconds=max_seconds,
+            eval_loader=eval,
+            eval_every=eval_every,
+            # Without these nobody can want to stop, and replicas need not ask each other.
+            may_stop=max_seconds is not None or bool(self._callbacks),
+        )
         total = max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
             left = (max_epochs - self.epoch) * loader.steps_per_epoch - self.steps_in_epoch
@@ -316,7 +323,7 @@ class Trainer:
         self.metrics.start(self.step_count, total)
         try:
             self._call("on_fit_start")
-            stopped_by = run.loop()
+            stopped_by = run.run()
             self.strategy.settle()
             run.evaluate_at_end()
             self.metrics.flush(self.strategy)
@@ -331,7 +338,8 @@ class Trainer:
         A replica alone ends after this step; replicas in lockstep after their next evaluation or
         their next multiple of ``log_every`` steps, together.
         """
-        self._stopping = True
+        if self._loop is not None:
+            self._loop.stopping = True
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
         """Mean loss and metrics over a loader, in eval mode.
@@ -479,109 +487,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-class _Run:
-    """One fit: the loop over epochs and steps, and what ends it."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        loader: ReplicaLoader,
-        max_steps: int | None,
-        max_epochs: int | None,
-        max_seconds: float | None,
-        eval_loader: Iterable[Any] | None,
-        eval_every: int | None,
-    ) -> None:
-        self._trainer = trainer
-        self._loader = loader
-        self._max_steps = max_steps
-        self._max_epochs = max_epochs
-        self._max_seconds = max_seconds
-        self._eval_loader = eval_loader
-        self._eval_every = eval_every
-        # Without these nobody can want to stop, and replicas need not ask each other.
-        self.may_stop = max_seconds is not None or bool(trainer._callbacks)
-        self._evaluated_at = trainer.step_count
-        self._steps = 0
-        self.evaluation: dict[str, float] = {}
-
-    def loop(self) -> str:
-        """Step until something ends the run; returns what."""
-        trainer, timeline = self._trainer, self._trainer.timeline
-        trainer.model.train()
-        while self._max_epochs is None or trainer.epoch < self._max_epochs:
-            start = timeline.now()
-            with closing(self._loader.epoch(trainer.epoch, trainer.steps_in_epoch)) as steps:
-                for batch in steps:
-                    timeline.add("data", start)
-                    trainer._plan_activations(batch)
-                    if not trainer.step(batch):
-                        return self._ended_by_strategy()
-                    trainer.steps_in_epoch += 1
-                    self._steps += 1
-                    trainer._call("on_step_end")
-                    evaluated = self._evaluation_is_due() and self._evaluate()
-                    if reason := self._reason_to_stop(evaluated):
-                        return reason
-                    start = timeline.now()
-            trainer.epoch += 1
-            trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0
-            if trained and self._eval_every is None and self._eval_loader is not None:
-                evaluated = self._evaluate()
-                if reason := self._reason_to_stop(evaluated):
-                    return reason
-        return "max_epochs"
-
-    def evaluate_at_end(self) -> None:
-        """Evaluate the final parameters, unless that has just been done."""
-        trainer = self._trainer
-        if self._eval_loader is None:
-            return
-        # Where each makes its own steps, the others' may have come since, up to the end.
-        own_steps = self._steps > 0 and trainer.strategy.lockstep.size < trainer.link.group.size
-        if own_steps or trainer.step_count > self._evaluated_at:
-            self._evaluate()
-
-    def _ended_by_strategy(self) -> str:
-        reached = self._max_steps is not None and self._trainer.step_count >= self._max_steps
-        return "max_steps" if reached else "another replica"
-
-    def _evaluation_is_due(self) -> bool:
-        """Whether a multiple of ``eval_every`` has been reached or passed since the last one."""
-        every = self._eval_every
-        if every is None or self._eval_loader is None:
-            return False
-        return self._trainer.step_count // every > self._evaluated_at // every
-
-    def _evaluate(self) -> bool:
-        """Evaluate, if this rank is one that does; returns whether it did."""
-        trainer = self._trainer
-        self._evaluated_at = trainer.step_count
-        everyone = trainer.strategy.lockstep.size == trainer.link.group.size
-        if self._eval_loader is None or not (everyone or trainer.link.group.rank == 0):
-            return False
-        self.evaluation = trainer.evaluate(self._eval_loader)
-        trainer.metrics.evaluated(trainer.step_count, self.evaluation)
-        trainer._call("on_evaluation", self.evaluation)
-        return True
-
-    def _reason_to_stop(self, evaluated: bool) -> str | None:
-        """Why to stop now, if the replicas in lockstep agree.
-
-        A replica alone stops as soon as it wants to. Several ask each other at moments that all
-        reach at the same step: after an evaluation and every ``log_every`` steps.
-        """
-        trainer = self._trainer
-        late = self._max_seconds is not None and trainer.metrics.seconds >= self._max_seconds
-        vote = trainer._stopping or late
-        if trainer.strategy.lockstep.size == 1:
-            ask = vote
-        else:
-            ask = self.may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
-        if not ask or not trainer.strategy.agree_to_stop(vote):
-            return None
-        if trainer._stopping:
-            return "callback"
-        return "max_seconds" if late else "another replica"

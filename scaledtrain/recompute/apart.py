@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.func import functional_call
 from scaledtrain.recompute.blocks import Call
 from scaledtrain.recompute.live_bytes import LiveBytes
 
-__all__ = ["Apart", "Sample", "loss", "loss_without_gradients", "peak_bytes"]
+__all__ = ["Apart", "Sample", "computes", "loss_without_gradients", "peak_bytes"]
 
 Sample = Callable[[Call], Tensor]
 """Called with what runs the model's ``forward``, returns the loss of one microbatch."""
@@ -53,16 +54,17 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def loss(model: nn.Module, sample: Sample) -> float:
-    """Of a forward pass that a backward pass could follow."""
-    with Apart(model) as apart, torch.enable_grad():
-        return sample(apart).item()
-
-
 def loss_without_gradients(model: nn.Module, sample: Sample) -> float:
     """Of a forward pass that is not recorded; no plan has a part in it."""
     with Apart(model) as apart, torch.no_grad():
         return sample(apart).item()
+
+
+def computes(model: nn.Module, sample: Sample, expected: float) -> bool:
+    """Whether a forward pass that a backward pass could follow has this loss, but for rounding."""
+    with Apart(model) as apart, torch.enable_grad():
+        found = sample(apart).item()
+    return math.isclose(expected, found, rel_tol=1e-4, abs_tol=1e-12)
 
 
 def peak_bytes(model: nn.Module, sample: Sample) -> int:

@@ -293,9 +293,12 @@ def test_a_budget_groups_only_what_is_a_chain() -> None:
         found, peak = trained(model, sample)
         assert peak <= 0.75 * everything
         assert all(map(torch.equal, expected, found))
+    with pytest.raises(ConfigError, match="uses what blocks return for something else"):
+        checkpoint_activations(Collecting(), CheckpointEvery(2), sample)
+    checkpoint_activations(Collecting(), CheckpointEvery(1), sample)
     fickle = chain_of_layers()
     draws = iter(range(100))
-    with pytest.raises(ConfigError, match="does not compute the same each time"):
+    with pytest.raises(ConfigError, match="does not compute the same each time: only"):
         checkpoint_activations(
             fickle, MemoryBudget("1MiB"), lambda called: called(ROWS).square().mean() + next(draws)
         )

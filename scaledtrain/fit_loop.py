@@ -1,0 +1,139 @@
+"""The loop over epochs and steps of one fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from scaledtrain.data.replica_loader import ReplicaLoader
+
+if TYPE_CHECKING:
+    from scaledtrain.trainer import Trainer
+
+__all__ = ["FitLoop"]
+
+
+class FitLoop:
+    """One fit: the loop over epochs and steps, and what ends it.
+
+    Args:
+        trainer: makes the steps and evaluations.
+        loader: this replica's share of the batches.
+        tell: called with the name of a callback's method, and its further arguments.
+        max_steps: see `Trainer.fit`, as for the other limits.
+        max_epochs: the same.
+        max_seconds: the same.
+        eval_loader: to evaluate on; None: nothing is.
+        eval_every: the same.
+        may_stop: whether this replica, or another in lockstep, may want to end before the limits.
+
+    Attributes:
+        stopping: a callback wants the run to end.
+        evaluation: the last one's values.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: ReplicaLoader,
+        tell: Callable[..., None],
+        *,
+        max_steps: int | None,
+        max_epochs: int | None,
+        max_seconds: float | None,
+        eval_loader: Iterable[Any] | None,
+        eval_every: int | None,
+        may_stop: bool,
+    ) -> None:
+        self.stopping = False
+        self.may_stop = may_stop
+        self.evaluation: dict[str, float] = {}
+        self._trainer = trainer
+        self._loader = loader
+        self._tell = tell
+        self._max_steps = max_steps
+        self._max_epochs = max_epochs
+        self._max_seconds = max_seconds
+        self._eval_loader = eval_loader
+        self._eval_every = eval_every
+        self._evaluated_at = trainer.step_count
+        self._steps = 0
+
+    def run(self) -> str:
+        """Step until something ends the run; returns what."""
+        trainer, timeline = self._trainer, self._trainer.timeline
+        trainer.model.train()
+        while self._max_epochs is None or trainer.epoch < self._max_epochs:
+            start = timeline.now()
+            with closing(self._loader.epoch(trainer.epoch, trainer.steps_in_epoch)) as steps:
+                for batch in steps:
+                    timeline.add("data", start)
+                    if not trainer.step(batch):
+                        return self._ended_by_strategy()
+                    trainer.steps_in_epoch += 1
+                    self._steps += 1
+                    self._tell("on_step_end")
+                    evaluated = self._evaluation_is_due() and self._evaluate()
+                    if reason := self._reason_to_stop(evaluated):
+                        return reason
+                    start = timeline.now()
+            trainer.epoch += 1
+            trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0
+            if trained and self._eval_every is None and self._eval_loader is not None:
+                evaluated = self._evaluate()
+                if reason := self._reason_to_stop(evaluated):
+                    return reason
+        return "max_epochs"
+
+    def evaluate_at_end(self) -> None:
+        """Evaluate the final parameters, unless that has just been done."""
+        trainer = self._trainer
+        if self._eval_loader is None:
+            return
+        # Where each makes its own steps, the others' may have come since, up to the end.
+        own_steps = self._steps > 0 and trainer.strategy.lockstep.size < trainer.link.group.size
+        if own_steps or trainer.step_count > self._evaluated_at:
+            self._evaluate()
+
+    def _ended_by_strategy(self) -> str:
+        reached = self._max_steps is not None and self._trainer.step_count >= self._max_steps
+        return "max_steps" if reached else "another replica"
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether a multiple of ``eval_every`` has been reached or passed since the last one."""
+        every = self._eval_every
+        if every is None or self._eval_loader is None:
+            return False
+        return self._trainer.step_count // every > self._evaluated_at // every
+
+    def _evaluate(self) -> bool:
+        """Evaluate, if this rank is one that does; returns whether it did."""
+        trainer = self._trainer
+        self._evaluated_at = trainer.step_count
+        everyone = trainer.strategy.lockstep.size == trainer.link.group.size
+        if self._eval_loader is None or not (everyone or trainer.link.group.rank == 0):
+            return False
+        self.evaluation = trainer.evaluate(self._eval_loader)
+        trainer.metrics.evaluated(trainer.step_count, self.evaluation)
+        self._tell("on_evaluation", self.evaluation)
+        return True
+
+    def _reason_to_stop(self, evaluated: bool) -> str | None:
+        """Why to stop now, if the replicas in lockstep agree.
+
+        A replica alone stops as soon as it wants to. Several ask each other at moments that all
+        reach at the same step: after an evaluation and every ``log_every`` steps.
+        """
+        trainer = self._trainer
+        late = self._max_seconds is not None and trainer.metrics.seconds >= self._max_seconds
+        vote = self.stopping or late
+        if trainer.strategy.lockstep.size == 1:
+            ask = vote
+        else:
+            ask = self.may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
+        if not ask or not trainer.strategy.agree_to_stop(vote):
+            return None
+        if self.stopping:
+            return "callback"
+        return "max_seconds" if late else "another replica"

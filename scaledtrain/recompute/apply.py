@@ -1,0 +1,69 @@
+"""Activation checkpointing for a model in any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from scaledtrain.errors import ConfigError
+from scaledtrain.recompute.apart import Sample, computes, loss_without_gradients
+from scaledtrain.recompute.blocks import find_blocks, named_blocks
+from scaledtrain.recompute.execute import Executor
+from scaledtrain.recompute.policies import CheckpointPolicy
+
+__all__ = ["checkpoint_activations"]
+
+
+def checkpoint_activations(
+    model: nn.Module,
+    policy: CheckpointPolicy,
+    sample: Sample | None = None,
+    *,
+    blocks: Sequence[str] | None = None,
+) -> Executor:
+    """Let a model compute activations again instead of keeping them, in any training loop.
+
+    Args:
+        model: that has a chain of blocks: an ``nn.Sequential``, or an ``nn.ModuleList`` whose
+            modules it calls one after another, each with the output of the one before as its first
+            argument.
+        policy: what is kept.
+        sample: called with what runs the model's ``forward``, returns the loss of a microbatch, as
+            large as any. `MemoryBudget` needs it; with it, every policy is tried out.
+        blocks: names of the submodules that are the chain; None: they are found.
+
+    Returns:
+        A handle; its ``remove()`` undoes it.
+
+    Raises:
+        ConfigError: no blocks are found, or the loss of the sample is another one when blocks run
+            again; see the policies, too.
+
+    Example:
+        >>> import torch
+        >>> from scaledtrain.recompute import MemoryBudget
+        >>> from scaledtrain.recompute.apart import peak_bytes
+        >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(16)))
+        >>> x = torch.randn(256, 64)
+        >>> handle = checkpoint_activations(
+        ...     model, MemoryBudget("900KiB"), lambda called: called(x).square().mean()
+        ... )
+        >>> peak_bytes(model, lambda called: called(x).square().mean()) <= 900 * 1024
+        True
+        >>> handle.remove()
+    """
+    chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
+    if sample is None:
+        return policy.install(model, chain, sample)
+    expected = loss_without_gradients(model, sample)
+    executor = policy.install(model, chain, sample)
+    if not computes(model, sample, expected):
+        executor.remove()
+        raise ConfigError(
+            f"with activations that are computed again the model's loss is not {expected:g} any "
+            "more. Either it uses what blocks return for something else than the next block: "
+            "choose a policy that takes blocks one by one (full, selective). Or it does not "
+            "compute the same each time: only torch's default generators are rewound"
+        )
+    return executor
