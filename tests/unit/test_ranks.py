@@ -189,17 +189,22 @@ def test_a_timeout_ends_what_the_ranks_had_started(tmp_path: Path) -> None:
 
 
 def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    told, temporary = tmp_path / "told", tmp_path / "temporary"
+    told.mkdir()
+    temporary.mkdir()
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; from tests.ranks import run_ranks; "
         f"from {__name__} import starts_a_grandchild; "
-        f"run_ranks(starts_a_grandchild, 1, {str(tmp_path)!r})"
+        f"run_ranks(starts_a_grandchild, 1, {str(told)!r})"
     )
-    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+    # What it cannot clean up any more goes with this test's folder.
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
         deadline = time.monotonic() + 30
-        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        while not list(told.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.02)
         parent.kill()
-    (grandchild,) = tmp_path.iterdir()
+    (grandchild,) = told.iterdir()
     assert has_ended(int(grandchild.name))
 
 
