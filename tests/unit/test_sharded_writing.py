@@ -113,6 +113,19 @@ class TestWriting:
 
 
 class TestCrashes:
+    def test_a_file_that_no_manifest_names_is_not_deleted_unasked(self, tmp_path: Path) -> None:
+        other = tmp_path / "shard-00007.safetensors"
+        other.write_bytes(b"of somebody else")
+        with pytest.raises(ConfigError, match=r"shard-00007\.safetensors, which no manifest names"):
+            ShardWriter(tmp_path)
+        # A crash can have left only the first one.
+        shard(tmp_path, 0).write_bytes(b"of a crash")
+        write(tmp_path, 4, resume=True)
+        assert len(ShardedDataset(tmp_path)) == 4
+        assert other.read_bytes() == b"of somebody else"
+        write(tmp_path, 4, overwrite=True)
+        assert not other.exists()
+
     def test_an_error_leaves_the_whole_shards_and_writing_goes_on(self, tmp_path: Path) -> None:
         with (
             pytest.raises(RuntimeError, match="power"),

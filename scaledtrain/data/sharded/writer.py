@@ -47,7 +47,8 @@ class ShardWriter:
         resume: go on after the last whole shard of a data set that is not finished, or add to one
             that is; ``samples_written`` tells which sample comes next. Where there is none yet,
             begin.
-        overwrite: delete the data set that is in the folder, if there is one.
+        overwrite: delete the data set that is in the folder, if there is one, and any other file
+            that is called as a shard.
 
     Attributes:
         samples_written: samples that are in whole shards or wait for theirs to be full.
@@ -145,10 +146,17 @@ class ShardWriter:
                 sync_folder(self.folder)
             manifest = Manifest({})
         known = {shard.file for shard in manifest.shards}
-        for pattern in ("shard-*.safetensors", ".shard-*.unfinished"):
-            for file in self.folder.glob(pattern):
-                if file.name not in known:
-                    file.unlink()
+        unknown = [f for f in self.folder.glob("shard-*.safetensors") if f.name not in known]
+        if resume:  # a crash can have come between a shard and the manifest that names it
+            unknown = [f for f in unknown if f.name == shard_name(len(manifest.shards))]
+        elif unknown and not overwrite:
+            raise ConfigError(
+                f"{self.folder} holds {unknown[0].name}, which no manifest names; give another "
+                "folder, or, if a writer that crashed has left it, resume=True or overwrite=True, "
+                "which delete it"
+            )
+        for file in (*unknown, *self.folder.glob(".shard-*.unfinished")):
+            file.unlink()
         return manifest
 
     def write(self, sample: Mapping[str, Any]) -> None:
