@@ -58,6 +58,11 @@ class Measure:
             raise ConfigError(
                 f"column {self.name!r} is {self.column.dtype}, but only whole numbers are classes"
             )
+        if self.sentinel is not None and not self._holds(self.sentinel):
+            raise ConfigError(
+                f"the sentinel of column {self.name!r} is {self.sentinel!r}, which "
+                f"{self.column.dtype} cannot hold (NaN is missing anyway)"
+            )
         counts = 8 * self.bins * self.features
         if counts > MOST_BYTES:
             raise ConfigError(
@@ -89,6 +94,14 @@ class Measure:
     def whole(self) -> bool:
         """The column has whole numbers."""
         return "float" not in self.column.dtype
+
+    def _holds(self, number: float) -> bool:
+        if not self.whole:
+            return math.isfinite(number)
+        if self.column.dtype == "bool":
+            return number in (0, 1)
+        limits = np.iinfo(self.column.stored)
+        return number == int(number) and limits.min <= number <= limits.max
 
     def of(self, values: Tensor) -> ColumnStatistics:
         """The statistics of a batch.

@@ -165,7 +165,7 @@ class Normalizer:
                 "data[index], or without normalize"
             )
         mean, high, low, scale = (
-            part.expand(*shape)[tuple(slices)]
+            part.expand(tuple(shape))[tuple(slices)]
             for part in (self._mean, self._mean_high, self._mean_low, self._scale)
         )
         out = values if values.dtype == torch.float32 else torch.empty(values.shape)
@@ -206,9 +206,9 @@ class Normalizer:
         """Which values are missing; None: the result says it, or none can be."""
         if self._sentinel is None:
             return None
-        if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch compares few of them
-            return torch.from_numpy(values.numpy() == self._sentinel)
-        return values == self._sentinel
+        # NumPy compares with any number, also with one that the dtype cannot hold.
+        array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        return torch.from_numpy(np.asarray(array == self._sentinel))
 
     def _fill(self, result: Tensor, missing: Tensor | None) -> Tensor:
         fill = self._how.fill
