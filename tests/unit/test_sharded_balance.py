@@ -185,9 +185,15 @@ def test_a_mistake_is_told(column: str, weights: Any, told: str | None, folder: 
         ClassBalance(data, column, weights)
 
 
-def test_damage_is_told(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path) as writer:
-        writer.write_batch({"label": [0, 1]})
-    damage(shard(tmp_path, 0), -1)
-    with pytest.raises(DataError, match="shard-00000"):
+def test_damage_is_told_or_left_out(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, shard_samples=2) as writer:
+        writer.write_batch({"label": [0, 1, 0, 1, 1, 1]})
+    damage(shard(tmp_path, 1), -1)
+    with pytest.raises(DataError, match="shard-00001"):
         ClassBalance(ShardedDataset(tmp_path), "label")
+    data = ShardedDataset(tmp_path, on_damage="skip")
+    own = ClassBalance(data, "label")
+    assert own.counts == {0: 1, 1: 3}
+    drawn = {i for epoch in range(20) for i in own.order(0).indices(epoch, 0, 6).tolist()}
+    assert drawn == {0, 1, 4, 5}
+    assert sum(len(batch["label"]) for batch in ShardedLoader(data, 4, balance=own)) == 6

@@ -61,8 +61,8 @@ def class_weights(counts: Mapping[int, int], n_classes: int | None = None) -> Te
 class ClassBalance:
     """Samples by class, from the column of a data set that tells it.
 
-    Reads that column once, in ranges of shards, and keeps 4 bytes for each sample (8, from 2^32
-    samples on).
+    Reads that column once, and keeps 4 bytes for each sample (8, from 2^32 samples on). Samples of
+    damaged shards are left out, where the data set skips these.
 
     Args:
         dataset: whose samples.
@@ -94,9 +94,10 @@ class ClassBalance:
     def __init__(
         self, dataset: ShardedDataset, column: str, weights: Mapping[int, float] | None = None
     ) -> None:
-        labels = _labels(dataset, column)
-        small = np.uint32 if len(labels) < 2**32 else np.uint64
-        self._samples = np.argsort(labels, kind="stable").astype(small)
+        labels, readable = _labels(dataset, column)
+        small = np.uint32 if len(dataset) < 2**32 else np.uint64
+        self._samples = readable.astype(small)[np.argsort(labels, kind="stable")]
+        self._draws = len(dataset)
         classes, sizes = np.unique(labels, return_counts=True)
         if len(classes) > MOST_CLASSES:
             raise ConfigError(
@@ -123,7 +124,9 @@ class ClassBalance:
 
     def order(self, seed: int) -> WeightedOrder:
         """The order of the draws under a seed."""
-        return WeightedOrder(self._samples, self._firsts, self._sizes, self._bounds, seed)
+        return WeightedOrder(
+            self._draws, self._samples, self._firsts, self._sizes, self._bounds, seed
+        )
 
 
 class WeightedOrder:
@@ -134,7 +137,8 @@ class WeightedOrder:
     samples. Each is read from somewhere else in the data set, as with ``shuffle="full"``.
 
     Args:
-        samples: class after class.
+        draws: in an epoch.
+        of_classes: the samples, class after class.
         firsts: int64 ``[classes]``: where each class begins there.
         sizes: int64 ``[classes]``: how many it has.
         bounds: float64 ``[classes]``, rising to 1: which part of all draws is of it or of one
@@ -146,13 +150,19 @@ class WeightedOrder:
     """
 
     def __init__(
-        self, samples: Array, firsts: Array, sizes: Array, bounds: Array, seed: int
+        self,
+        draws: int,
+        of_classes: Array,
+        firsts: Array,
+        sizes: Array,
+        bounds: Array,
+        seed: int,
     ) -> None:
         if seed < 0:
             raise ConfigError(f"seed is {seed}; it is a whole number >= 0")
-        self.samples = len(samples)
+        self.samples = draws
         self.seed = seed
-        self._of_classes = samples
+        self._of_classes = of_classes
         self._firsts, self._sizes, self._bounds = firsts, sizes, bounds
 
     def indices(self, epoch: int, start: int, stop: int) -> Array:
@@ -187,21 +197,23 @@ class WeightedOrder:
         return {"samples": self.samples, "shuffle": "balance", "weights": told, "seed": self.seed}
 
 
-def _labels(dataset: ShardedDataset, column: str) -> Array:
-    """The class of every sample."""
+def _labels(dataset: ShardedDataset, column: str) -> tuple[Array, Array]:
+    """The class of every sample that can be read, and which these are."""
     kind = dataset.manifest.columns.get(column)
     if kind is None or kind.shape or kind.ragged or "float" in kind.dtype:
         raise ConfigError(
             f"column {column!r} of {dataset.folder} is {kind or 'not there'}; classes are whole "
             "numbers, one for each sample"
         )
-    if not dataset.manifest.samples:
-        raise ConfigError(f"the data set in {dataset.folder} has no samples to draw from")
-    labels = np.empty(len(dataset), kind.stored)
-    reader = ShardedDataset(dataset.folder, [column])
+    reader = dataset.only(column)
+    labels, readable = [], []
     for low in range(0, len(dataset), SAMPLES_PER_READ):
         indices = np.arange(low, min(low + SAMPLES_PER_READ, len(dataset)))
-        values = reader.gather(indices, read_ahead=True)[0][column]
+        batch, kept = reader.gather(indices, read_ahead=True)
+        values = batch[column]
         assert isinstance(values, Tensor)
-        labels[indices] = values.numpy()
-    return labels
+        labels.append(values.numpy())
+        readable.append(indices[kept])
+    if not sum(map(len, labels)):
+        raise ConfigError(f"the data set in {dataset.folder} has no samples to draw from")
+    return np.concatenate(labels), np.concatenate(readable)

@@ -277,6 +277,10 @@ class ShardedDataset(Dataset[Any]):
                 batch[name] = normalizer.batch(batch[name], memory or Memory())
             return batch, kept
 
+    def only(self, column: str) -> ShardedDataset:
+        """The same data set, read alike, but only this column, as it is stored."""
+        return ShardedDataset(self.folder, [column], verify=self._verify, on_damage=self._on_damage)
+
     def form(self, columns: Mapping[str, Values]) -> Batch:
         """A dict or a tuple, as the data set was told."""
         return tuple(columns.values()) if self._as_tuple else dict(columns)
