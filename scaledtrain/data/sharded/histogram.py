@@ -11,6 +11,7 @@ from scaledtrain.data.sharded.columns import Array
 __all__ = ["Histogram"]
 
 LEAST_EXPONENT = -1074  # 2^this is the least number > 0 of float64
+MULTIPLIED_EXPONENT = 1_000  # 2^-this is a number > 0, and so is 2^this
 EXACT_BITS = 53  # whole numbers of so many bits are exact in float64
 
 
@@ -59,8 +60,9 @@ class Histogram:
         first = _index(np.nan_to_num(minimum), exponent)
         places = _index(values, exponent[:, None])
         places += (np.arange(features) * bins - first)[:, None]
-        places = places[~np.isnan(values)]
-        counts = np.bincount(places, minlength=features * bins).reshape(features, bins)
+        missing = np.isnan(values)
+        flat = places[~missing] if missing.any() else places.reshape(-1)
+        counts = np.bincount(flat, minlength=features * bins).reshape(features, bins)
         return cls(exponent, first, counts, whole)
 
     def merge(self, other: Histogram, minimum: Array, maximum: Array) -> Histogram:
@@ -70,6 +72,9 @@ class Histogram:
         first = _index(np.nan_to_num(minimum), exponent)
         counts = np.zeros(features * bins, np.int64)
         for part in (self, other):
+            if (part.exponent == exponent).all() and (part.first == first).all():
+                counts += part.counts.reshape(-1)
+                continue
             shift = np.minimum(exponent - part.exponent, 63)
             old = (part.first[:, None] + np.arange(bins)) >> shift[:, None]
             places = np.clip(old - first[:, None], 0, bins - 1)  # those outside have no values
@@ -103,7 +108,11 @@ def _exponents(minimum: Array, maximum: Array, bins: int, whole: bool) -> Array:
 def _index(values: Array, exponent: Array) -> Array:
     """floor(x / 2^e), exact; anything for NaN."""
     with np.errstate(invalid="ignore", under="ignore"):
-        found = np.floor(np.ldexp(values, -exponent))
+        if np.abs(exponent).max(initial=0) <= MULTIPLIED_EXPONENT:
+            found = values * np.ldexp(1.0, -exponent)  # several times faster
+        else:
+            found = np.ldexp(values, -exponent)
+        np.floor(found, out=found)
         found -= (found == 0) & (values < 0)  # what is too small to be divided
         indices: Array = found.astype(np.int64)
         return indices

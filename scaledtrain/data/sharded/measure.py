@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,13 +117,20 @@ class Measure:
         rows = max(1, CHUNK_VALUES // self.features)
         if self.covariance:  # whose merge takes as long as the products of so many rows
             rows = max(rows, self.features)
-        parts = [
-            self._of_chunk(by_feature[:, low : low + rows])
-            for low in range(0, max(1, by_feature.shape[1]), rows)
-        ]
-        found = parts[0]
-        for part in parts[1:]:
-            found = found.merge(part)
+        n = by_feature.shape[1]
+        chunks = [by_feature[:, low : low + rows] for low in range(0, max(1, n), rows)]
+        found = self._of_chunk(chunks[0])
+        for chunk in chunks[1:]:
+            found = found.merge(self._of_chunk(chunk))
+        return replace(found, histogram=self._histogram(chunks, found.moments))
+
+    def _histogram(self, chunks: Sequence[Array], whole: Moments) -> Histogram | None:
+        """Now that the range of the batch is known: so the bins of all chunks are the same."""
+        found: Histogram | None = None
+        for chunk in chunks if self.bins else ():
+            values = self._floats(chunk)
+            one = Histogram.of(values, whole.minimum, whole.maximum, self.bins, self.whole)
+            found = one if found is None else replace(found, counts=found.counts + one.counts)
         return found
 
     def _by_feature(self, values: Tensor) -> Array:
@@ -135,23 +143,24 @@ class Measure:
         return array.reshape(self.features, -1)
 
     def _of_chunk(self, stored: Array) -> ColumnStatistics:
-        values = stored.astype(np.float64, order="C")
-        if self.sentinel is not None:
-            values[stored == self.sentinel] = np.nan
+        values = self._floats(stored)
         moments = Moments.of(values)
         self._check(moments)
-        histogram = covariance = counts = None
-        if self.bins:
-            histogram = Histogram.of(
-                values, moments.minimum, moments.maximum, self.bins, self.whole
-            )
+        covariance = counts = None
         if self.covariance:
             covariance = Covariance.of(values)
         if self.classes:
             counts = self._count(stored)
         return ColumnStatistics(
-            self.shape, self.axis, self.sentinel, moments, histogram, covariance, counts
+            self.shape, self.axis, self.sentinel, moments, None, covariance, counts
         )
+
+    def _floats(self, stored: Array) -> Array:
+        """float64, the sentinel as NaN."""
+        values = stored.astype(np.float64, order="C")
+        if self.sentinel is not None:
+            values[stored == self.sentinel] = np.nan
+        return values
 
     def _check(self, moments: Moments) -> None:
         if self.raises and (missing := int(moments.missing.sum())):

@@ -102,7 +102,7 @@ class Covariance:
         count: rows.
         mean: float64 ``[features]``, of these rows.
         m2: float64 ``[features, features]``: sum of the outer products of the distances from the
-            mean; symmetric.
+            mean. What is below the diagonal is not used.
 
     Example:
         >>> rows = np.array([[0.0, 2.0, 4.0], [0.0, 1.0, 2.0]])
@@ -129,8 +129,7 @@ class Covariance:
         np.subtract(whole, origin[:, None], out=distance)
         offset = distance.sum(1) / n
         distance -= offset[:, None]
-        m2 = (tensor @ tensor.T).numpy()
-        return cls(n, origin + offset, (m2 + m2.T) / 2)
+        return cls(n, origin + offset, (tensor @ tensor.T).numpy())
 
     def merge(self, other: Covariance) -> Covariance:
         """Of the rows of both."""
@@ -146,5 +145,8 @@ class Covariance:
 
     @property
     def matrix(self) -> Array:
-        """Float64 ``[features, features]``: m2 divided by the number of rows; 0 without rows."""
-        return self.m2 / max(1, self.count)
+        """Float64 ``[features, features]``, symmetric: divided by the rows; 0 without rows."""
+        upper = np.triu(self.m2)
+        upper /= max(1, self.count)
+        upper += np.triu(upper, 1).T
+        return upper

@@ -111,11 +111,12 @@ class ColumnStatistics:
                 "whole": self.histogram.whole,
             }
         if self.covariance is not None:
-            upper = self.covariance.m2[np.triu_indices(len(self.covariance.mean))]
+            m2 = self.covariance.m2
+            upper = np.concatenate([m2[row, row:] for row in range(len(m2))])
             told["covariance"] = {
                 "count": self.covariance.count,
                 "mean": pack(self.covariance.mean),
-                "m2_upper": pack(upper),
+                "m2_by_rows_from_the_diagonal": pack(upper),
             }
         if self.class_counts is not None:
             told["class_counts"] = [list(pair) for pair in self.class_counts.items()]
@@ -204,10 +205,11 @@ def _histogram(told: Mapping[str, Any], n: int) -> Histogram:
 
 
 def _covariance(told: Mapping[str, Any], n: int) -> Covariance:
-    upper = unpack(told["m2_upper"], np.float64, n * (n + 1) // 2)
+    upper = unpack(told["m2_by_rows_from_the_diagonal"], np.float64, n * (n + 1) // 2)
     m2 = np.zeros((n, n))
-    m2[np.triu_indices(n)] = upper
-    m2 += np.triu(m2, 1).T
+    for row in range(n):
+        first = row * n - row * (row - 1) // 2  # n, n - 1, ... are before it
+        m2[row, row:] = upper[first : first + n - row]
     return Covariance(_whole(told["count"], 0), unpack(told["mean"], np.float64, n), m2)
 
 
