@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch.utils.data import (
 )
 
 from scaledtrain import data
-from scaledtrain.data.sharded.manifest import MANIFEST, Manifest
+from scaledtrain.data.sharded.manifest import MANIFEST
 from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind
 from scaledtrain.data.sharded.order import Shuffle
 from scaledtrain.errors import ConfigError
@@ -182,12 +181,8 @@ def sharded(
         ConfigError: a folder without a data set, or without these columns or their statistics, or
             samples of different lengths, which no model here takes.
     """
-    statistics = None
-    if normalize is not None:
-        folder = Path(path)
-        statistics = Manifest.load(folder).current_statistics(folder)
 
-    def dataset(folder: str) -> data.ShardedDataset:
+    def dataset(folder: str, statistics: data.Statistics | None = None) -> data.ShardedDataset:
         found = data.ShardedDataset(
             folder,
             [inputs, targets],
@@ -217,7 +212,9 @@ def sharded(
             buffer_bytes=buffer_bytes,
         )
 
-    train, test = dataset(path), None if test_path is None else dataset(test_path)
+    train, test = dataset(path), None
+    if test_path is not None:
+        test = dataset(test_path, train.manifest.statistics)
     balance, loss_fn = None, _LOSSES[loss]
     if balance_classes is not None:
         if loss != "cross_entropy":

@@ -147,6 +147,13 @@ class TestLoader:
                 ShardedLoader(data, 500, **changed).load_state_dict(state)
 
 
+def test_of_another_data_set(folder: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write_batch({"label": [0, 1]})
+    with pytest.raises(ConfigError, match="of a data set of 10000 samples, but this one has 2"):
+        ShardedLoader(ShardedDataset(tmp_path), 2, balance=balance(folder))
+
+
 def test_class_weights_of_a_data_set(folder: Path) -> None:
     statistics = compute_statistics(folder, ["label"], classes=["label"], save=False)
     counts = statistics["label"].class_counts

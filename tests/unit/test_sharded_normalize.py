@@ -251,7 +251,7 @@ class TestMissing:
     ("normalize", "told"),
     [
         ({"x": "standardise"}, "normalize is 'standardise'; it is one of zero_center, standardize"),
-        ({"z": "standardize"}, "column is 'z'"),
+        ({"z": "standardize"}, "normalize names 'z'; the columns are x, image"),
         (
             {"i": "whiten"},
             r"needs its covariance, .*compute_statistics\(folder, covariance=\['i'\]",

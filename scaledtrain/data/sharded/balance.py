@@ -73,6 +73,7 @@ class ClassBalance:
 
     Attributes:
         counts: class -> how many samples.
+        draws: in an epoch: as many as the data set has samples.
 
     Raises:
         ConfigError: no such column, it has no classes, or weights of other classes.
@@ -97,7 +98,7 @@ class ClassBalance:
         labels, readable = _labels(dataset, column)
         small = np.uint32 if len(dataset) < 2**32 else np.uint64
         self._samples = readable.astype(small)[np.argsort(labels, kind="stable")]
-        self._draws = len(dataset)
+        self.draws = len(dataset)
         classes, sizes = np.unique(labels, return_counts=True)
         if len(classes) > MOST_CLASSES:
             raise ConfigError(
@@ -125,7 +126,7 @@ class ClassBalance:
     def order(self, seed: int) -> WeightedOrder:
         """The order of the draws under a seed."""
         return WeightedOrder(
-            self._draws, self._samples, self._firsts, self._sizes, self._bounds, seed
+            self.draws, self._samples, self._firsts, self._sizes, self._bounds, seed
         )
 
 

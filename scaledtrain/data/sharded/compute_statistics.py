@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
-import threading
-import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
-from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 
-from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.columns import Column
 from scaledtrain.data.sharded.dataset import ShardedDataset
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.measure import Axis, Measure, kept_dims
+from scaledtrain.data.sharded.measure_shards import Parts, measured
 from scaledtrain.data.sharded.statistics import ColumnStatistics, Statistics
 from scaledtrain.data.sharded.writer import take_folder
 from scaledtrain.errors import ConfigError, DataError
@@ -34,10 +24,6 @@ if TYPE_CHECKING:
     from scaledtrain.comm.protocols import Group
 
 __all__ = ["compute_statistics"]
-
-BATCH_BYTES = 16 * 2**20
-
-Parts = dict[str, ColumnStatistics]
 
 
 def compute_statistics(
@@ -119,16 +105,13 @@ def compute_statistics(
     if workers < 0:
         raise ConfigError(f"workers is {workers}; it is a whole number >= 0")
     dataset = ShardedDataset(folder, columns)
-    asked = {"covariance": covariance, "classes": classes, "sentinels": sentinels or ()}
+    if not len(dataset):
+        raise ConfigError(f"the data set in {folder} has no samples, and so no statistics")
+    sentinels = sentinels or {}
+    by_column = {"covariance": covariance, "classes": classes, "sentinels": sentinels}
     if isinstance(axis, Mapping):
-        asked["axis"] = axis
-    for option, names in asked.items():
-        if isinstance(names, str) or (unknown := set(names) - dataset.columns.keys()):
-            given = names if isinstance(names, str) else ", ".join(sorted(unknown))
-            raise ConfigError(
-                f"{option} names {given!r}; it is a collection of columns that statistics are "
-                f"computed of: {', '.join(dataset.columns)}"
-            )
+        by_column["axis"] = axis
+    _check_names(by_column, dataset.columns)
     measures = tuple(
         Measure(
             name,
@@ -137,34 +120,29 @@ def compute_statistics(
             bins,
             name in covariance,
             name in classes,
-            (sentinels or {}).get(name),
+            sentinels.get(name),
             missing == "raise",
         )
         for name, column in dataset.columns.items()
     )
-    if not len(dataset):
-        raise ConfigError(f"the data set in {folder} has no samples, and so no statistics")
-    locks: list[int] = []
-
-    def begin() -> bytes:
+    with ExitStack() as lock:
         if save:
-            locks.append(take_folder(dataset.folder))
-        return b"ready"
-
-    def end() -> bytes:
-        if save:
-            _save(dataset, computed)
-        return b"saved"
-
-    try:
-        _on_first(group, begin)
+            _on_first(group, lambda: lock.callback(os.close, take_folder(dataset.folder)))
         found = _merged(dataset, measures, workers, group, on_shard)
         computed = Statistics(len(dataset), len(dataset.manifest.shards), found)
-        _on_first(group, end)
-    finally:
-        for lock in locks:
-            os.close(lock)
+        if save:
+            _on_first(group, lambda: _save(dataset, computed))
     return computed
+
+
+def _check_names(by_column: Mapping[str, Collection[str]], columns: Collection[str]) -> None:
+    for option, names in by_column.items():
+        unknown = [names] if isinstance(names, str) else sorted(set(names) - set(columns))
+        if unknown:
+            raise ConfigError(
+                f"{option} names {', '.join(map(repr, unknown))}; it is a collection of columns "
+                f"that statistics are computed of: {', '.join(columns)}"
+            )
 
 
 def _axis(name: str, column: Column, axis: Axis | Mapping[str, Axis]) -> tuple[int, ...]:
@@ -184,20 +162,20 @@ def _merged(
 ) -> Parts:
     """The statistics of all shards, on every rank.
 
-    Rank r of R measures shards r, r + R, ... and sends each one's statistics to the others when it
-    is its turn, so that all merge all of them in the same order.
+    Rank r of R measures shards r, r + R, ...: of each R shards every rank one at the same time.
+    Then each tells the others what it found, so that all merge all of them in the same order.
     """
     rank, ranks = (0, 1) if group is None else (group.rank, group.size)
     total = len(dataset.manifest.shards)
     found: Parts | None = None
-    with _own(dataset, measures, range(rank, total, ranks), workers) as own:
+    with measured(dataset, measures, range(rank, total, ranks), workers) as own:
         for shard in range(total):
             if group is None:
                 part = next(own)
-            elif shard % ranks == rank:
-                part = _from_bytes(_tell(group, rank, lambda: _to_bytes(next(own))))
             else:
-                part = _from_bytes(_tell(group, shard % ranks, None))
+                if shard % ranks == 0:
+                    mine = _outcome(lambda: _to_bytes(next(own, {})))
+                part = _from_bytes(_tell(group, shard % ranks, mine))
             if found is None:
                 found = part
             else:
@@ -205,103 +183,6 @@ def _merged(
             if on_shard is not None:
                 on_shard(shard + 1, total)
     assert found is not None
-    return found
-
-
-@contextmanager
-def _own(
-    dataset: ShardedDataset, measures: tuple[Measure, ...], shards: range, workers: int
-) -> Iterator[Iterator[Parts]]:
-    """The statistics of these shards, in their order."""
-    if not workers:
-        with _one_thread():
-            yield (_of_shard(dataset, measures, shard) for shard in shards)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
-    try:
-        yield _in_order(pool, dataset, measures, shards, 2 * workers)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor,
-    dataset: ShardedDataset,
-    measures: tuple[Measure, ...],
-    shards: range,
-    most: int,
-) -> Iterator[Parts]:
-    """At most so many are under way or wait to be merged."""
-    numbers = iter(shards)
-    ahead: deque[Future[Parts]] = deque()
-    columns = tuple(dataset.columns)
-    try:
-        while True:
-            for shard in islice(numbers, most - len(ahead)):
-                ahead.append(pool.submit(_in_worker, str(dataset.folder), columns, measures, shard))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a process that read {dataset.folder} died; if it was ended for the memory it took, "
-            "give fewer workers"
-        ) from error
-
-
-def _begin_worker() -> None:
-    """A worker ends with the process that started it, and leaves Ctrl-C to it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # what is to be told, the parent has told
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _in_worker(
-    folder: str, columns: tuple[str, ...], measures: tuple[Measure, ...], shard: int
-) -> Parts:
-    with _one_thread():
-        return _of_shard(_open(folder, columns), measures, shard)
-
-
-@lru_cache(1)
-def _open(folder: str, columns: tuple[str, ...]) -> ShardedDataset:
-    """A worker opens the data set once."""
-    return ShardedDataset(folder, columns)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The bits of a product of matrices depend on how many threads make it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _of_shard(dataset: ShardedDataset, measures: tuple[Measure, ...], shard: int) -> Parts:
-    info = dataset.manifest.shards[shard]
-    start, stop = (int(place) for place in dataset.starts[shard : shard + 2])
-    size = max(1, int(BATCH_BYTES / max(1.0, info.bytes / info.samples)))
-    found: Parts = {}
-    for low in range(start, stop, size):
-        batch, _ = dataset.gather(np.arange(low, min(low + size, stop)), read_ahead=True)
-        for measure in measures:
-            values = batch[measure.name]
-            try:
-                part = measure.of(values.values if isinstance(values, Ragged) else values)
-            except DataError as error:
-                raise DataError(f"shard {info.file} of {dataset.folder}: {error}") from error
-            before = found.get(measure.name)
-            found[measure.name] = part if before is None else before.merge(part)
     return found
 
 
@@ -313,35 +194,44 @@ def _from_bytes(content: bytes) -> Parts:
     return {n: ColumnStatistics.from_json(told) for n, told in json.loads(content).items()}
 
 
-def _tell(group: Group, src: int, make: Callable[[], bytes] | None) -> bytes:
-    """What rank ``src`` makes, or an error on all ranks if it cannot."""
-    content, failed, own_error = b"", 0, None
-    if group.rank == src:
-        assert make is not None
-        try:
-            content = make()
-        except (ConfigError, DataError) as error:
-            content, failed, own_error = str(error).encode(), 1, error
-    head = torch.tensor([len(content), failed])
+def _outcome(make: Callable[[], bytes]) -> bytes | ConfigError | DataError:
+    """What is made, or why it cannot be: until its turn comes, a rank keeps its errors."""
+    try:
+        return make()
+    except (ConfigError, DataError) as error:
+        return error
+
+
+def _tell(group: Group, src: int, mine: bytes | ConfigError | DataError) -> bytes:
+    """What rank ``src`` made, on all ranks; or its error."""
+    failed = isinstance(mine, Exception)
+    content = str(mine).encode() if isinstance(mine, Exception) else mine
+    head = torch.tensor([len(content), int(failed)])
     group.broadcast([head], src)
-    size, failed = (int(number) for number in head)
-    told = torch.frombuffer(bytearray(content or bytes(size)), dtype=torch.uint8)
-    if size:
-        group.broadcast([told], src)
-    if own_error is not None:
-        raise own_error
-    content = told.numpy().tobytes()
+    size, failed = int(head[0]), bool(head[1])
+    told = torch.zeros(size, dtype=torch.uint8)
+    if group.rank == src:
+        told = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    group.broadcast([told], src)
+    if failed and isinstance(mine, Exception) and group.rank == src:
+        raise mine
     if failed:
-        raise DataError(f"rank {src}: {content.decode()}")
-    return content
+        raise DataError(f"rank {src}: {told.numpy().tobytes().decode()}")
+    return told.numpy().tobytes()
 
 
-def _on_first(group: Group | None, do: Callable[[], bytes]) -> None:
+def _on_first(group: Group | None, do: Callable[[], object]) -> None:
     """Do something on the first rank, while the others wait for its end."""
     if group is None:
         do()
-    else:
-        _tell(group, 0, do if group.rank == 0 else None)
+        return
+    done: bytes | ConfigError | DataError = b"done"
+    if group.rank == 0:
+        try:
+            do()
+        except (ConfigError, DataError) as error:
+            done = error
+    _tell(group, 0, done)
 
 
 def _save(dataset: ShardedDataset, computed: Statistics) -> None:

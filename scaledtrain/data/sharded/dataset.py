@@ -21,7 +21,7 @@ from scaledtrain.data.sharded.crop import Slice, crop_ranges, normalise
 from scaledtrain.data.sharded.gather import Piece, Values, ask_for, gather, pieces
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.memory import Memory
-from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind, Normalizer
+from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind, normalizers
 from scaledtrain.data.sharded.shard import Shard
 from scaledtrain.data.sharded.statistics import Statistics
 from scaledtrain.errors import ConfigError, DataError
@@ -128,13 +128,10 @@ class ShardedDataset(Dataset[Any]):
         self._as_tuple = as_tuple
         self._verify = verify
         self._on_damage = on_damage
-        self._normalizers: dict[str, Normalizer] = {}
+        self._normalizers = {}
         if normalize:
             statistics = statistics or manifest.current_statistics(self.folder)
-        for name, how in (normalize or {}).items():
-            assert statistics is not None
-            how = how if isinstance(how, Normalization) else Normalization(how)
-            self._normalizers[name] = Normalizer(name, self._column(name), statistics[name], how)
+            self._normalizers = normalizers(self.columns, normalize, statistics)
         self.starts: Array = np.cumsum([0, *(s.samples for s in manifest.shards)], dtype=np.int64)
         self._begin()
         if not manifest.complete:

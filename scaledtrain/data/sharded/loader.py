@@ -124,6 +124,11 @@ class ShardedLoader:
         self._resumes = False
         self._shuffle: Shuffle = shuffle if balance is None else "full"
         self._balance = balance
+        if balance is not None and balance.draws != len(dataset):
+            raise ConfigError(
+                f"balance is of a data set of {balance.draws} samples, but this one has "
+                f"{len(dataset)}; make it of this one: ClassBalance(dataset, column)"
+            )
         self._drop_last = drop_last
         self._seed = seed
         sample_bytes = max(1.0, dataset.sample_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +17,10 @@ from scaledtrain.data.sharded.columns import Array, Column
 from scaledtrain.data.sharded.gather import Values
 from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.moments import Covariance
-from scaledtrain.data.sharded.statistics import ColumnStatistics
+from scaledtrain.data.sharded.statistics import ColumnStatistics, Statistics
 from scaledtrain.errors import ConfigError, DataError
 
-__all__ = ["Normalization", "NormalizationKind", "Normalizer", "whitening"]
+__all__ = ["Normalization", "NormalizationKind", "Normalizer", "normalizers", "whitening"]
 
 NormalizationKind = Literal["zero_center", "standardize", "whiten"]
 
@@ -223,6 +223,25 @@ class Normalizer:
         elif fill is not None:
             result.nan_to_num_(nan=float(fill), posinf=math.inf, neginf=-math.inf)
         return result
+
+
+def normalizers(
+    columns: Mapping[str, Column],
+    normalize: Mapping[str, Normalization | NormalizationKind],
+    statistics: Statistics,
+) -> dict[str, Normalizer]:
+    """One for each column that is to be normalised.
+
+    Raises:
+        ConfigError: there is no such column, or no such kind; or as for `Normalizer`.
+    """
+    found = {}
+    for name, how in normalize.items():
+        if name not in columns:
+            raise ConfigError(f"normalize names {name!r}; the columns are {', '.join(columns)}")
+        policy = how if isinstance(how, Normalization) else Normalization(how)
+        found[name] = Normalizer(name, columns[name], statistics[name], policy)
+    return found
 
 
 def whitening(covariance: Array, how: Normalization) -> tuple[Array, int]:

@@ -319,7 +319,7 @@ def take_folder(folder: Path) -> int:
     except BlockingIOError as error:
         os.close(lock)
         raise ConfigError(
-            f"another ShardWriter (or compute_statistics) is at work in {folder}; let it end, or "
+            f"another ShardWriter is at work in {folder}, or compute_statistics; let it end, or "
             "give another folder"
         ) from error
     except OSError:  # a file system without locks
