@@ -251,6 +251,7 @@ class TestMissing:
     ("normalize", "told"),
     [
         ({"x": "standardise"}, "normalize is 'standardise'; it is one of zero_center, standardize"),
+        ("standardize", "normalize is 'standardize'; it says it by column"),
         ({"z": "standardize"}, "normalize names 'z'; the columns are x, image"),
         (
             {"i": "whiten"},

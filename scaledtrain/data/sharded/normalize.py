@@ -235,6 +235,10 @@ def normalizers(
     Raises:
         ConfigError: there is no such column, or no such kind; or as for `Normalizer`.
     """
+    if not isinstance(normalize, Mapping):
+        raise ConfigError(
+            f"normalize is {normalize!r}; it says it by column: {{'x': 'standardize'}}"
+        )
     found = {}
     for name, how in normalize.items():
         if name not in columns:
