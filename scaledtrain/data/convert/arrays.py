@@ -124,9 +124,7 @@ def _map_member(path: Path, file: IO[bytes], member: zipfile.ZipInfo) -> Array:
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, fortran, dtype = read_header(file)
     if dtype.hasobject:
-        raise ConfigError(
-            f"{member.filename} in {path} holds Python objects, as pickles: never read"
-        )
+        raise ConfigError(f"{member.filename} in {path} is a pickle of objects: never read")
     if not all(shape):
         return np.empty(shape, dtype)
     order = "F" if fortran else "C"

@@ -94,6 +94,11 @@ def _column(name: str, kind: Any, where: str) -> Column:
         return Column(dtype, (kind.list_size,))
     if _is_list(kind) and (dtype := _dtype(kind.value_type)) is not None:
         return Column(dtype, ragged=True)
+    if pa.types.is_null(kind):
+        raise ConfigError(
+            f"column {name!r} of {where} has no values where they begin, and so no dtype; declare "
+            "one (of a CSV file: dtypes={column: dtype}), or read the others alone: columns=[...]"
+        )
     raise ConfigError(
         f"column {name!r} of {where} is {kind}, which is no tensor; turn it into numbers, lists of "
         "numbers, text or bytes first, or read the others alone: columns=[...]"
