@@ -38,7 +38,8 @@ def convert(
 
     With several workers, each process reads and decodes other parts of the input, and this one
     writes what they read, in the order of the input. So the files are the same, bit for bit,
-    whatever the number of workers. In memory are a shard, and a batch or two for each worker.
+    whatever the number of workers. They pay where reading means work (images, tokenizers): arrays are
+    copied faster than they are handed over. In memory are a shard, and a batch or two for each worker.
 
     A crash, a kill or a full disk loses the samples since the last whole shard; with
     ``resume=True`` writing goes on behind it, and reads again only the part of the input that it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -23,6 +24,7 @@ from scaledtrain.errors import DataError, ScaledTrainError, WaitTimeoutError
 __all__ = ["read_parts"]
 
 APART_BYTES = 65_536  # an array that is larger is sent as it is, not as a part of a pickle
+PIPE_BYTES = 2**20
 END_SECONDS = 5.0  # for a worker that was asked to end
 
 Read = Generator[tuple[int, Batch | None], None, None]
@@ -65,6 +67,8 @@ def _read_by_workers(source: Source, first: int, workers: int, timeout_seconds: 
     try:
         for rank in range(workers):
             receiver, sender = context.Pipe(duplex=False)
+            with suppress(AttributeError, OSError):  # Linux alone, and a user has a limit
+                fcntl.fcntl(sender.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             pipes.append(receiver)
             parts = range(first + rank, source.parts, workers)
             inherited = pipes if forked else []
