@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import tarfile
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
+from xxhash import xxh64
 
 from scaledtrain.data import Column, ShardedDataset, digits
 from scaledtrain.data.convert import (
@@ -218,6 +220,7 @@ def write_mds(folder: Path, compression: str | None = None) -> Path:
         else:
             pack = gzip.compress if compression == "gz:9" else bz2.compress
             (folder / f"{name}.{compression[:3]}").write_bytes(pack(content))
+        hashes = {"sha1": hashlib.sha1(content).hexdigest(), "xxh64": xxh64(content).hexdigest()}
         shards.append(
             {
                 "column_names": list(MDS),
@@ -225,8 +228,8 @@ def write_mds(folder: Path, compression: str | None = None) -> Path:
                 "column_sizes": [size for _, size, _ in MDS.values()],
                 "compression": compression,
                 "format": "mds",
-                "hashes": [],
-                "raw_data": {"basename": name, "bytes": len(content), "hashes": {}},
+                "hashes": ["sha1", "xxh64"],
+                "raw_data": {"basename": name, "bytes": len(content), "hashes": hashes},
                 "samples": len(encoded),
                 "size_limit": 67108864,
                 "version": 2,
@@ -295,7 +298,14 @@ class TestMds:
             ('{"version": 2, "shards": []}', content, {}, ConfigError, "names no shards"),
             (text.replace("shard.00000", "../s"), content, {}, DataError, "outside the folder"),
             (text, content[:-1], {}, DataError, "00000.mds is damaged: it has .* bytes instead"),
-            (text, content[:4] + b"\xff" * 4 + content[8:], {}, DataError, "sample 0 of .*damaged"),
+            (text, content[:-1] + b"!", {}, DataError, "damaged: its sha1 is .* instead of"),
+            (
+                text.replace("sha1", "none").replace("xxh64", "some"),
+                content[:4] + b"\xff" * 4 + content[8:],
+                {},
+                DataError,
+                "sample 0 of .* is damaged",
+            ),
         ):
             with pytest.raises(error, match=message):
                 read(told, changed, **options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from scaledtrain.data import Column, ShardedDataset
 from scaledtrain.data.convert import (
     Arrays,
     Csv,
+    HuggingFace,
     ImageDecoder,
     Images,
     Parquet,
@@ -154,6 +157,8 @@ class TestCsv:
             ("a\n300\n", {"dtypes": {"a": "uint8"}}, "cannot be read as CSV.*300"),
             ("a\n1\n\n2\n", {"dtypes": {"a": "string"}, "categories": {"b": ["c"]}}, "no column b"),
             ("a,b\n1,1\n,1\n", {}, "'a' of .* lacks 1 of 2 values, and int64 has none.*float64"),
+            ("a,a\n1,2\n", {}, "column 'a' of .* is there twice"),
+            ("a\n1\n", {"delimiter": "ab"}, "delimiter is 'ab'"),
             ("a,b\n", {}, "'a' of .* has no values .* so no dtype"),
             ("a\n2020-01-01\n", {}, "'a' of .* is date32.*no tensor"),
             (
@@ -232,6 +237,23 @@ def png(pixels: Any) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "make"),
+    [
+        ("pyarrow", "data", lambda: Csv("a.csv")),
+        ("pyarrow", "data", lambda: Parquet("a.parquet")),
+        ("PIL", "data", lambda: ImageDecoder()(b"", "a.png")),
+        ("datasets", "huggingface", lambda: HuggingFace(None)),
+    ],
+)
+def test_an_extra_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, package: str, extra: str, make: Callable[[], object]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'scaledtrain\[{extra}\]'"):
+        make()
+
+
 class TestImages:
     @pytest.fixture
     def photos(self, tmp_path: Path) -> Path:
@@ -271,6 +293,12 @@ class TestImages:
         write(photos / "zwei/bad.jpg", png(np.zeros((9, 8))))
         with pytest.raises(ConfigError, match=r"bad.jpg is 9 x 8 pixels, but the first .* 8 x 8"):
             convert(Images(photos), tmp_path / "out", resume=True)
+        deep = io.BytesIO()
+        Image.fromarray(np.full((8, 8), 300, np.uint16)).save(deep, "PNG")
+        write(photos / "zwei/bad.jpg", deep.getvalue())
+        with pytest.raises(ConfigError, match=r"bad.jpg: .* more than 8 bits \(mode I;16\)"):
+            convert(Images(photos), tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
         write(photos / "a.png", "")
         with pytest.raises(ConfigError, match="has images beside its sub-folders"):
             Images(photos)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from scaledtrain.data.commands.output import add_output, names, write
 from scaledtrain.data.convert import Shards
-from scaledtrain.errors import ConfigError
 
 __all__ = ["add"]
 
@@ -30,7 +28,5 @@ def add(commands: Any) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    if Path(parsed.input).resolve() == Path(parsed.folder).resolve():
-        raise ConfigError(f"{parsed.folder} is read and cannot be written to; give another folder")
     source = Shards(parsed.input, columns=parsed.columns, shuffle=parsed.shuffle, seed=parsed.seed)
     return write(source, parsed)

@@ -45,6 +45,9 @@ def arrow_columns(schema: Any, categories: Categories, where: str) -> dict[str, 
             f"categories are given for {', '.join(sorted(unknown))}, but {where} has the columns "
             f"{', '.join(schema.names)}"
         )
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise ConfigError(f"column {name!r} of {where} is there twice; rename one of them")
     return {
         field.name: Column("int64")
         if field.name in categories

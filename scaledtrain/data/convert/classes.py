@@ -51,6 +51,10 @@ def save_class_names(folder: Path, classes: Mapping[str, Sequence[str]]) -> None
     path = folder / CLASSES
     if classes:
         told = {column: list(names) for column, names in classes.items()}
-        write_whole(path, [memoryview(json.dumps(told, ensure_ascii=False, indent=1).encode())])
+        text = json.dumps(told, ensure_ascii=False, indent=1).encode()
+        try:
+            write_whole(path, [memoryview(text)])
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error}") from error
     else:
         path.unlink(missing_ok=True)

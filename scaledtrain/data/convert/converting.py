@@ -38,8 +38,9 @@ def convert(
 
     With several workers, each process reads and decodes other parts of the input, and this one
     writes what they read, in the order of the input. So the files are the same, bit for bit,
-    whatever the number of workers. They pay where reading means work (images, tokenizers): arrays are
-    copied faster than they are handed over. In memory are a shard, and a batch or two for each worker.
+    whatever the number of workers. They pay where reading means work (images, tokenizers): arrays
+    are copied faster than they are handed over. In memory are a shard, and a batch or two for each
+    worker.
 
     A crash, a kill or a full disk loses the samples since the last whole shard; with
     ``resume=True`` writing goes on behind it, and reads again only the part of the input that it
@@ -81,6 +82,8 @@ def convert(
     if workers < 1:
         raise ConfigError(f"workers is {workers}; it is a number of processes, >= 1")
     path = Path(folder)
+    if source.input_folder is not None and path.resolve() == source.input_folder.resolve():
+        raise ConfigError(f"{path} is read and cannot be written to; give another folder")
     begun = resume and (path / MANIFEST).exists()
     if begun and (there := Manifest.load(path)).complete:
         return there.samples
@@ -100,7 +103,10 @@ def convert(
             writer.close()
             complete = True
         finally:
-            ledger.close(delete=complete or not (path / MANIFEST).exists())
+            begun = (path / MANIFEST).exists()
+            ledger.close(delete=complete or not begun)
+            if not begun:
+                save_class_names(path, {})
     return writer.samples_written
 
 

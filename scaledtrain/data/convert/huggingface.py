@@ -12,7 +12,8 @@ from scaledtrain.errors import ConfigError
 
 __all__ = ["HuggingFace", "load_huggingface"]
 
-ROWS_PER_PART = 1_000
+ROWS_PER_PART = 1_000  # at most
+ROWS_PER_READ = 100  # of a stream, of whose rows nobody knows how large they are
 
 
 def require_datasets() -> Any:
@@ -97,16 +98,23 @@ class HuggingFace(Source):
         )
         self._dataset = dataset.with_format("arrow")
         streamed = isinstance(dataset, datasets.IterableDataset)
-        self._spans = None if streamed else Spans(len(dataset), ROWS_PER_PART)
+        self._spans = None if streamed else _spans(self._dataset)
         self.parts = 1 if self._spans is None else self._spans.parts
         self.identity = f"huggingface {dataset.features} {self._categories} {self._spans}"
 
     def read(self, part: int) -> Iterator[Batch]:
-        """A thousand rows; of a stream, all of them."""
+        """Some rows; of a stream, all of them."""
         if self._spans is None:
-            for rows in self._dataset.iter(ROWS_PER_PART):
+            for rows in self._dataset.iter(ROWS_PER_READ):
                 yield arrow_batch(rows, self._categories, "the data set")
             return
         span = self._spans.span(part)
         rows = self._dataset[span.start : span.stop]
         yield arrow_batch(rows, self._categories, f"the data set, from row {span.start} on")
+
+
+def _spans(dataset: Any) -> Spans:
+    """Parts of some megabytes, as far as can be seen from the first rows."""
+    first = dataset[:ROWS_PER_READ]
+    per_part = Spans.of_bytes(1, first.nbytes / max(1, len(first))).per_part
+    return Spans(len(dataset), min(per_part, ROWS_PER_PART))

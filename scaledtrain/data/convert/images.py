@@ -60,20 +60,32 @@ class ImageDecoder:
             uint8 ``[channels, height, width]``.
 
         Raises:
+            ConfigError: its pixels have more than 8 bits.
             DataError: it is damaged, or no image.
         """
         Image = _pillow()
         try:
             with Image.open(io.BytesIO(encoded)) as image:
                 return self.to_array(image)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"{name} cannot be decoded as an image: {error}; repair it or take it away"
             ) from error
 
     def to_array(self, image: Image.Image) -> Array:
-        """The same of an image of Pillow's."""
+        """The same of an image of Pillow's.
+
+        Raises:
+            ConfigError: its pixels have more than 8 bits.
+        """
         Image = _pillow()
+        if image.mode[0] in "IF":  # Pillow would cut off everything above 255
+            raise ConfigError(
+                f"an image has pixels of more than 8 bits (mode {image.mode}), which do not go "
+                "into uint8; write it as an array (.npy)"
+            )
         converted = image.convert(self.mode)
         if self.size is not None and converted.size != self.size[::-1]:
             converted = converted.resize(self.size[::-1], Image.Resampling.BILINEAR)

@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 
 from scaledtrain.data.sharded.files import write_whole
-from scaledtrain.errors import ConfigError
+from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["LEDGER", "Ledger"]
 
@@ -29,17 +29,21 @@ class Ledger:
 
     Raises:
         ConfigError: to be resumed is what was begun with another source, or by no converter.
+        DataError: the file cannot be written.
     """
 
     def __init__(self, folder: Path, identity: str, *, resume: bool) -> None:
         self._path = folder / LEDGER
         self._ends = [0]
         head = f"{xxhash.xxh3_128_hexdigest(identity.encode())}\n".encode()
-        if resume:
-            self._load(head)
-        else:
-            write_whole(self._path, [memoryview(head)])
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - until close
+        try:
+            if resume:
+                self._load(head)
+            else:
+                write_whole(self._path, [memoryview(head)])
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - until close
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _load(self, head: bytes) -> None:
         try:
@@ -58,6 +62,9 @@ class Ledger:
         os.truncate(self._path, whole)
         self._ends += map(int, text[len(head) : whole].split())
 
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(f"{self._path} cannot be written: {error}; go on with resume=True")
+
     def find(self, position: int) -> tuple[int, int]:
         """In which part a position is, or from which on it is to be looked for.
 
@@ -71,7 +78,10 @@ class Ledger:
         """Note where a part ends, if that is not known already."""
         if part + 1 == len(self._ends):
             self._ends.append(end)
-            self._file.write(f"{end}\n".encode())
+            try:
+                self._file.write(f"{end}\n".encode())
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def close(self, *, delete: bool) -> None:
         """Close the file; delete it when the data set is complete."""

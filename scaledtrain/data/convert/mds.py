@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import xxhash
 
 from scaledtrain.data.convert.images import ImageDecoder
 from scaledtrain.data.convert.source import Batch, Source
@@ -51,7 +53,7 @@ class Mds(Source):
     Numbers and arrays keep their dtype and shape; text, bytes and JSON are ragged uint8, as are
     images, unless there is a decoder. Pickles are refused. Shards may be compressed with gzip or
     bz2, or, where the package zstandard is there, with Zstandard. A shard is a part; a compressed
-    one, or the largest, is in memory once for every worker.
+    one is in memory as a whole. Hashes in the index are checked.
 
     Args:
         folder: with the ``index.json``.
@@ -123,6 +125,7 @@ class _Shard:
         self.encodings: dict[str, str] = dict(zip(names, told["column_encodings"], strict=True))
         self._sizes: dict[str, int | None] = dict(zip(names, told["column_sizes"], strict=True))
         self._bytes = int(told["raw_data"]["bytes"])
+        self._hashes: dict[str, str] = dict(told["raw_data"].get("hashes") or {})
         self._compression = str(told["compression"] or "").partition(":")[0]
         self.path = _inside(folder, told["raw_data"]["basename"])
         if self._compression and not self.path.exists():
@@ -147,6 +150,11 @@ class _Shard:
                 f"MDS shard {self.path} is damaged: it has {len(data)} bytes instead of "
                 f"{self._bytes}, or not {self.samples} samples"
             )
+        for name, digest in self._hashes.items():
+            if (found := _hash(name, data)) not in (None, digest):
+                raise DataError(
+                    f"MDS shard {self.path} is damaged: its {name} is {found} instead of {digest}"
+                )
         return data
 
     def sample(self, data: Array, number: int) -> dict[str, bytes]:
@@ -167,6 +175,14 @@ class _Shard:
         if at != len(sample):
             raise ValueError(f"its columns have {at} bytes, but it has {len(sample)}")
         return stored
+
+
+def _hash(name: str, data: Array) -> str | None:
+    """The hash of some bytes, if there is an algorithm of that name."""
+    if name in hashlib.algorithms_available:
+        return hashlib.new(name, data.data).hexdigest()
+    algorithm = getattr(xxhash, name, None) if name.startswith("xxh") else None
+    return None if algorithm is None else str(algorithm(data.data).hexdigest())
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -46,6 +46,7 @@ class Shards(Source):
         path = Path(folder)
         if not Manifest.load(path).complete:
             raise ConfigError(f"the data set in {path} is not finished; go on with it first")
+        self.input_folder = path
         self._dataset = ShardedDataset(path, columns)
         self.columns = dict(self._dataset.columns)
         kept = class_names(path)

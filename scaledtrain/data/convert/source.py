@@ -54,6 +54,9 @@ class Source(ABC):
     classes: Mapping[str, Sequence[str]] = {}
     """Column -> the names of its classes 0, 1, ..."""
 
+    input_folder: Path | None = None
+    """Folder that is read, where it must not be written to."""
+
     sequence_length: int | None = None
     """None: ``read`` gives samples. Otherwise tokens, which are packed into samples of so many."""
 

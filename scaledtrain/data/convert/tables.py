@@ -27,7 +27,7 @@ from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["Csv", "Parquet"]
 
-ROWS_PER_READ = 8_192
+MOST_ROWS = 8_192  # that are read at once
 
 
 @final
@@ -75,6 +75,8 @@ class Csv(Source):
     ) -> None:
         pa = require_pyarrow("a CSV file")
         self._files = find_files(paths, pattern)
+        if len(delimiter) != 1:
+            raise ConfigError(f"delimiter is {delimiter!r}; it is one character")
         self._delimiter = delimiter
         self._wanted = list(columns or [])
         self.classes = dict(categories or {})
@@ -202,8 +204,13 @@ class Parquet(Source):
         file, group = self._parts[part]
         pa = require_pyarrow("a Parquet file")
         with self._open(file) as opened:
+            told = opened.metadata.row_group(group)
+            some = PART_BYTES * told.num_rows // max(1, told.total_byte_size)
             rows = opened.iter_batches(
-                ROWS_PER_READ, row_groups=[group], columns=list(self.columns), use_threads=False
+                min(max(some, 1), MOST_ROWS),
+                row_groups=[group],
+                columns=list(self.columns),
+                use_threads=False,
             )
             while True:
                 try:

@@ -42,7 +42,8 @@ class Text(Source):
     With a ``sequence_length``, a sample is so many tokens: documents one after the other, each
     followed by ``end_of_document``, cut wherever a sequence is full; what fills none at the very
     end is left out. Without, a sample is a document, of its own length (a ragged column).
-    Documents without a token are left out.
+    Documents without a token are left out. A document is in memory as a whole, unless it is packed
+    as bytes: give ``documents="line"`` for a corpus in one file.
 
     Args:
         paths: files, and folders of them.

@@ -26,7 +26,8 @@ class TorchDataset(Source):
     """A ``torch.utils.data.Dataset``; its samples are dicts, tuples or tensors.
 
     Values are tensors, arrays, numbers, bytes or text (both are ragged uint8). A map-style data set
-    is read by several workers; an iterable one is a single part.
+    is read by several workers; an iterable one is a single part. Samples that are drawn at random
+    are other ones in every run: what is said of resuming and of workers does not hold for them.
 
     Args:
         dataset: whose samples.
