@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,8 @@ from tests.sharded_samples import assert_is_sample, damage, shard, write
 
 
 def converted(source: Source, folder: Path, **options: Any) -> ShardedDataset:
-    convert(source, folder / "out", **options)
+    sent = pickle.loads(pickle.dumps(source))  # as to workers that are not forked
+    convert(sent, folder / "out", **options)
     return ShardedDataset(folder / "out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -36,7 +37,8 @@ DIGITS = load_digits()
 
 
 def converted(source: Source, folder: Path, **options: Any) -> ShardedDataset:
-    convert(source, folder / "out", **options)
+    sent = pickle.loads(pickle.dumps(source))  # as to workers that are not forked
+    convert(sent, folder / "out", **options)
     return ShardedDataset(folder / "out")
 
 

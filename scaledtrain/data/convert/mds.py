@@ -96,24 +96,29 @@ class Mds(Source):
         for name in wanted:
             if name not in encodings:
                 raise ConfigError(f"there is no column {name!r}, only {', '.join(encodings)}")
-        self._decode = {name: _decoder(name, encodings[name], decoder) for name in wanted}
+        self._encodings = {name: encodings[name] for name in wanted}
+        self._images = decoder
+        self._decoders()  # so that an encoding that is not read is told now
         self._ragged = tuple(ragged)
         self.parts = len(self._shards)
 
     def read(self, part: int) -> Iterator[Batch]:
         """The samples of a shard."""
         shard = self._shards[part]
-        data = shard.load()
+        data, decoders = shard.load(), self._decoders()
         for low in range(0, shard.samples, SAMPLES_PER_READ):
             high = min(low + SAMPLES_PER_READ, shard.samples)
             samples = []
             for i in range(low, high):
                 try:
                     stored = shard.sample(data, i)
-                    samples.append({n: decode(stored[n]) for n, decode in self._decode.items()})
+                    samples.append({n: decode(stored[n]) for n, decode in decoders.items()})
                 except (ValueError, IndexError, KeyError) as error:
                     raise DataError(f"sample {i} of {shard.path} is damaged: {error!r}") from error
             yield collate(samples, self._ragged, f"{shard.path}, samples {low} to {high - 1}")
+
+    def _decoders(self) -> dict[str, Decode]:
+        return {n: _decoder(n, encoding, self._images) for n, encoding in self._encodings.items()}
 
 
 class _Shard:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from scaledtrain.data.convert.classes import class_names
 from scaledtrain.data.convert.source import Batch, Source, Spans
@@ -51,11 +52,10 @@ class Shards(Source):
         self.columns = dict(self._dataset.columns)
         kept = class_names(path)
         self.classes = {name: kept[name] for name in self.columns if name in kept}
-        sample_bytes = self._dataset.sample_bytes
-        block = max(1, int(BLOCK_BYTES // max(sample_bytes, 1)))
-        shards = [shard.samples for shard in self._dataset.manifest.shards]
-        self._order = Order(shards, block, BUFFER_BYTES // BLOCK_BYTES, shuffle, seed)
-        self._spans = Spans.of_bytes(len(self._dataset), sample_bytes)
+        self._sample_bytes = self._dataset.sample_bytes
+        self._shuffle, self._seed = shuffle, seed
+        _ = self._order  # so that an option that cannot be is told now
+        self._spans = Spans.of_bytes(len(self._dataset), self._sample_bytes)
         self.parts = self._spans.parts
         options = (list(self.columns), shuffle, seed)
         self.identity = f"shards {options} {self._dataset.manifest.shards}"
@@ -65,3 +65,13 @@ class Shards(Source):
         span = self._spans.span(part)
         drawn = self._order.indices(0, span.start, span.stop)
         yield self._dataset.gather(drawn)[0]
+
+    @cached_property
+    def _order(self) -> Order:
+        """Each process has its own, as its caches are not sent to another."""
+        block = max(1, int(BLOCK_BYTES // max(self._sample_bytes, 1)))
+        shards = [shard.samples for shard in self._dataset.manifest.shards]
+        return Order(shards, block, BUFFER_BYTES // BLOCK_BYTES, self._shuffle, self._seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}

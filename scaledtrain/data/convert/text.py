@@ -143,9 +143,7 @@ class Text(Source):
         return encode
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(vars(self))
-        state.pop("_encode", None)
-        return state
+        return {name: value for name, value in vars(self).items() if name != "_encode"}
 
     def _group_files(self) -> list[list[_Piece]]:
         """Parts of whole files, about `PART_BYTES` each."""
