@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scaledtrain.data.digits import digits
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.sharded import Column, ShardedDataset, ShardedLoader, ShardWriter
+from scaledtrain.data.sharded import Column, ShardedDataset, ShardedLoader, ShardWriter, verify
 from scaledtrain.data.stdlib_text import StdlibText, stdlib_text
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "StdlibText",
     "digits",
     "stdlib_text",
+    "verify",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from scaledtrain.data.commands.progress import progress_bar
 from scaledtrain.data.sharded.manifest import Manifest
-from scaledtrain.data.sharded.verify import verify
+from scaledtrain.data.sharded.verification import verify
 
 __all__ = ["add"]
 

@@ -7,6 +7,7 @@ from scaledtrain.data.sharded.columns import Column
 from scaledtrain.data.sharded.dataset import ShardedDataset
 from scaledtrain.data.sharded.loader import ShardedLoader
 from scaledtrain.data.sharded.order import Order
+from scaledtrain.data.sharded.verification import verify
 from scaledtrain.data.sharded.writer import ShardWriter
 
-__all__ = ["Column", "Order", "Ragged", "ShardWriter", "ShardedDataset", "ShardedLoader"]
+__all__ = ["Column", "Order", "Ragged", "ShardWriter", "ShardedDataset", "ShardedLoader", "verify"]
