@@ -17,10 +17,12 @@ COMMANDS = {
     "compare": "train with several strategies, and report them side by side",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
     "replay": "make an asynchronous run again from its event log, and step through it",
+    "data": "write, look at and check data sets that do not fit into memory",
     "trace": "show what each rank did when, of runs that were made with trace=true",
 }
 
 _MODULES = {  # the others' have their names
+    "data": "scaledtrain.data.commands",
     "replay": "scaledtrain.replay.command",
     "simulate": "scaledtrain.simulate.command",
 }

@@ -14,6 +14,7 @@ from scaledtrain.data.sharded import (
     Statistics,
     class_weights,
     compute_statistics,
+    verify,
 )
 from scaledtrain.data.stdlib_text import StdlibText, stdlib_text
 
@@ -31,4 +32,5 @@ __all__ = [
     "compute_statistics",
     "digits",
     "stdlib_text",
+    "verify",
 ]

@@ -102,6 +102,25 @@ class TestWriting:
             ShardWriter(ten, resume=True)
         write(ten, 12, resume=True)
 
+    def test_a_forked_process_does_not_keep_the_folder(self, ten: Path) -> None:
+        writer = ShardWriter(ten, resume=True)
+        reader, hold = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.close(hold)
+                with pytest.raises(ConfigError, match="is closed"):
+                    writer.write(sample(10))
+                os.read(reader, 1)  # until the parent closes it
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        os.close(reader)
+        writer.close()
+        write(ten, 12, resume=True)
+        os.close(hold)
+        assert os.waitpid(child, 0)[1] == 0
+
     def test_a_finished_set_can_be_added_to(self, ten: Path) -> None:
         write(ten, 13, resume=True)
         data = ShardedDataset(ten)

@@ -11,6 +11,7 @@ from scaledtrain.data.sharded.loader import ShardedLoader
 from scaledtrain.data.sharded.normalize import Normalization
 from scaledtrain.data.sharded.order import Order
 from scaledtrain.data.sharded.statistics import ColumnStatistics, Statistics
+from scaledtrain.data.sharded.verification import verify
 from scaledtrain.data.sharded.writer import ShardWriter
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "Statistics",
     "class_weights",
     "compute_statistics",
+    "verify",
 ]

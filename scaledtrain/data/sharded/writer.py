@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,17 @@ from scaledtrain.errors import ConfigError, DataError
 __all__ = ["ShardWriter", "take_folder"]
 
 SHARD_BYTES = 64 * 2**20
+
+_open_writers: weakref.WeakSet[ShardWriter] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    """A forked process neither writes nor keeps the folder locked when this one has died."""
+    for writer in list(_open_writers):
+        writer._release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 class ShardWriter:
@@ -96,6 +108,7 @@ class ShardWriter:
             raise
         self._columns: Mapping[str, Column] = self._manifest.columns
         self._buffer = ShardBuffer(self._columns)
+        _open_writers.add(self)
 
     @property
     def samples_written(self) -> int:
