@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from scaledtrain.data.digits import digits
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.sharded import Column, ShardedDataset, ShardedLoader, ShardWriter
+from scaledtrain.data.sharded import Column, Mixture, ShardedDataset, ShardedLoader, ShardWriter
 from scaledtrain.data.stdlib_text import StdlibText, stdlib_text
 
 __all__ = [
     "Column",
+    "Mixture",
     "Ragged",
     "ShardWriter",
     "ShardedDataset",

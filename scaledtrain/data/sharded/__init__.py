@@ -6,7 +6,16 @@ from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.columns import Column
 from scaledtrain.data.sharded.dataset import ShardedDataset
 from scaledtrain.data.sharded.loader import ShardedLoader
+from scaledtrain.data.sharded.mixture import Mixture
 from scaledtrain.data.sharded.order import Order
 from scaledtrain.data.sharded.writer import ShardWriter
 
-__all__ = ["Column", "Order", "Ragged", "ShardWriter", "ShardedDataset", "ShardedLoader"]
+__all__ = [
+    "Column",
+    "Mixture",
+    "Order",
+    "Ragged",
+    "ShardWriter",
+    "ShardedDataset",
+    "ShardedLoader",
+]
