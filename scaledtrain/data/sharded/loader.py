@@ -369,8 +369,11 @@ def _check_columns(
     for name, value in pad.items():
         dtype = DTYPES[columns[name].dtype].torch
         try:
-            torch.empty(1, dtype=dtype).fill_(value)
-        except (RuntimeError, TypeError) as error:
+            held = torch.empty(1, dtype=dtype).fill_(value).item()
+        except (RuntimeError, TypeError):
+            held = None
+        if held is None or (held != value and not dtype.is_floating_point):
             raise ConfigError(
-                f"pad is {value!r} for {name!r}, which {columns[name].dtype} cannot hold"
-            ) from error
+                f"pad is {value!r} for {name!r}, which {columns[name].dtype} cannot hold; give "
+                "another value, or write the column with another dtype"
+            )
