@@ -13,14 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.batching import Batching, EqualBatches, LengthBuckets, Span
-from scaledtrain.data.sharded.columns import DTYPES, Column
 from scaledtrain.data.sharded.dataset import Batch, ShardedDataset
-from scaledtrain.data.sharded.gather import Values
 from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.mixture import Mixture
 from scaledtrain.data.sharded.order import Endless, SampleOrder, Shuffle
+from scaledtrain.data.sharded.padding import Padding, check_ragged
 from scaledtrain.data.sharded.threads import Threads
 from scaledtrain.errors import ConfigError, DataError
 
@@ -156,14 +154,15 @@ class ShardedLoader:
         self._seed = seed
         self._bucket_by = bucket_by
         self._max_tokens = max_tokens
-        self._pad = dict(pad or {})
-        _check_columns(dataset.columns, bucket_by, self._pad)
         self._make_order = partial(dataset.order, shuffle, block_bytes, buffer_bytes)
         self._shuffled = shuffle != "none"
         self._most = max(1, int(buffer_bytes / max(1.0, dataset.sample_bytes)))
         self._read_ahead = read_ahead
         self._threads = Threads(threads)
         self._memory = Memory(torch.cuda.is_available() if pin_memory is None else pin_memory)
+        self._padding = Padding(dataset.columns, pad or {}, self._memory)
+        if bucket_by is not None:
+            check_ragged("bucket_by", bucket_by, dataset.columns)
         self._timeout_seconds = timeout_seconds
         self._batchings: dict[int, Batching] = {}
         self._batching()  # whose arguments are checked now
@@ -301,7 +300,7 @@ class ShardedLoader:
             self.batch_size,
             self._most,
             max_tokens=self._max_tokens,
-            padded=self._bucket_by in self._pad,
+            padded=self._bucket_by in self._padding.values,
             shuffled=self._shuffled,
             **ends,
         )
@@ -317,22 +316,9 @@ class ShardedLoader:
         before = np.concatenate([[0], np.cumsum(kept)])[first].tolist()
         batches: list[tuple[Span, Batch | None]] = []
         for span, low, high in zip(spans, before, before[1:], strict=False):
-            part = {name: self._slice(name, column, low, high) for name, column in values.items()}
+            part = {n: self._padding.cut(n, column, low, high) for n, column in values.items()}
             batches.append((span, self.dataset.form(part) if high > low else None))
         return batches
-
-    def _slice(self, name: str, column: Values, low: int, high: int) -> Values:
-        """A batch of a window's column."""
-        if not isinstance(column, Ragged):
-            return column[low:high]
-        offsets = column.offsets[low : high + 1]
-        batch = Ragged(column.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
-        if name not in self._pad:
-            return batch
-        longest = int(offsets.diff().max()) if batch.samples else 0
-        shape = (batch.samples, longest, *self.dataset.columns[name].shape)
-        tensor, _ = self._memory.empty(self.dataset.columns[name], *shape)
-        return batch.padded(self._pad[name], out=tensor)
 
     def _wait(self, future: Future[T]) -> T:
         try:
@@ -354,26 +340,3 @@ def _runs(spans: Sequence[Span]) -> Iterator[Span]:
             start = low
         stop = high
     yield start, stop
-
-
-def _check_columns(
-    columns: Mapping[str, Column], bucket_by: str | None, pad: Mapping[str, float]
-) -> None:
-    for option, name in (("bucket_by", bucket_by), *(("pad", name) for name in pad)):
-        if name is not None and (name not in columns or not columns[name].ragged):
-            ragged = [other for other, column in columns.items() if column.ragged]
-            raise ConfigError(
-                f"{option} names {name!r}, which is no column of samples of different lengths; "
-                f"those that are read: {', '.join(ragged) or 'none'}"
-            )
-    for name, value in pad.items():
-        dtype = DTYPES[columns[name].dtype].torch
-        try:
-            held = torch.empty(1, dtype=dtype).fill_(value).item()
-        except (RuntimeError, TypeError):
-            held = None
-        if held is None or (held != value and not dtype.is_floating_point):
-            raise ConfigError(
-                f"pad is {value!r} for {name!r}, which {columns[name].dtype} cannot hold; give "
-                "another value, or write the column with another dtype"
-            )
