@@ -21,6 +21,7 @@ from torch.utils.data import (
 
 from scaledtrain import data
 from scaledtrain.data.sharded.manifest import MANIFEST
+from scaledtrain.data.sharded.mixture import Stop
 from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind
 from scaledtrain.data.sharded.order import Shuffle
 from scaledtrain.errors import ConfigError
@@ -29,7 +30,8 @@ from scaledtrain.schedule import LossFn
 
 __all__ = ["Task", "accuracy", "digits", "sharded", "stdlib_text"]
 
-MakeLoader = Callable[[Dataset[Any], int, bool], Iterable[Any]]
+Samples = Dataset[Any] | data.Mixture
+MakeLoader = Callable[[Samples, int, bool], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Task:
             ``DataLoader``.
     """
 
-    train: Dataset[Any]
-    test: Dataset[Any] | None = None
+    train: Samples
+    test: Samples | None = None
     loss_fn: LossFn | None = F.cross_entropy
     metrics: Mapping[str, Callable[[Any, Any], Tensor]] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -67,9 +69,10 @@ class Task:
         """Batches in order; None if there is nothing to test on."""
         return None if self.test is None else self._loader(self.test, batch_size, shuffle=False)
 
-    def _loader(self, dataset: Dataset[Any], batch_size: int, shuffle: bool) -> Iterable[Any]:
+    def _loader(self, dataset: Samples, batch_size: int, shuffle: bool) -> Iterable[Any]:
         if self.make_loader is not None:
             return self.make_loader(dataset, batch_size, shuffle)
+        assert isinstance(dataset, Dataset), "a mixture comes with its make_loader"
         if isinstance(dataset, IterableDataset):
             return DataLoader(dataset, batch_size=batch_size)
         if not self.gathers:
@@ -139,7 +142,7 @@ def stdlib_text(
 
 
 def sharded(
-    path: str,
+    path: str | Mapping[str, float],
     test_path: str | None = None,
     inputs: str = "x",
     targets: str = "y",
@@ -152,12 +155,18 @@ def sharded(
     buffer_bytes: int = 64 * 2**20,
     verify: bool = True,
     on_damage: Literal["raise", "skip"] = "raise",
+    stop: Stop = "first_exhausted",
+    infinite: bool = False,
+    pad: Mapping[str, float] | None = None,
+    bucket_by: str | None = None,
+    max_tokens: int | None = None,
 ) -> Task:
     """Data of your own, also more than fit into memory; see `scaledtrain.data.ShardedDataset`.
 
     Args:
-        path: folder of the data set to train on, as `scaledtrain.data.ShardWriter` wrote it.
-        test_path: the same, to evaluate on; None: no evaluation.
+        path: folder of the data set to train on, as `scaledtrain.data.ShardWriter` wrote it; or
+            folder -> weight of several, which are mixed (`scaledtrain.data.Mixture`).
+        test_path: one folder to evaluate on; None: no evaluation.
         inputs: column that the model is given: float, or tokens.
         targets: column that the loss compares its outputs with.
         loss: ``"cross_entropy"`` of classes, with the accuracy as a metric, ``"mse"``, or
@@ -176,10 +185,15 @@ def sharded(
         buffer_bytes: bytes of the blocks that are mixed with each other.
         verify: check what is read against its checksums.
         on_damage: what a damaged shard does.
+        stop: when an epoch of several data sets ends.
+        infinite: train on epochs that follow one another without an end.
+        pad: column of samples of different lengths -> value that they are padded with.
+        bucket_by: such a column: train on batches of similar length in it.
+        max_tokens: the most tokens in a batch to train on, with padding.
 
     Raises:
         ConfigError: a folder without a data set, or without these columns or their statistics, or
-            samples of different lengths, which no model here takes.
+            samples of different lengths that are not padded, which no model here takes.
     """
 
     def dataset(folder: str, statistics: data.Statistics | None = None) -> data.ShardedDataset:
@@ -193,28 +207,37 @@ def sharded(
             statistics=statistics,
         )
         for name, column in found.columns.items():
-            if column.ragged:
+            if column.ragged and name not in (pad or {}):
                 raise ConfigError(
                     f"column {name!r} of {folder} has samples of different lengths, which no model "
-                    "of scaledtrain.models takes; write them padded or packed to one length, or "
-                    "return a Task of your own"
+                    f"of scaledtrain.models takes; pad them with data.pad={{{name}: 0}}, write "
+                    "them packed to one length, or return a Task of your own"
                 )
         return found
 
-    def loader(samples: Dataset[Any], batch_size: int, shuffled: bool) -> data.ShardedLoader:
-        assert isinstance(samples, data.ShardedDataset)
+    def mixture(weights: Mapping[str, float]) -> data.Mixture:
+        return data.Mixture([(dataset(name), weight) for name, weight in weights.items()], stop)
+
+    def loader(samples: Any, batch_size: int, training: bool) -> data.ShardedLoader:
         return data.ShardedLoader(
             samples,
             batch_size,
-            shuffle=shuffle if shuffled else "none",
-            balance=balance if shuffled and balance_classes == "draws" else None,
+            shuffle=shuffle if training else "none",
+            balance=balance if training and balance_classes == "draws" else None,
+            infinite=infinite and training,
+            bucket_by=bucket_by if training else None,
+            max_tokens=max_tokens if training else None,
+            pad=pad,
             block_bytes=block_bytes,
             buffer_bytes=buffer_bytes,
         )
 
-    train, test = dataset(path), None
+    train = dataset(path) if isinstance(path, str) else mixture(path)
+    test = None
     if test_path is not None:
-        test = dataset(test_path, train.manifest.statistics)
+        test = dataset(
+            test_path, None if isinstance(train, data.Mixture) else train.manifest.statistics
+        )
     balance, loss_fn = None, _LOSSES[loss]
     if balance_classes is not None:
         if loss != "cross_entropy":
@@ -222,15 +245,15 @@ def sharded(
                 f"balance_classes is {balance_classes!r}, but loss {loss!r} has no classes; it "
                 "goes with cross_entropy"
             )
+        if isinstance(train, data.Mixture):
+            raise ConfigError(
+                f"balance_classes is {balance_classes!r}, but path names several data sets; give "
+                "them weights instead, or write them as one"
+            )
         balance = data.ClassBalance(train, targets)
         if balance_classes == "loss":
             loss_fn = _WeightedClassLoss(data.class_weights(balance.counts, n_classes))
-    facts: dict[str, str | int] = {}
-    for name, part in (("train", train), ("test", test)):
-        if part is not None:
-            # It has the checksums of the shards, and so stands for every byte of them.
-            digest = hashlib.sha256((part.folder / MANIFEST).read_bytes())
-            facts |= {f"{name}_samples": len(part), f"{name}_sha256": digest.hexdigest()}
+    facts = _facts("train", train) | ({} if test is None else _facts("test", test))
     return Task(
         train,
         test,
@@ -240,6 +263,15 @@ def sharded(
         facts=facts,
         make_loader=loader,
     )
+
+
+def _facts(name: str, part: data.ShardedDataset | data.Mixture) -> dict[str, str | int]:
+    """How many samples, and of what: manifests have the checksums of every byte."""
+    sources = [part] if isinstance(part, data.ShardedDataset) else part.sources
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update((source.folder / MANIFEST).read_bytes())
+    return {f"{name}_samples": len(part), f"{name}_sha256": digest.hexdigest()}
 
 
 def _class_loss(outputs: Tensor, targets: Tensor) -> Tensor:

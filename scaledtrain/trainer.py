@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scaledtrain.callbacks import Callback
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
@@ -288,6 +288,10 @@ class Trainer:
         for name, limit in limits.items():
             if limit is not None and not limit > 0:  # so that NaN is refused, too
                 raise ConfigError(f"{name} is {limit}; it is > 0, or None for no such limit")
+        if max_epochs is not None:
+            must_end(train, f"the first of max_epochs={max_epochs} epochs")
+        if eval is not None:
+            must_end(eval, "an evaluation")
         loader = ReplicaLoader(
             train,
             rank=self.link.group.rank,
@@ -353,8 +357,10 @@ class Trainer:
             ``"loss"`` and each of ``eval_metrics``: means over all samples.
 
         Raises:
-            ConfigError: there are ``eval_metrics``, but the batches have no targets.
+            ConfigError: there are ``eval_metrics``, but the batches have no targets; or the loader
+                has no end.
         """
+        must_end(loader, "an evaluation")
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
         start = self.timeline.now()
@@ -392,6 +398,7 @@ class Trainer:
         The rank that calls this computes all of them; nothing is communicated. Batches may be
         inputs alone, (inputs, targets), or dicts for the model.
         """
+        must_end(loader, "a prediction")
         outputs = []
         with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):

@@ -7,6 +7,7 @@ from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded import (
     ClassBalance,
     Column,
+    Mixture,
     Normalization,
     ShardedDataset,
     ShardedLoader,
@@ -21,6 +22,7 @@ from scaledtrain.data.stdlib_text import StdlibText, stdlib_text
 __all__ = [
     "ClassBalance",
     "Column",
+    "Mixture",
     "Normalization",
     "Ragged",
     "ShardWriter",

@@ -24,6 +24,10 @@ class Ragged(NamedTuple):
         >>> batch = Ragged(torch.tensor([5, 6, 7, 8]), torch.tensor([0, 3, 3, 4]))
         >>> batch.samples, [sample.tolist() for sample in batch.unbind()]
         (3, [[5, 6, 7], [], [8]])
+        >>> batch.padded(-1)
+        tensor([[ 5,  6,  7],
+                [-1, -1, -1],
+                [ 8, -1, -1]])
     """
 
     values: Tensor
@@ -40,3 +44,18 @@ class Ragged(NamedTuple):
         """Each sample, ``[length, *shape]``, a view of the values."""
         bounds = self.offsets.tolist()
         return [self.values[a:b] for a, b in pairwise(bounds)]
+
+    def padded(self, value: float = 0, out: Tensor | None = None) -> Tensor:
+        """``[samples, longest, *shape]``, with this value behind the shorter samples.
+
+        Args:
+            value: that pads.
+            out: of that shape and the dtype of the values: where it goes; None: anywhere.
+        """
+        if out is None:
+            longest = int(self.offsets.diff().max()) if self.samples else 0
+            out = self.values.new_empty((self.samples, longest, *self.values.shape[1:]))
+        out.fill_(value)
+        for row, sample in zip(out, self.unbind(), strict=True):
+            row[: len(sample)] = sample
+        return out

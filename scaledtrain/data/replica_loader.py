@@ -37,7 +37,7 @@ from scaledtrain.data.ragged import Ragged
 from scaledtrain.errors import ConfigError
 from scaledtrain.seeding import kept_generators, seed_everything
 
-__all__ = ["ReplicaLoader", "StepBatch", "StridedLoader", "count_samples"]
+__all__ = ["ReplicaLoader", "StepBatch", "StridedLoader", "count_samples", "must_end"]
 
 
 @runtime_checkable
@@ -46,9 +46,15 @@ class StridedLoader(Protocol):
 
     batch_size: int
     """Samples in a full batch."""
+    infinite: bool
+    """Whether an epoch has no end."""
 
     def __len__(self) -> int:
-        """Batches in an epoch, those of all replicas."""
+        """Batches in an epoch, those of all replicas.
+
+        Raises:
+            TypeError: that is not known, or there is no end.
+        """
 
     def batches(
         self, epoch: int, start: int = 0, step: int = 1, seed: int | None = None
@@ -56,7 +62,8 @@ class StridedLoader(Protocol):
         """Batches ``start``, ``start + step``, ... of an epoch.
 
         Which samples are in batch i is the same for the same (seed, epoch), whatever the start and
-        the step. None stands for a batch of which nothing could be read.
+        the step. None stands for a batch of which nothing could be read. Without a length, the
+        iterations from all starts below ``step`` are equally long: None stands for no batch.
         """
 
 
@@ -90,6 +97,15 @@ def count_samples(batch: Any) -> int:
         first = batch[0]
         return count_samples(first) if isinstance(first, (Mapping, tuple, list)) else len(batch)
     return 1
+
+
+def must_end(loader: Iterable[Any], what: str) -> None:
+    """Raise ConfigError if an epoch of this loader has no end, and ``what`` would wait for it."""
+    if isinstance(loader, StridedLoader) and loader.infinite:
+        raise ConfigError(
+            f"{what} would never end with a loader that is infinite; give it one with "
+            "infinite=False, or a limit in steps or seconds"
+        )
 
 
 def _to(batch: Any, device: torch.device) -> Any:
@@ -224,7 +240,7 @@ class ReplicaLoader:
                 self._shard(loader)
         elif isinstance(loader, StridedLoader):
             self.batch_size = loader.batch_size
-            self._total = self._length = len(loader)
+            self._total = self._length = _length(loader)
             self._own = self._order = _Strided(loader, replicas, seed)
             self._reads_all = False
         else:
@@ -303,7 +319,9 @@ class ReplicaLoader:
 
     def _own_only(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from a loader that yields no others."""
-        assert self._total is not None
+        if self._total is None:
+            yield from self._own_of_unknown()
+            return
         window = self._replicas * self._accumulation
         batches: Iterator[Any] | None = None
         for start in range(first * window, self._total, window):
@@ -315,6 +333,14 @@ class ReplicaLoader:
                 own = [batch for batch in islice(batches, count) if batch is not None]
                 if own or not self._alone:
                     yield own
+
+    def _own_of_unknown(self) -> Iterator[list[Any]]:
+        """The same where no length is known: it yields equally many on every replica."""
+        batches = iter(self._own)
+        while given := list(islice(batches, self._accumulation)):
+            own = [batch for batch in given if batch is not None]
+            if own or not self._alone:
+                yield own
 
     def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaledtrain.data import ShardedDataset, ShardedLoader, ShardWriter
+from scaledtrain.data import Column, Mixture, ShardedDataset, ShardedLoader, ShardWriter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,3 +28,23 @@ def test_batches_are_pinned_and_arrive_whole(tmp_path: Path) -> None:
         assert torch.equal(x[:, 0], i.bfloat16())
         seen.append(i)
     assert torch.equal(torch.cat(seen).sort().values.cpu(), torch.arange(1_000))
+
+
+def test_mixed_and_padded_batches_are_pinned_too(tmp_path: Path) -> None:
+    columns = {"tokens": Column("int32", ragged=True)}
+    for name in ("a", "b"):
+        with ShardWriter(tmp_path / name, columns, shard_samples=100) as writer:
+            for i in range(300):
+                writer.write({"i": i, "tokens": [i] * (i % 7)})
+    mixture = Mixture([(ShardedDataset(tmp_path / name), 1) for name in ("a", "b")])
+    loader = ShardedLoader(mixture, 8, bucket_by="tokens", pad={"tokens": -1}, buffer_bytes=10_000)
+    seen = []
+    for batch in loader:
+        assert batch["i"].is_pinned()
+        assert batch["tokens"].is_pinned()
+        i, tokens = (batch[name].to("cuda", non_blocking=True) for name in ("i", "tokens"))
+        lengths = i % 7
+        assert torch.equal((tokens != -1).sum(1), lengths)
+        assert torch.equal(tokens.clamp(min=0).sum(1), i * lengths)
+        seen.append(i)
+    assert torch.equal(torch.cat(seen).bincount().cpu(), torch.full((300,), 2))

@@ -12,7 +12,13 @@ import scaledtrain
 from scaledtrain import cli, tasks
 from scaledtrain.command_line import compose, config_folder, read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
-from scaledtrain.data import Normalization, ShardedDataset, ShardWriter, compute_statistics
+from scaledtrain.data import (
+    Column,
+    Normalization,
+    ShardedDataset,
+    ShardWriter,
+    compute_statistics,
+)
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import workers_to_start
 from scaledtrain.rendezvous import Connection, connect
@@ -362,12 +368,40 @@ class TestShardedData:
         write_data(tmp_path)
         with pytest.raises(ConfigError, match="loss 'mse' has no classes"):
             tasks.sharded(str(tmp_path), loss="mse", balance_classes="draws")
+        with pytest.raises(ConfigError, match="path names several data sets"):
+            tasks.sharded({str(tmp_path): 1.0}, balance_classes="draws")
 
-    def test_ragged_columns_are_refused(self, tmp_path: Path) -> None:
-        with ShardWriter(tmp_path) as writer:
-            writer.write({"x": b"abc", "y": 0})
-        with pytest.raises(ConfigError, match="column 'x' .* different lengths"):
+    def test_ragged_columns_are_refused_or_padded(self, link: Connection, tmp_path: Path) -> None:
+        tokens = dict.fromkeys("xy", Column("int32", ragged=True))
+        with ShardWriter(tmp_path, tokens) as writer:
+            for i in range(1, 21):
+                writer.write({"x": [1] * i, "y": [2] * i})
+        with pytest.raises(ConfigError, match="column 'x' .* different lengths.* data.pad={x: 0}"):
             tasks.sharded(str(tmp_path))
+        overrides = ["data=sharded", f"data.path={tmp_path}", "data.loss=next_token", "model=gpt",
+                     "model.sequence_length=20", "data.n_classes=8", "data.pad={x: 0, y: 0}",
+                     "data.bucket_by=x", "data.max_tokens=30"]  # fmt: skip
+        trainer, train, _ = build(compose([*SMALL, *overrides]), link)
+        sizes = [tuple(x.shape) for x, _ in train.batches(0)]
+        assert sum(n for n, _ in sizes) == 20
+        assert all(n * longest <= 30 for n, longest in sizes)
+        assert trainer.fit(train, max_epochs=1).step == len(sizes)
+        trainer.close()
+
+    def test_several_are_mixed_without_an_end(self, link: Connection, tmp_path: Path) -> None:
+        write_data(tmp_path / "a", n=50)
+        overrides = [*write_data(tmp_path / "b", n=30),
+                     f"data.path={{{tmp_path}/a: 3, {tmp_path}/b: 1}}"]  # fmt: skip
+        trainer, train, _ = build(compose([*SMALL, *overrides]), link)
+        # The 50 are 3/4 of 66.7: the 51st would come at position floor(p 3/4 + 1/2) = 51, p = 67.3
+        assert len(train.dataset) == 67
+        trainer.close()
+        more = ["data.infinite=true", "data.stop=all_exhausted"]
+        trainer, train, test = build(compose([*SMALL, *overrides, *more]), link)
+        assert train.infinite
+        assert len(train.dataset) > 67
+        assert trainer.fit(train, max_steps=25, eval=test).step == 25
+        trainer.close()
 
 
 class TestOwnClasses:

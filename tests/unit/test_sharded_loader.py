@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -79,7 +80,9 @@ def test_blocks_and_groups_have_the_bytes_that_were_asked_for(folder: Path) -> N
     st.sampled_from(["block", "full", "none"]),
     st.booleans(),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_every_nth_batch_from_anywhere(
     folder: Path, batch_size: int, start: int, step: int, shuffle: Any, drop_last: bool
 ) -> None:
@@ -227,6 +230,12 @@ class TestThreads:
     def test_sizes_are_at_least_one(self, folder: Path, option: str) -> None:
         with pytest.raises(ConfigError, match=f"{option} is 0"):
             loader(folder, **{option: 0})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about hosts without a CUDA device")
+def test_pinned_memory_needs_a_device(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="pin_memory is true, but there is no CUDA device"):
+        loader(folder, pin_memory=True)
 
 
 def test_damaged_shards_make_batches_smaller_and_their_weights(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from scaledtrain.data import Column, Ragged, ShardedDataset, ShardWriter
 from scaledtrain.data.sharded import dataset as dataset_module
@@ -88,9 +88,16 @@ class TestReading:
         data[0]  # a shard is open when the workers begin
         loader: DataLoader[Any] = DataLoader(data, batch_size=4, num_workers=workers)
         assert [labels.tolist() for _, labels in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-        batches = BatchSampler(SequentialSampler(data), 4, drop_last=True)
-        loader = DataLoader(data, sampler=batches, batch_size=None, num_workers=workers)
-        assert [labels.tolist() for _, labels in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        whole = ShardedDataset(ten)  # with its ragged column, in an order of its own
+        batches = BatchSampler([9, 3, 4, 0, 8, 8], 4, drop_last=False)
+        loader = DataLoader(whole, sampler=batches, batch_size=None, num_workers=workers)
+        for batch, expected in zip(loader, [[9, 3, 4, 0], [8, 8]], strict=True):
+            assert batch["label"].tolist() == expected
+            for row, i in enumerate(expected):
+                tokens = batch["tokens"].unbind()[row]
+                assert_is_sample(
+                    {"x": batch["x"][row], "tokens": tokens, "label": batch["label"][row]}, i
+                )
 
     def test_pickled_it_opens_its_files_anew(self, ten: Path) -> None:
         data = ShardedDataset(ten)

@@ -8,6 +8,7 @@ from scaledtrain.data.sharded.columns import Column
 from scaledtrain.data.sharded.compute_statistics import compute_statistics
 from scaledtrain.data.sharded.dataset import ShardedDataset
 from scaledtrain.data.sharded.loader import ShardedLoader
+from scaledtrain.data.sharded.mixture import Mixture
 from scaledtrain.data.sharded.normalize import Normalization
 from scaledtrain.data.sharded.order import Order
 from scaledtrain.data.sharded.statistics import ColumnStatistics, Statistics
@@ -18,6 +19,7 @@ __all__ = [
     "ClassBalance",
     "Column",
     "ColumnStatistics",
+    "Mixture",
     "Normalization",
     "Order",
     "Ragged",

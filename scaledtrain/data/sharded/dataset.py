@@ -22,6 +22,7 @@ from scaledtrain.data.sharded.gather import Piece, Values, ask_for, gather, piec
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind, normalizers
+from scaledtrain.data.sharded.order import Order, Shuffle
 from scaledtrain.data.sharded.shard import Shard
 from scaledtrain.data.sharded.statistics import Statistics
 from scaledtrain.errors import ConfigError, DataError
@@ -277,6 +278,39 @@ class ShardedDataset(Dataset[Any]):
     def only(self, column: str) -> ShardedDataset:
         """The same data set, read alike, but only this column, as it is stored."""
         return ShardedDataset(self.folder, [column], verify=self._verify, on_damage=self._on_damage)
+
+    def lengths(self, indices: Array, column: str) -> Array:
+        """How long these samples of a ragged column are, int64 ``[n]``; only that is read.
+
+        Of a damaged shard that is skipped they are 0, or what the intact rest of it says.
+
+        Raises:
+            ConfigError: no such column, or it is not ragged.
+            DataError: a shard is damaged.
+        """
+        if not self._column(column).ragged:
+            raise ConfigError(f"column {column!r} is not ragged: its samples are of one length")
+        found = np.zeros(len(indices), np.int64)
+        for number, rows, places in pieces(indices, self.starts):
+            # Not left out if it was given up: on another rank that may not have happened yet, and
+            # all must find the same lengths.
+            try:
+                starts, stops = self._shard(number).bounds(column, rows)
+            except DataError as error:
+                if self._on_damage == "raise":
+                    raise
+                self._give_up(number, str(error))
+            else:
+                found[places] = stops - starts
+        return found
+
+    def order(self, shuffle: Shuffle, block_bytes: int, buffer_bytes: int, seed: int) -> Order:
+        """An order of the samples, with blocks of so many bytes and groups of so many of them."""
+        sample_bytes = max(1.0, self.sample_bytes)
+        block_samples = max(1, int(block_bytes / sample_bytes))
+        buffer_blocks = max(1, int(buffer_bytes / (sample_bytes * block_samples)))
+        shards = [shard.samples for shard in self.manifest.shards]
+        return Order(shards, block_samples, buffer_blocks, shuffle, seed)
 
     def form(self, columns: Mapping[str, Values]) -> Batch:
         """A dict or a tuple, as the data set was told."""

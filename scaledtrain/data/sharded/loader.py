@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import closing, contextmanager
-from itertools import pairwise
-from typing import Any
+from contextlib import closing
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.sharded.balance import ClassBalance, WeightedOrder
+from scaledtrain.data.sharded.balance import ClassBalance
+from scaledtrain.data.sharded.batching import Batching, EqualBatches, LengthBuckets, Span
 from scaledtrain.data.sharded.dataset import Batch, ShardedDataset
-from scaledtrain.data.sharded.gather import Values
 from scaledtrain.data.sharded.memory import Memory
-from scaledtrain.data.sharded.order import Order, Shuffle
+from scaledtrain.data.sharded.mixture import Mixture
+from scaledtrain.data.sharded.order import Endless, SampleOrder, Shuffle
+from scaledtrain.data.sharded.padding import Padding, check_ragged
+from scaledtrain.data.sharded.threads import Threads
 from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["ShardedLoader"]
 
 BLOCK_BYTES = 2**20
 BUFFER_BYTES = 64 * 2**20
+
+T = TypeVar("T")
 
 
 class ShardedLoader:
@@ -39,21 +41,37 @@ class ShardedLoader:
     themselves, also where they go on inside an epoch; a loop of your own iterates over this loader,
     or over ``loader.batches(epoch, start=rank, step=ranks)``.
 
+    Samples of different lengths come as they are (`Ragged`) or padded, and with ``bucket_by`` in
+    batches of similar length: those of a group of blocks are sorted by length, cut into batches,
+    and the batches shuffled. Each sample is still given once in an epoch, and which samples are in
+    a batch is the same for any number of replicas. See `LengthBuckets`.
+
     Threads read ahead of the loop: the batches of a group of blocks are put together at once, each
     block being read as a whole, and are then slices of that memory. The first batches of an
     iteration are read alone, so that they come soon. In memory are at most ``2 + read_ahead``
-    groups, of ``buffer_bytes`` each, divided by the number of replicas; a batch that is kept keeps
-    its group.
+    groups, of ``buffer_bytes`` each, divided by the number of replicas (and one more while a
+    `Mixture` is read); a batch that is kept keeps its group.
 
     Args:
-        dataset: whose samples; its ``on_damage`` decides what a damaged shard does. A batch that
-            lost some of its samples is smaller.
+        dataset: whose samples, or a `Mixture` of several; its ``on_damage`` decides what a damaged
+            shard does. A batch that lost some of its samples is smaller.
         batch_size: of each replica.
         shuffle: ``"block"``, ``"full"`` or ``"none"``, see `Order`.
         drop_last: leave out a last batch that is smaller than the others.
         balance: draw samples with replacement, by the weights of their classes, in place of
             ``shuffle``; an epoch has as many draws as there are samples. Each is read alone, as
             with ``shuffle="full"``.
+        infinite: the epochs follow one another without an end, and no batch is smaller than the
+            others: one may have the last samples of an epoch and the first of the next. There is no
+            length then, and ``state_dict`` counts from where the stream began.
+        bucket_by: a ragged column: batches are of samples that are of similar length in it.
+        max_tokens: the most that the lengths in a batch may add up to (each counted as the longest,
+            if that column is padded); ``batch_size`` then is the most samples. A sample that is
+            longer comes alone. How many batches an epoch has is only known at its end; and to go
+            on inside one elsewhere than by ``load_state_dict``, as the Trainer does, the lengths of
+            what comes before are read, but no samples.
+        pad: ragged column -> value: pad its samples to the longest of the batch,
+            ``[batch_size, longest, *shape]``.
         seed: of the order; None: the Trainer's, and 0 in a loop of your own.
         block_bytes: how long a read is: so many bytes of consecutive samples, at least one sample.
             The more, the better for slow disks and networks.
@@ -67,9 +85,10 @@ class ShardedLoader:
 
     Attributes:
         epoch: that an iteration is in, or begins with.
+        infinite: as given.
 
     Raises:
-        ConfigError: a size that is not >= 1.
+        ConfigError: a size that is not >= 1, or options that cannot be together.
         DataError: while iterating: a shard is damaged, or the storage does not answer in time.
 
     Example:
@@ -93,13 +112,17 @@ class ShardedLoader:
 
     def __init__(
         self,
-        dataset: ShardedDataset,
+        dataset: ShardedDataset | Mixture,
         batch_size: int,
         *,
         shuffle: Shuffle = "block",
         drop_last: bool = False,
         balance: ClassBalance | None = None,
+        infinite: bool = False,
         seed: int | None = None,
+        bucket_by: str | None = None,
+        max_tokens: int | None = None,
+        pad: Mapping[str, float] | None = None,
         block_bytes: int = BLOCK_BYTES,
         buffer_bytes: int = BUFFER_BYTES,
         read_ahead: int = 2,
@@ -109,6 +132,7 @@ class ShardedLoader:
     ) -> None:
         sizes = {
             "batch_size": batch_size,
+            "max_tokens": 1 if max_tokens is None else max_tokens,
             "block_bytes": block_bytes,
             "buffer_bytes": buffer_bytes,
             "read_ahead": read_ahead,
@@ -117,47 +141,68 @@ class ShardedLoader:
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"{name} is {size}; it is a whole number >= 1")
+        if max_tokens is not None and (bucket_by is None or drop_last):
+            raise ConfigError(
+                f"max_tokens is {max_tokens}, which needs bucket_by, the column whose lengths are "
+                "counted, and has no use for drop_last: all batches differ in size"
+            )
+        if pin_memory and not torch.cuda.is_available():
+            raise ConfigError("pin_memory is true, but there is no CUDA device; give None")
         self.dataset = dataset
         self.batch_size = batch_size
         self.epoch = 0
-        self._position = 0  # in the epoch: samples that were given
+        self._batches = 0  # of the epoch, and their samples, that were given
+        self._position = 0
         self._resumes = False
-        self._shuffle: Shuffle = shuffle if balance is None else "full"
-        self._balance = balance
+        if balance is not None and isinstance(dataset, Mixture):
+            raise ConfigError(
+                "balance is of the classes of one data set, but this is a Mixture of several; give "
+                "its sources weights instead"
+            )
         if balance is not None and balance.draws != len(dataset):
             raise ConfigError(
                 f"balance is of a data set of {balance.draws} samples, but this one has "
                 f"{len(dataset)}; make it of this one: ClassBalance(dataset, column)"
             )
+        self.infinite = infinite
         self._drop_last = drop_last
         self._seed = seed
-        sample_bytes = max(1.0, dataset.sample_bytes)
-        self._block_samples = max(1, int(block_bytes / sample_bytes))
-        self._buffer_blocks = max(1, int(buffer_bytes / (sample_bytes * self._block_samples)))
+        self._bucket_by = bucket_by
+        self._max_tokens = max_tokens
+        self._make_order: Callable[[int], SampleOrder] = (
+            partial(dataset.order, shuffle, block_bytes, buffer_bytes)
+            if balance is None
+            else balance.order
+        )
+        self._shuffled = shuffle != "none" or balance is not None
+        self._most = max(1, int(buffer_bytes / max(1.0, dataset.sample_bytes)))
         self._read_ahead = read_ahead
-        self._threads = _Threads(threads)
+        self._threads = Threads(threads)
         self._memory = Memory(torch.cuda.is_available() if pin_memory is None else pin_memory)
+        self._padding = Padding(dataset.columns, pad or {}, self._memory)
+        if bucket_by is not None:
+            check_ragged("bucket_by", bucket_by, dataset.columns)
         self._timeout_seconds = timeout_seconds
-        self._orders: dict[int, Order | WeightedOrder] = {}
-        self.order(0)  # whose arguments are checked now
+        self._batchings: dict[int, Batching] = {}
+        self._batching()  # whose arguments are checked now
 
     def __len__(self) -> int:
-        """Batches in an epoch, those of all replicas."""
-        samples = len(self.dataset)
-        return (samples if self._drop_last else samples + self.batch_size - 1) // self.batch_size
+        """Batches in an epoch, those of all replicas.
 
-    def order(self, seed: int | None = None) -> Order | WeightedOrder:
-        """The order of the samples, if the Trainer has this seed."""
-        drawn = self._seed if self._seed is not None else seed or 0
-        if drawn not in self._orders:
-            if self._balance is not None:
-                self._orders[drawn] = self._balance.order(drawn)
-            else:
-                shards = [shard.samples for shard in self.dataset.manifest.shards]
-                self._orders[drawn] = Order(
-                    shards, self._block_samples, self._buffer_blocks, self._shuffle, drawn
-                )
-        return self._orders[drawn]
+        Raises:
+            TypeError: there is no end, or only that will tell (``max_tokens``).
+        """
+        batches = self._batching().batches
+        if batches is None:
+            raise TypeError("a ShardedLoader that is infinite or has max_tokens has no length")
+        return batches
+
+    def order(self, seed: int | None = None) -> SampleOrder:
+        """The order of the samples, before they are put into buckets, if the Trainer has this seed.
+
+        Of an infinite loader the endless one.
+        """
+        return self._batching(seed).order
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of ``epoch``, which then is the next one.
@@ -166,14 +211,15 @@ class ShardedLoader:
         end does not count: the next one begins the same epoch again.
         """
         if not self._resumes:
-            self._position = 0
+            self._batches = self._position = 0
         self._resumes = False
-        with closing(self.batches(self.epoch, self._position // self.batch_size)) as batches:
-            for batch in batches:
-                self._position += self.batch_size
+        start = self._batching().resume(self.epoch, self._batches, self._position)
+        with closing(self._spans(self.epoch, start, 1, None)) as spans:
+            for number, ((_, stop), batch) in enumerate(spans, start + 1):
+                self._batches, self._position = number, stop
                 if batch is not None:
                     yield batch
-        self.epoch, self._position = self.epoch + 1, 0
+        self.epoch, self._batches, self._position = self.epoch + 1, 0, 0
 
     def batches(
         self, epoch: int, start: int = 0, step: int = 1, seed: int | None = None
@@ -181,99 +227,119 @@ class ShardedLoader:
         """Batches ``start``, ``start + step``, ... of an epoch; no other is read.
 
         Args:
-            epoch: which.
+            epoch: which; of an infinite loader the one that it begins with.
             start: the first batch.
             step: from each to the next: the number of replicas.
             seed: of the order, where the loader was given none.
 
         Yields:
             Dicts or tuples, as the data set was told, of tensors ``[batch_size, *shape]`` and
-            `Ragged`; None for a batch whose samples are all in damaged shards that are skipped.
+            `Ragged`; None for a batch whose samples are all in damaged shards that are skipped,
+            and, with ``max_tokens``, where the epoch ends unevenly: all ``step`` iterations are
+            equally long.
         """
-        order = self.order(seed)
-        ahead: deque[Future[list[Batch | None]]] = deque()
+        for _, batch in self._spans(epoch, start, step, seed):
+            yield batch
+
+    def _spans(
+        self, epoch: int, start: int, step: int, seed: int | None
+    ) -> Generator[tuple[Span, Batch | None], None, None]:
+        """Batches and where they lie in the epoch."""
+        batching = self._batching(seed)
+        windows = batching.windows(epoch, start, step)
+        ahead: deque[Future[list[tuple[Span, Batch | None]]]] = deque()
         with self._threads.running() as pool:
+            # What the next window holds may have to be read, too.
+            coming = pool.submit(next, windows, None)
             try:
-                for window in self._windows(order, epoch, start, step):
-                    ahead.append(pool.submit(self._read, order, epoch, window))
+                while (window := self._wait(coming)) is not None:
+                    ahead.append(pool.submit(self._read, batching, epoch, window))
+                    coming = pool.submit(next, windows, None)
                     if len(ahead) > self._read_ahead:
                         yield from self._wait(ahead.popleft())
                 while ahead:
                     yield from self._wait(ahead.popleft())
             finally:
+                coming.cancel()
                 for unread in ahead:
                     unread.cancel()
 
     def state_dict(self) -> dict[str, Any]:
         """Where an iteration over this loader is: what it gave, not what it has read ahead."""
-        return {"epoch": self.epoch, "samples": self._position, "order": self._identity()}
+        return {
+            "epoch": self.epoch,
+            "batches": self._batches,
+            "samples": self._position,
+            "order": self._identity(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration goes on where ``state_dict`` was called, whatever the batch size was.
+
+        With ``bucket_by`` the batch size has to be the same, too.
 
         Raises:
             ConfigError: the order is another one, or the place is inside a batch of this size.
         """
         mine, then = self._identity(), state["order"]
-        for name, value in mine.items():
-            if then.get(name) != value:
+        for name in dict.fromkeys([*mine, *then]):
+            if then.get(name) != mine.get(name):
                 raise ConfigError(
                     f"the state is of an order with {name} {then.get(name)}, but this loader has "
-                    f"{value}, which is another order of the samples; give it the same, or begin "
-                    "a new epoch"
+                    f"{mine.get(name)}, which is another order of the samples; give it the same, "
+                    "or begin a new epoch"
                 )
-        if state["samples"] % self.batch_size:
-            raise ConfigError(
-                f"the state is behind sample {state['samples']} of its epoch, which is inside a "
-                f"batch of {self.batch_size}; give a batch_size that divides it"
-            )
-        self.epoch, self._position = state["epoch"], state["samples"]
+        self._batching().resume(state["epoch"], state["batches"], state["samples"])
+        self.epoch = state["epoch"]
+        self._batches, self._position = state["batches"], state["samples"]
         self._resumes = True
 
     def _identity(self) -> dict[str, Any]:
-        order = self.order()
-        if isinstance(order, WeightedOrder):
-            return order.identity()
-        names = ("samples", "shuffle", "block_samples", "buffer_blocks", "seed")
-        return {name: getattr(order, name) for name in names}
+        batching = self._batching()
+        own = {"infinite": self.infinite, "bucket_by": self._bucket_by}
+        return {**batching.order.identity(), **own, **batching.identity()}
 
-    def _windows(
-        self, order: Order | WeightedOrder, epoch: int, start: int, step: int
-    ) -> Iterator[range]:
-        """Which batches are read at once: those that begin in one group; at first fewer."""
-        bounds = order.group_bounds(epoch)
-        most = self._block_samples * self._buffer_blocks * step
-        number, width = start, 1
-        while number < len(self):
-            position = number * self.batch_size
-            end = position + most
-            if self._shuffle == "block":
-                end = int(bounds[np.searchsorted(bounds, position, side="right")])
-            stop = min(math.ceil(end / self.batch_size), number + width * step, len(self))
-            window = range(number, stop, step)
-            yield window
-            number, width = window[-1] + step, 2 * width
+    def _batching(self, seed: int | None = None) -> Batching:
+        """The batches of every epoch, if the Trainer has this seed."""
+        drawn = self._seed if self._seed is not None else seed or 0
+        if drawn not in self._batchings:
+            order: SampleOrder = self._make_order(drawn)
+            if self.infinite:
+                order = Endless(order)
+            self._batchings[drawn] = self._cut(order)
+        return self._batchings[drawn]
 
-    def _read(self, order: Order | WeightedOrder, epoch: int, window: range) -> list[Batch | None]:
+    def _cut(self, order: SampleOrder) -> Batching:
+        ends = {"drop_last": self._drop_last, "endless": self.infinite}
+        if self._bucket_by is None:
+            return EqualBatches(order, self.batch_size, self._most, **ends)
+        return LengthBuckets(
+            order,
+            partial(self.dataset.lengths, column=self._bucket_by),
+            self.batch_size,
+            self._most,
+            max_tokens=self._max_tokens,
+            padded=self._bucket_by in self._padding.values,
+            shuffled=self._shuffled,
+            **ends,
+        )
+
+    def _read(
+        self, batching: Batching, epoch: int, window: list[Span | None]
+    ) -> list[tuple[Span, Batch | None]]:
         """The batches of a window."""
-        size, samples = self.batch_size, len(self.dataset)
-        starts = [number * size for number in window]
-        stops = [min(start + size, samples) for start in starts]
-        if window.step == 1:
-            indices = order.indices(epoch, starts[0], stops[-1])
-        else:
-            parts = zip(starts, stops, strict=True)
-            indices = np.concatenate([order.indices(epoch, low, high) for low, high in parts])
+        spans = [span or (0, 0) for span in window]
+        indices = np.concatenate([batching.indices(epoch, *span) for span in _runs(spans)])
         values, kept = self.dataset.gather(indices, self._memory, read_ahead=True)
-        first = np.cumsum([0, *(b - a for a, b in zip(starts, stops, strict=True))])
+        first = np.cumsum([0, *(stop - start for start, stop in spans)])
         before = np.concatenate([[0], np.cumsum(kept)])[first].tolist()
-        batches: list[Batch | None] = []
-        for low, high in pairwise(before):
-            part = {name: _slice(column, low, high) for name, column in values.items()}
-            batches.append(self.dataset.form(part) if high > low else None)
+        batches: list[tuple[Span, Batch | None]] = []
+        for span, low, high in zip(spans, before, before[1:], strict=False):
+            part = {n: self._padding.cut(n, column, low, high) for n, column in values.items()}
+            batches.append((span, self.dataset.form(part) if high > low else None))
         return batches
 
-    def _wait(self, future: Future[list[Batch | None]]) -> list[Batch | None]:
+    def _wait(self, future: Future[T]) -> T:
         try:
             return future.result(timeout=self._timeout_seconds)
         except FutureTimeoutError as error:
@@ -284,34 +350,12 @@ class ShardedLoader:
             ) from error
 
 
-def _slice(column: Values, low: int, high: int) -> Values:
-    if not isinstance(column, Ragged):
-        return column[low:high]
-    offsets = column.offsets[low : high + 1]
-    return Ragged(column.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
-
-
-class _Threads:
-    """Threads that several iterations share, and that are there only while there is one."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._lock = threading.Lock()
-        self._users = 0
-        self._pool: ThreadPoolExecutor | None = None
-
-    @contextmanager
-    def running(self) -> Iterator[ThreadPoolExecutor]:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="sharded-loader")
-            self._users += 1
-            pool = self._pool
-        try:
-            yield pool
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users:
-                    self._pool = None
-                    pool.shutdown(wait=False)
+def _runs(spans: Sequence[Span]) -> Iterator[Span]:
+    """Spans that follow one another as one."""
+    start, stop = spans[0]
+    for low, high in spans[1:]:
+        if low != stop:
+            yield start, stop
+            start = low
+        stop = high
+    yield start, stop

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -12,12 +13,29 @@ from scaledtrain.data.sharded.columns import Array
 from scaledtrain.data.sharded.permutation import Permutation
 from scaledtrain.errors import ConfigError
 
-__all__ = ["Order", "Shuffle"]
+__all__ = ["Endless", "Order", "SampleOrder", "Shuffle"]
 
 Shuffle = Literal["full", "block", "none"]
 
 # What a permutation is for, as a part of its key.
 _OF_BLOCKS, _IN_GROUP, _OF_SAMPLES = range(3)
+
+
+class SampleOrder(Protocol):
+    """What a loader asks of an order: a pure function of the epoch, the same on every rank."""
+
+    seed: int
+    samples: int
+    """Positions in an epoch."""
+
+    def indices(self, epoch: int, start: int, stop: int) -> Array:
+        """The samples at positions ``start`` to ``stop`` of an epoch, int64 ``[stop - start]``."""
+
+    def group_end(self, epoch: int, position: int) -> int:
+        """Where what is best read together with this position ends."""
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this order and no other."""
 
 
 class Order:
@@ -115,10 +133,20 @@ class Order:
             start, first = end, first + 1
         return np.concatenate(found)
 
+    def group_end(self, epoch: int, position: int) -> int:
+        """Where the group of this position ends, which is best read at once."""
+        bounds = self.group_bounds(epoch)
+        return int(bounds[np.searchsorted(bounds, position, side="right")])
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this order and no other."""
+        names = ("samples", "shuffle", "block_samples", "buffer_blocks", "seed")
+        return {name: getattr(self, name) for name in names}
+
     def group_bounds(self, epoch: int) -> Array:
         """Where groups begin, in positions of an epoch, and the last one ends: int64.
 
-        What lies between two bounds is best read at once. Without blocks there is one group.
+        Without blocks there is one group.
         """
         if self.shuffle != "block" or not self.samples:
             return np.array([0, self.samples])
@@ -147,3 +175,51 @@ class Order:
         n = int(lengths.sum())
         samples: Array = np.arange(n) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
         return samples[Permutation(n, self.seed, _IN_GROUP, epoch, group).take(0, n)]
+
+
+class Endless:
+    """The epochs of an order one after the other, without an end.
+
+    Position p of epoch e is position p of what begins with the order's epoch e: of an order with n
+    samples, position p modulo n of its epoch e + p // n.
+
+    Args:
+        order: with at least one sample.
+
+    Raises:
+        ConfigError: the order is empty.
+
+    Example:
+        >>> order = Order([3], 1, 3, seed=2)
+        >>> [order.indices(epoch, 0, 3).tolist() for epoch in range(3)]
+        [[2, 0, 1], [1, 0, 2], [0, 1, 2]]
+        >>> Endless(order).indices(0, 2, 8).tolist()
+        [1, 1, 0, 2, 0, 1]
+    """
+
+    def __init__(self, order: SampleOrder) -> None:
+        if not order.samples:
+            raise ConfigError("an empty data set has no endless stream of samples; write some")
+        self._order = order
+        self.seed = order.seed
+        self.samples = sys.maxsize  # more than anybody reads
+
+    def indices(self, epoch: int, start: int, stop: int) -> Array:
+        """The samples at positions ``start`` to ``stop``, int64 ``[stop - start]``."""
+        n = self._order.samples
+        found = [np.zeros(0, np.int64)]
+        while start < stop:
+            passed, low = divmod(start, n)
+            high = min(n, low + stop - start)
+            found.append(self._order.indices(epoch + passed, low, high))
+            start += high - low
+        return np.concatenate(found)
+
+    def group_end(self, epoch: int, position: int) -> int:
+        """Where the group of this position ends."""
+        passed, within = divmod(position, self._order.samples)
+        return position - within + self._order.group_end(epoch + passed, within)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this order and no other."""
+        return self._order.identity()
