@@ -70,11 +70,13 @@ class ForkServer:
     def ask(self, request: tuple[Any, ...], descriptors: Sequence[int] = ()) -> Any:
         """Send a request and wait for its answer."""
         number = next(self._numbers)
-        socket.send_fds(self._socket, [pickle.dumps((number, request))], descriptors)
-        while answer := self._socket.recv(MESSAGE_BYTES):
-            answered, value = pickle.loads(answer)
-            if answered == number:  # a test that times out leaves an answer behind
-                return value
+        with suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._socket, [pickle.dumps((number, request))], descriptors)
+            while answer := self._socket.recv(MESSAGE_BYTES):
+                answered, value = pickle.loads(answer)
+                if answered == number:  # a test that times out leaves an answer behind
+                    return value
+        self._process.wait()
         raise ConnectionError("the fork server has ended; what it told is in the captured stderr")
 
     def is_alive(self) -> bool:
