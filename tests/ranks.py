@@ -1,4 +1,4 @@
-"""Run a function in several fresh processes, as torchrun would, and collect what they return.
+"""Run a function in several processes, as torchrun would, and collect what they return.
 
 Each heads a session of its own, so that one kill takes everything that a rank has started. On Linux
 they are forked from processes that have imported torch. Fresh ones are plain subprocesses: the
