@@ -21,6 +21,7 @@ from torch.utils.data import (
 
 from scaledtrain import data
 from scaledtrain.data.sharded.manifest import MANIFEST
+from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind
 from scaledtrain.data.sharded.order import Shuffle
 from scaledtrain.errors import ConfigError
 from scaledtrain.models import next_token_loss
@@ -144,6 +145,8 @@ def sharded(
     targets: str = "y",
     loss: Literal["cross_entropy", "mse", "next_token"] = "cross_entropy",
     n_classes: int | None = None,
+    normalize: NormalizationKind | Normalization | None = None,
+    balance_classes: Literal["draws", "loss"] | None = None,
     shuffle: Shuffle = "block",
     block_bytes: int = 2**20,
     buffer_bytes: int = 64 * 2**20,
@@ -160,6 +163,13 @@ def sharded(
         loss: ``"cross_entropy"`` of classes, with the accuracy as a metric, ``"mse"``, or
             ``"next_token"`` of a language model.
         n_classes: how many classes, or tokens in the vocabulary; None: the model says.
+        normalize: how the inputs are normalised, also to evaluate, with the statistics that
+            `scaledtrain.data.compute_statistics` stored in ``path``: ``"zero_center"``,
+            ``"standardize"``, ``"whiten"``, or a `scaledtrain.data.Normalization`.
+        balance_classes: for classes of different sizes: ``"draws"``: train on samples drawn such
+            that all classes come equally often (see `scaledtrain.data.ClassBalance`; in place of
+            ``shuffle``); ``"loss"``: weigh each sample's loss by `scaledtrain.data.class_weights`
+            of the data to train on, also to evaluate.
         shuffle: of the samples to train on; see `scaledtrain.data.ShardedLoader`, also for the
             rest.
         block_bytes: how long a read is.
@@ -168,14 +178,19 @@ def sharded(
         on_damage: what a damaged shard does.
 
     Raises:
-        ConfigError: a folder without a data set, or without these columns, or samples of different
-            lengths, which no model here takes.
+        ConfigError: a folder without a data set, or without these columns or their statistics, or
+            samples of different lengths, which no model here takes.
     """
 
-    def dataset(folder: str) -> data.ShardedDataset:
-        columns = [inputs, targets]
+    def dataset(folder: str, statistics: data.Statistics | None = None) -> data.ShardedDataset:
         found = data.ShardedDataset(
-            folder, columns, as_tuple=True, verify=verify, on_damage=on_damage
+            folder,
+            [inputs, targets],
+            as_tuple=True,
+            verify=verify,
+            on_damage=on_damage,
+            normalize=None if normalize is None else {inputs: normalize},
+            statistics=statistics,
         )
         for name, column in found.columns.items():
             if column.ragged:
@@ -192,11 +207,24 @@ def sharded(
             samples,
             batch_size,
             shuffle=shuffle if shuffled else "none",
+            balance=balance if shuffled and balance_classes == "draws" else None,
             block_bytes=block_bytes,
             buffer_bytes=buffer_bytes,
         )
 
-    train, test = dataset(path), None if test_path is None else dataset(test_path)
+    train, test = dataset(path), None
+    if test_path is not None:
+        test = dataset(test_path, train.manifest.statistics)
+    balance, loss_fn = None, _LOSSES[loss]
+    if balance_classes is not None:
+        if loss != "cross_entropy":
+            raise ConfigError(
+                f"balance_classes is {balance_classes!r}, but loss {loss!r} has no classes; it "
+                "goes with cross_entropy"
+            )
+        balance = data.ClassBalance(train, targets)
+        if balance_classes == "loss":
+            loss_fn = _WeightedClassLoss(data.class_weights(balance.counts, n_classes))
     facts: dict[str, str | int] = {}
     for name, part in (("train", train), ("test", test)):
         if part is not None:
@@ -206,7 +234,7 @@ def sharded(
     return Task(
         train,
         test,
-        loss_fn=_LOSSES[loss],
+        loss_fn=loss_fn,
         metrics={"accuracy": accuracy} if loss == "cross_entropy" else {},
         sizes=_sizes(train.columns[inputs].shape, train.columns[targets].shape, loss, n_classes),
         facts=facts,
@@ -217,6 +245,21 @@ def sharded(
 def _class_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """Labels may be of any whole dtype: bytes, to save space."""
     return F.cross_entropy(outputs, targets.long())
+
+
+class _WeightedClassLoss:
+    """The mean over the samples of each one's loss times the weight of its class.
+
+    Not divided by the weights of the batch, as ``F.cross_entropy`` does: so the mean over several
+    batches, or replicas, is that of all their samples.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = self._weights.to(outputs.device, outputs.dtype)
+        return F.cross_entropy(outputs, targets.long(), weights, reduction="none").mean()
 
 
 def _token_loss(outputs: Tensor, targets: Tensor) -> Tensor:

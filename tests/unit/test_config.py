@@ -2,6 +2,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import scaledtrain
 from scaledtrain import cli, tasks
 from scaledtrain.command_line import compose, config_folder, read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
-from scaledtrain.data import ShardWriter
+from scaledtrain.data import Normalization, ShardedDataset, ShardWriter, compute_statistics
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import workers_to_start
 from scaledtrain.rendezvous import Connection, connect
@@ -293,10 +294,58 @@ class TestShardedData:
         assert set(result.evaluation) == {"loss", "accuracy"}
         trainer.close()
 
+    @pytest.mark.parametrize("how", ["standardize", "{kind: whiten, method: pca, eps: 1e-3}"])
+    def test_normalizes_also_test_data_with_the_training_datas_statistics(
+        self, how: str, link: Connection, tmp_path: Path
+    ) -> None:
+        overrides = write_data(tmp_path / "train")
+        [_, _, test_path, _] = write_data(tmp_path / "test", n=9)
+        compute_statistics(tmp_path / "train", ["x"], covariance=["x"])
+        paths = [*overrides, test_path, f"data.normalize={how}"]
+        trainer, train, test = build(compose([*SMALL, *paths, "data.eval_batch_size=9"]), link)
+        kind: Any = "standardize" if how == "standardize" else Normalization("whiten", "pca", 1e-3)
+        expected = ShardedDataset(
+            tmp_path / "test",
+            normalize={"x": kind},
+            statistics=ShardedDataset(tmp_path / "train").manifest.statistics,
+        )
+        assert test is not None
+        [(x, _)] = list(test)
+        assert torch.equal(x, expected[:]["x"])
+        samples = torch.cat([x for x, _ in train])
+        assert samples.mean(0).abs().max() < 1e-6
+        trainer.close()
+
+    def test_draws_classes_alike(self, link: Connection, tmp_path: Path) -> None:
+        """Labels 0 to 3 once, and 4 of 496 samples: a fifth of the draws, 100 +- 5 * 9."""
+        overrides = write_data(tmp_path)
+        with ShardWriter(tmp_path, overwrite=True) as writer:
+            labels = torch.full((500,), 4, dtype=torch.uint8)
+            labels[:4] = torch.arange(4)
+            writer.write_batch({"x": torch.randn(500, 6), "y": labels})
+        _, train, test = build(compose([*SMALL, *overrides, "data.balance_classes=draws"]), link)
+        assert 55 < sum(int((y == 4).sum()) for _, y in train) < 145
+        assert test is not None
+        assert sum(int((y == 4).sum()) for _, y in test) == 496, "tests see what is there"
+
+    def test_weighs_rare_classes_more(self, tmp_path: Path) -> None:
+        """3 samples of class 0 and 1 of class 1 weigh 4 / (2 * 3) and 4 / (2 * 1)."""
+        with ShardWriter(tmp_path) as writer:
+            writer.write_batch({"x": torch.zeros(4, 2), "y": [0, 0, 1, 0]})
+        task = tasks.sharded(str(tmp_path), balance_classes="loss", n_classes=2)
+        outputs, targets = torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 1])
+        each = torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+        assert task.loss_fn is not None
+        found = task.loss_fn(outputs, targets)
+        assert found.item() == pytest.approx((each[0] * 2 / 3 + each[1] * 2).item() / 2)
+
     @pytest.mark.parametrize(
         ("override", "told"),
         [
             ("data.path=nowhere", "nowhere holds no data set"),
+            ("data.normalize=standardize", "has no statistics; compute them once"),
+            ("data.normalize=standardise", "one of 'zero_center', 'standardize', 'whiten'"),
+            ("data.balance_classes=all", "one of 'draws', 'loss'"),
             ("data.targets=label", "no column 'label', only x, y"),
             ("data.n_classes=null", "MLP needs out_features, which data sharded does not say"),
             ("data.shuffle=yes please", "one of 'full', 'block', 'none'"),
@@ -308,6 +357,11 @@ class TestShardedData:
     ) -> None:
         with pytest.raises(ConfigError, match=told):
             build(compose([*SMALL, *write_data(tmp_path), override]), link)
+
+    def test_without_classes_there_is_nothing_to_balance(self, tmp_path: Path) -> None:
+        write_data(tmp_path)
+        with pytest.raises(ConfigError, match="loss 'mse' has no classes"):
+            tasks.sharded(str(tmp_path), loss="mse", balance_classes="draws")
 
     def test_ragged_columns_are_refused(self, tmp_path: Path) -> None:
         with ShardWriter(tmp_path) as writer:

@@ -21,7 +21,9 @@ from scaledtrain.data.sharded.crop import Slice, crop_ranges, normalise
 from scaledtrain.data.sharded.gather import Piece, Values, ask_for, gather, pieces
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.memory import Memory
+from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind, normalizers
 from scaledtrain.data.sharded.shard import Shard
+from scaledtrain.data.sharded.statistics import Statistics
 from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["Batch", "ShardedDataset"]
@@ -63,6 +65,11 @@ class ShardedDataset(Dataset[Any]):
             samples are left out of batches and of iteration from the moment when the damage is
             found, told in the log, and counted; the numbers of the others do not change, and one
             that is asked for alone is an error all the same.
+        normalize: column -> how it is normalised, as a `Normalization` or its kind
+            (``"zero_center"``, ``"standardize"``, ``"whiten"``); its values are float32 then,
+            except in ``view``, which gives what is stored.
+        statistics: to normalise with: those of the data that are trained on, also for a data set
+            to test on. None: its own, as `compute_statistics` stored them.
 
     Attributes:
         manifest: what the folder says of itself.
@@ -71,7 +78,8 @@ class ShardedDataset(Dataset[Any]):
         samples_skipped: how often a sample was left out.
 
     Raises:
-        ConfigError: the folder holds no data set, or it has no such column.
+        ConfigError: the folder holds no data set, it has no such column, or no statistics of the
+            samples that it has now.
         DataError: its manifest, or later a shard, is damaged.
 
     Example:
@@ -99,6 +107,8 @@ class ShardedDataset(Dataset[Any]):
         as_tuple: bool = False,
         verify: bool = True,
         on_damage: OnDamage = "raise",
+        normalize: Mapping[str, Normalization | NormalizationKind] | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         if on_damage not in ("raise", "skip"):
             raise ConfigError(f"on_damage is {on_damage!r}; it is 'raise' or 'skip'")
@@ -118,6 +128,10 @@ class ShardedDataset(Dataset[Any]):
         self._as_tuple = as_tuple
         self._verify = verify
         self._on_damage = on_damage
+        self._normalizers = {}
+        if normalize:
+            statistics = statistics or manifest.current_statistics(self.folder)
+            self._normalizers = normalizers(self.columns, normalize, statistics)
         self.starts: Array = np.cumsum([0, *(s.samples for s in manifest.shards)], dtype=np.int64)
         self._begin()
         if not manifest.complete:
@@ -162,6 +176,8 @@ class ShardedDataset(Dataset[Any]):
             stored, start, stop = self._place(shard, row, name, column)
             shard.check(name, np.array([start]), np.array([stop]))
             found[name] = column.to_torch(stored.copy())
+            if name in self._normalizers:
+                found[name] = self._normalizers[name].sample(found[name])
         return self.form(found)
 
     def __iter__(self) -> Iterator[Any]:
@@ -197,7 +213,8 @@ class ShardedDataset(Dataset[Any]):
             slices: a slice or an index for each of the first dims; what is left out is whole.
 
         Raises:
-            ConfigError: no such column, or more slices than dims.
+            ConfigError: no such column, more slices than dims, or it is whitened, which takes all
+                of a sample.
             IndexError: no such sample, or an index outside its value.
             DataError: its shard is damaged.
 
@@ -210,7 +227,10 @@ class ShardedDataset(Dataset[Any]):
         parts = normalise(slices, stored.shape)
         starts, stops = crop_ranges(parts, stored.shape, stored.itemsize)
         shard.check(column, start + starts, start + stops)
-        return kind.to_torch(np.array(stored[parts]))
+        crop = kind.to_torch(np.array(stored[parts]))
+        if column in self._normalizers:
+            return self._normalizers[column].crop(crop, parts, stored.shape)
+        return crop
 
     def gather(
         self, indices: Array, memory: Memory | None = None, read_ahead: bool = False
@@ -250,7 +270,13 @@ class ShardedDataset(Dataset[Any]):
             if not kept.all():
                 with self._lock:
                     self.samples_skipped += len(indices) - int(kept.sum())
+            for name, normalizer in self._normalizers.items():
+                batch[name] = normalizer.batch(batch[name], memory or Memory())
             return batch, kept
+
+    def only(self, column: str) -> ShardedDataset:
+        """The same data set, read alike, but only this column, as it is stored."""
+        return ShardedDataset(self.folder, [column], verify=self._verify, on_damage=self._on_damage)
 
     def form(self, columns: Mapping[str, Values]) -> Batch:
         """A dict or a tuple, as the data set was told."""

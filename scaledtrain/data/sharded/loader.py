@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from scaledtrain.data.ragged import Ragged
+from scaledtrain.data.sharded.balance import ClassBalance, WeightedOrder
 from scaledtrain.data.sharded.dataset import Batch, ShardedDataset
 from scaledtrain.data.sharded.gather import Values
 from scaledtrain.data.sharded.memory import Memory
@@ -50,6 +51,9 @@ class ShardedLoader:
         batch_size: of each replica.
         shuffle: ``"block"``, ``"full"`` or ``"none"``, see `Order`.
         drop_last: leave out a last batch that is smaller than the others.
+        balance: draw samples with replacement, by the weights of their classes, in place of
+            ``shuffle``; an epoch has as many draws as there are samples. Each is read alone, as
+            with ``shuffle="full"``.
         seed: of the order; None: the Trainer's, and 0 in a loop of your own.
         block_bytes: how long a read is: so many bytes of consecutive samples, at least one sample.
             The more, the better for slow disks and networks.
@@ -94,6 +98,7 @@ class ShardedLoader:
         *,
         shuffle: Shuffle = "block",
         drop_last: bool = False,
+        balance: ClassBalance | None = None,
         seed: int | None = None,
         block_bytes: int = BLOCK_BYTES,
         buffer_bytes: int = BUFFER_BYTES,
@@ -117,7 +122,13 @@ class ShardedLoader:
         self.epoch = 0
         self._position = 0  # in the epoch: samples that were given
         self._resumes = False
-        self._shuffle: Shuffle = shuffle
+        self._shuffle: Shuffle = shuffle if balance is None else "full"
+        self._balance = balance
+        if balance is not None and balance.draws != len(dataset):
+            raise ConfigError(
+                f"balance is of a data set of {balance.draws} samples, but this one has "
+                f"{len(dataset)}; make it of this one: ClassBalance(dataset, column)"
+            )
         self._drop_last = drop_last
         self._seed = seed
         sample_bytes = max(1.0, dataset.sample_bytes)
@@ -127,7 +138,7 @@ class ShardedLoader:
         self._threads = _Threads(threads)
         self._memory = Memory(torch.cuda.is_available() if pin_memory is None else pin_memory)
         self._timeout_seconds = timeout_seconds
-        self._orders: dict[int, Order] = {}
+        self._orders: dict[int, Order | WeightedOrder] = {}
         self.order(0)  # whose arguments are checked now
 
     def __len__(self) -> int:
@@ -135,14 +146,17 @@ class ShardedLoader:
         samples = len(self.dataset)
         return (samples if self._drop_last else samples + self.batch_size - 1) // self.batch_size
 
-    def order(self, seed: int | None = None) -> Order:
+    def order(self, seed: int | None = None) -> Order | WeightedOrder:
         """The order of the samples, if the Trainer has this seed."""
         drawn = self._seed if self._seed is not None else seed or 0
         if drawn not in self._orders:
-            shards = [shard.samples for shard in self.dataset.manifest.shards]
-            self._orders[drawn] = Order(
-                shards, self._block_samples, self._buffer_blocks, self._shuffle, drawn
-            )
+            if self._balance is not None:
+                self._orders[drawn] = self._balance.order(drawn)
+            else:
+                shards = [shard.samples for shard in self.dataset.manifest.shards]
+                self._orders[drawn] = Order(
+                    shards, self._block_samples, self._buffer_blocks, self._shuffle, drawn
+                )
         return self._orders[drawn]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -218,10 +232,14 @@ class ShardedLoader:
 
     def _identity(self) -> dict[str, Any]:
         order = self.order()
+        if isinstance(order, WeightedOrder):
+            return order.identity()
         names = ("samples", "shuffle", "block_samples", "buffer_blocks", "seed")
         return {name: getattr(order, name) for name in names}
 
-    def _windows(self, order: Order, epoch: int, start: int, step: int) -> Iterator[range]:
+    def _windows(
+        self, order: Order | WeightedOrder, epoch: int, start: int, step: int
+    ) -> Iterator[range]:
         """Which batches are read at once: those that begin in one group; at first fewer."""
         bounds = order.group_bounds(epoch)
         most = self._block_samples * self._buffer_blocks * step
@@ -236,7 +254,7 @@ class ShardedLoader:
             yield window
             number, width = window[-1] + step, 2 * width
 
-    def _read(self, order: Order, epoch: int, window: range) -> list[Batch | None]:
+    def _read(self, order: Order | WeightedOrder, epoch: int, window: range) -> list[Batch | None]:
         """The batches of a window."""
         size, samples = self.batch_size, len(self.dataset)
         starts = [number * size for number in window]

@@ -11,6 +11,7 @@ from typing import Any
 
 from scaledtrain.data.sharded.columns import Column, check_columns
 from scaledtrain.data.sharded.files import write_whole
+from scaledtrain.data.sharded.statistics import Statistics
 from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "load_json", "shard_name"]
@@ -71,6 +72,7 @@ class Manifest:
         shards: in order; their samples are numbered through.
         complete: whether the writer was closed. If not, it died or is still at work, and what is
             here is a prefix of the data.
+        statistics: as `compute_statistics` stored them; None: it did not yet.
 
     Raises:
         ConfigError: columns whose names cannot be together, or a shard that is named twice.
@@ -79,6 +81,7 @@ class Manifest:
     columns: Mapping[str, Column]
     shards: tuple[ShardInfo, ...] = ()
     complete: bool = False
+    statistics: Statistics | None = field(default=None, compare=False)
     samples: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -89,14 +92,48 @@ class Manifest:
             raise ConfigError(f"complete is {self.complete!r}; it is true or false")
         object.__setattr__(self, "samples", sum(shard.samples for shard in self.shards))
 
+    @property
+    def stale(self) -> bool:
+        """The statistics are of fewer samples than there are now."""
+        told = self.statistics
+        return told is not None and (told.samples, told.shards) != (self.samples, len(self.shards))
+
+    def current_statistics(self, folder: object) -> Statistics:
+        """The statistics.
+
+        Args:
+            folder: of the data set, for messages.
+
+        Raises:
+            ConfigError: there are none, or samples were added since.
+        """
+        if self.statistics is None:
+            raise ConfigError(
+                f"the data set in {folder} has no statistics; compute them once: "
+                f"scaledtrain.data.compute_statistics({str(folder)!r})"
+            )
+        if self.stale:
+            raise ConfigError(
+                f"the statistics of the data set in {folder} are of {self.statistics.samples} "
+                f"samples in {self.statistics.shards} shards, but now there are {self.samples} in "
+                f"{len(self.shards)}; compute them again: "
+                f"scaledtrain.data.compute_statistics({str(folder)!r}, ...)"
+            )
+        return self.statistics
+
     def to_json(self) -> str:
         """The text of the file: a shard on a line."""
         columns = {name: asdict(column) for name, column in self.columns.items()}
         shards = ",\n  ".join(json.dumps(asdict(shard)) for shard in self.shards)
+        statistics = ""
+        if self.statistics is not None:
+            told = json.dumps(self.statistics.to_json(), allow_nan=False)
+            statistics = f' "statistics": {told},\n'
         return (
             f'{{"format": "{FORMAT}", "version": {VERSION},\n'
             f' "columns": {json.dumps(columns)},\n'
             f' "complete": {json.dumps(self.complete)},\n'
+            f"{statistics}"
             f' "shards": [\n  {shards}\n]}}\n'
         )
 
@@ -121,14 +158,16 @@ class Manifest:
             raise ConfigError(f"it holds a {type(told).__name__}")
         if (told.get("format"), told.get("version")) != (FORMAT, VERSION):
             raise ConfigError(f"format is {told.get('format')!r}, version {told.get('version')!r}")
-        if told.keys() != {"format", "version", "columns", "complete", "shards"}:
+        required = {"format", "version", "columns", "complete", "shards"}
+        if told.keys() - {"statistics"} != required:
             raise ConfigError(f"its keys are {', '.join(sorted(told))}")
         columns = {
             name: Column(**{**told_of, "shape": tuple(told_of["shape"])})
             for name, told_of in told["columns"].items()
         }
         shards = tuple(ShardInfo(**told_of) for told_of in told["shards"])
-        return cls(columns, shards, told["complete"])
+        statistics = Statistics.from_json(told["statistics"]) if "statistics" in told else None
+        return cls(columns, shards, told["complete"], statistics)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

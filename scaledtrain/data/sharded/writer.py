@@ -26,7 +26,7 @@ from scaledtrain.data.sharded.files import sync_folder
 from scaledtrain.data.sharded.manifest import MANIFEST, Manifest, shard_name
 from scaledtrain.errors import ConfigError, DataError
 
-__all__ = ["ShardWriter"]
+__all__ = ["ShardWriter", "take_folder"]
 
 SHARD_BYTES = 64 * 2**20
 
@@ -88,7 +88,7 @@ class ShardWriter:
         self._declared = dict(columns or {})
         self._shard_bytes = shard_bytes
         self._shard_samples = shard_samples
-        self._lock = self._take_folder()
+        self._lock = take_folder(self.folder)
         try:
             self._manifest = self._begin(resume, overwrite)
         except BaseException:
@@ -101,24 +101,6 @@ class ShardWriter:
     def samples_written(self) -> int:
         """Samples that are in whole shards or wait for theirs to be full."""
         return self._manifest.samples + self._buffer.samples
-
-    def _take_folder(self) -> int:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder, os.O_RDONLY)
-        except OSError as error:
-            raise ConfigError(f"no data set can be written to {self.folder}: {error}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
-        except BlockingIOError as error:
-            os.close(lock)
-            raise ConfigError(
-                f"another ShardWriter is at work in {self.folder}; let it end, or give another "
-                "folder"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        return lock
 
     def _release(self) -> None:
         if self._lock >= 0:
@@ -274,7 +256,10 @@ class ShardWriter:
         full, self._buffer = self._buffer, ShardBuffer(self._columns)
         try:
             info = full.write(path)
-            self._publish(Manifest(self._columns, (*self._manifest.shards, info)))
+            shards = (*self._manifest.shards, info)
+            self._publish(  # statistics stay: that they are of fewer samples, they say
+                replace(self._manifest, columns=self._columns, shards=shards, complete=False)
+            )
         except OSError as error:
             self._release()
             raise DataError(
@@ -313,6 +298,33 @@ class ShardWriter:
             self.close()
         else:  # what waits for its shard to be full is lost; the whole shards stay
             self._release()
+
+
+def take_folder(folder: Path) -> int:
+    """Begin to write in a folder, which is made if it is not there; no other process does then.
+
+    Returns:
+        A file descriptor: closing it ends this.
+
+    Raises:
+        ConfigError: another is at work in it, or nobody can write there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"no data set can be written to {folder}: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ConfigError(
+            f"another ShardWriter is at work in {folder}, or compute_statistics; let it end, or "
+            "give another folder"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def _column_of(value: Any) -> Column:
