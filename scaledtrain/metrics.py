@@ -13,18 +13,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import Tensor
 
 from scaledtrain.console import Console
 from scaledtrain.errors import ConfigError, NonFiniteLossError
 from scaledtrain.strategies import Strategy
 from scaledtrain.timeline import Timeline
+
+if TYPE_CHECKING:  # what only rank 0 writes need not be imported by all
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 __all__ = ["Metrics"]
 
@@ -111,6 +111,8 @@ class Metrics:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._append("metrics", [])  # so that who cannot write is told now
             if tensorboard and rank == 0:
+                from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
                 self._events = EventFileWriter(str(run_dir / "tensorboard"))
         self._begin = timeline.now()
         self._forget(0, self._begin)
@@ -246,6 +248,9 @@ class Metrics:
         record = {"kind": kind, "step": step, "seconds": self.seconds, **values, **more}
         self._append("metrics", [record])
         if self._events is not None:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
             prefix = "evaluation" if kind == "evaluation" else "train"
             summary = Summary(
                 value=[

@@ -26,6 +26,9 @@ VARIABLES_OF_OTHERS = {
 # Python starts these once, on first use, and ends them itself.
 HELPER_PROCESSES = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
+# Children of this process that the tests themselves keep until the last has ended.
+kept_processes: set[int] = set()
+
 
 class Leak(AssertionError):
     """Something was left behind."""
@@ -120,7 +123,7 @@ def _processes() -> set[int]:
                 pids.update(map(int, file.read().split()))
     except FileNotFoundError:  # not Linux
         return {child.pid for child in active_children() if child.pid}
-    return pids
+    return pids - kept_processes
 
 
 def _describe_process(pid: int) -> str:

@@ -1,8 +1,9 @@
-"""Run a function in several fresh processes, as torchrun would, and collect what they return.
+"""Run a function in several processes, as torchrun would, and collect what they return.
 
-The processes are plain subprocesses, each the head of a session of its own: the environment is
-right before any import, and one kill takes everything that a rank has started. Nothing that is
-needed before the function is unpickled imports torch.
+Each heads a session of its own, so that one kill takes everything that a rank has started. On Linux
+they are forked from processes that have imported torch. Fresh ones are plain subprocesses: the
+environment is right before any import, and nothing that is needed before the function is unpickled
+imports torch.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.fork_server import ForkedProcess, ForkServer
 from tests.leaks import nothing_left_behind
 
 POLL_SECONDS = 0.01
 SETTLE_SECONDS = 0.05
+FRESH = sys.platform != "linux"  # elsewhere not all that torch uses survives a fork
+HASH_SEEDS = 2  # ranks that are neighbours iterate over a set in different orders, as fresh ones do
+
+Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 class RankFailed(RuntimeError):
@@ -41,6 +47,7 @@ def run_ranks(
     *args: Any,
     timeout_seconds: float = 60.0,
     killed: Collection[int] = (),
+    fresh: bool = FRESH,
 ) -> list[Any]:
     """Call `function(*args)` in `world_size` processes; return what they returned, by rank.
 
@@ -50,10 +57,11 @@ def run_ranks(
 
     Args:
         function: defined at the top of a module.
-        world_size: number of processes; starting one that imports torch takes about 2 s.
+        world_size: number of processes.
         args: the same for all ranks; like the returned values, anything that pickles.
         timeout_seconds: for all of it, starting included.
         killed: ranks that the test kills; their value is None.
+        fresh: start them anew, which takes about 6 s of a core for each that trains with torch.
 
     Raises:
         Exception: what a rank raised, the first in time, its traceback as the cause.
@@ -65,7 +73,7 @@ def run_ranks(
             f"run_ranks cannot import {function.__module__}.{function.__qualname__} in another "
             "process. Define it at the top of a module."
         )
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Process] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "task").write_bytes(pickle.dumps((function, args)))
@@ -73,7 +81,7 @@ def run_ranks(
         port = free_port()
         try:
             for rank in range(world_size):
-                processes.append(_start(rank, world_size, port, folder))
+                processes.append(_start(rank, world_size, port, folder, fresh))
             _wait(processes, folder, timeout_seconds, killed)
         finally:
             for process in processes:
@@ -94,26 +102,40 @@ def free_port() -> int:
     raise OSError("no free port found between 20000 and 32000")
 
 
-def _start(rank: int, world_size: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from tests.ranks import _main; _main()"
+def _start(rank: int, world_size: int, port: int, folder: Path, fresh: bool) -> Process:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    if not fresh:
+        return _server(rank % HASH_SEEDS).fork(environment, str(folder))
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from tests.ranks import main; main(sys.argv[1])"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         stdin=subprocess.PIPE,  # never written: its end tells the child that this process died
         start_new_session=True,
-        env={
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        },
+        env=environment,
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+_servers: dict[int, ForkServer] = {}
+
+
+def _server(number: int) -> ForkServer:
+    if number not in _servers or not _servers[number].is_alive():
+        _servers[number] = ForkServer()
+    return _servers[number]
+
+
+def _end(process: Process) -> None:
     with suppress(ProcessLookupError, PermissionError):  # macOS: the latter for the dead
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -122,7 +144,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait(
-    processes: Sequence[subprocess.Popen[bytes]],
+    processes: Sequence[Process],
     folder: Path,
     timeout_seconds: float,
     killed: Collection[int],
@@ -173,8 +195,9 @@ def _stacks(rank: int, folder: Path) -> str:
     return f"rank {rank} was at:\n{text or '  (not yet in Python)'}"
 
 
-def _main() -> None:
-    folder = Path(sys.argv[1])
+def main(task: str) -> None:
+    """Be a rank: do the task in that folder."""
+    folder = Path(task)
     rank = os.environ["RANK"]
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with (folder / f"stacks-{rank}").open("w") as stacks:

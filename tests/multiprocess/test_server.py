@@ -324,7 +324,8 @@ def launch(folder: Path, rank: int, port: int, *command: str) -> subprocess.Pope
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     arguments = [
-        "-m", "scaledtrain.train", "strategy=async", "max_steps=null", "max_seconds=14",
+        "-m", "scaledtrain.train", "data=tests.tasks.signs", "data.local_batch_size=32",
+        "strategy=async", "max_steps=null", "max_seconds=14",
         "slowdown.min_compute_seconds=0.01", "log_every=5", "console=false",
         f"run_dir={folder / 'run'}", "timeout_seconds=30",
     ]  # fmt: skip
