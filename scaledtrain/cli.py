@@ -16,11 +16,13 @@ COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "compare": "train with several strategies, and report them side by side",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
+    "memory": "how many bytes a training takes, activations included, before anything is allocated",
     "replay": "make an asynchronous run again from its event log, and step through it",
     "trace": "show what each rank did when, of runs that were made with trace=true",
 }
 
 _MODULES = {  # the others' have their names
+    "memory": "scaledtrain.memory.command",
     "replay": "scaledtrain.replay.command",
     "simulate": "scaledtrain.simulate.command",
 }

@@ -64,13 +64,10 @@ class MemoryEstimate:
     """What the optimizer's update takes at most, beside its state."""
     ranks: tuple[RankMemory, ...]
     """By rank."""
+    peak: int
+    """Everything that is alive at once, on the rank that needs most."""
     looks_at_values: bool
     """The model reads values of tensors, which there are none of; each was taken for 1."""
-
-    @property
-    def peak(self) -> int:
-        """Everything that is alive at once, on the rank that needs most."""
-        return max(rank.peak for rank in self.ranks)
 
 
 class MemoryEstimator:
@@ -151,9 +148,10 @@ class MemoryEstimator:
         with Fakes() as fakes, fakes.explained(type(self._model).__name__):
             step = _Step(self, prepared, activation_checkpointing, size)
             n_read = fakes.n_read
-            activations, kept = activation_bytes(step.model, step.sample, step.blocks)
+            activations, at_the_end = activation_bytes(step.model, step.sample, step.blocks)
             computing = most_bytes(step.run)
             looks_at_values = fakes.n_read > n_read
+        ranks = tuple(prepared.rank(kept, step.batch_bytes, computing) for kept in prepared.ranks)
         return MemoryEstimate(
             size,
             prepared.parameters,
@@ -161,10 +159,11 @@ class MemoryEstimator:
             step.batch_bytes,
             prepared.gradients,
             activations,
-            kept,
+            at_the_end,
             computing,
             prepared.update.working,
-            tuple(prepared.rank(kept, step.batch_bytes, computing) for kept in prepared.ranks),
+            ranks,
+            max(rank.peak for rank in ranks),
             looks_at_values,
         )
 
