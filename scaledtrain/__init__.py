@@ -13,6 +13,7 @@ from scaledtrain.errors import (
     ScaledTrainError,
     WaitTimeoutError,
 )
+from scaledtrain.memory import estimate_memory
 from scaledtrain.mesh import Mesh
 from scaledtrain.precision import Precision
 from scaledtrain.rendezvous import connect
@@ -54,6 +55,7 @@ __all__ = [
     "WaitTimeoutError",
     "choose_threshold",
     "connect",
+    "estimate_memory",
     "seed_everything",
     "simulate",
 ]

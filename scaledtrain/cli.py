@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "compare": "train with several strategies, and report them side by side",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
+    "memory": "how many bytes a training takes, activations included, before anything is allocated",
     "replay": "make an asynchronous run again from its event log, and step through it",
     "data": "write, look at and check data sets that do not fit into memory",
     "trace": "show what each rank did when, of runs that were made with trace=true",
@@ -23,6 +24,7 @@ COMMANDS = {
 
 _MODULES = {  # the others' have their names
     "data": "scaledtrain.data.commands",
+    "memory": "scaledtrain.memory.command",
     "replay": "scaledtrain.replay.command",
     "simulate": "scaledtrain.simulate.command",
 }

@@ -40,10 +40,12 @@ from scaledtrain.tasks import Task
 from scaledtrain.trainer import FitResult, Trainer
 
 __all__ = [
+    "batch_sizes",
     "build",
     "choose_run_dir",
     "join",
     "main",
+    "make_of",
     "make_run_dir",
     "report_result",
     "run",
@@ -70,7 +72,7 @@ def _main() -> None:
     config = check(composed)
     if workers := workers_to_start(config.workers):
         config.mesh.check(workers)  # rather here, once, than on every rank
-        _batch_sizes(config).local(workers, config.gradient_accumulation_steps)
+        batch_sizes(config).local(workers, config.gradient_accumulation_steps)
         start_workers("scaledtrain.train", sys.argv[1:], workers)
         return
     with join(config) as link:
@@ -266,7 +268,7 @@ def _assemble(
     run_dir: Path | None,
     callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, Loader, Loader | None]:
-    sizes = _batch_sizes(config)
+    sizes = batch_sizes(config)
     replicas, accumulation = link.group.size, config.gradient_accumulation_steps
     batch_size = sizes.local(replicas, accumulation)
     train = task.train_loader(batch_size)
@@ -297,12 +299,12 @@ def _assemble(
                 f"lr_schedule {_class(node)} needs {' and '.join(lacking)}, the number of updates, "
                 f"which follows from max_steps or max_epochs; set one, or lr_schedule.{lacking[0]}"
             )
-        return cast(LRScheduler, _called("lr_schedule", node, optimizer))
+        return cast(LRScheduler, make_of("lr_schedule", node, optimizer))
 
     trainer = Trainer(
         model,
         task.loss_fn,
-        lambda parameters: _called("optimizer", config.optimizer, parameters),
+        lambda parameters: make_of("optimizer", config.optimizer, parameters),
         lr_scheduler=make_scheduler if config.lr_schedule is not None else None,
         strategy=strategy,
         mesh=config.mesh,
@@ -330,11 +332,22 @@ def _assemble(
     return trainer, train, test
 
 
-def _batch_sizes(config: TrainConfig) -> BatchSizes:
+def batch_sizes(config: TrainConfig) -> BatchSizes:
+    """Those of a config's data."""
     return BatchSizes(**{key: config.data.get(key) for key in _BATCH_KEYS})
 
 
-def _called(key: str, node: Node, given: Any) -> Any:
+def make_of(key: str, node: Node, given: Any) -> Any:
+    """Call what a part of a config names.
+
+    Args:
+        key: of the part, for messages.
+        node: the part.
+        given: the first argument.
+
+    Raises:
+        ConfigError: it refuses its arguments.
+    """
     try:
         return make(node, given)
     except ValueError as error:

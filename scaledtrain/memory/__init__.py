@@ -1,0 +1,19 @@
+"""``scaledtrain.estimate_memory(...)``, and the command ``python -m scaledtrain.memory``."""
+
+from scaledtrain.memory.budget import SmallestBudget
+from scaledtrain.memory.estimate import (
+    MemoryEstimate,
+    MemoryEstimator,
+    RankMemory,
+    estimate_memory,
+)
+from scaledtrain.memory.measure import Kept
+
+__all__ = [
+    "Kept",
+    "MemoryEstimate",
+    "MemoryEstimator",
+    "RankMemory",
+    "SmallestBudget",
+    "estimate_memory",
+]

@@ -1,0 +1,383 @@
+"""How much memory training takes, known before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.errors import ConfigError
+from scaledtrain.memory.fake import Fakes, batch_of, bytes_of, copied, tensors_in
+from scaledtrain.memory.measure import Kept, UpdateBytes, activation_bytes, most_bytes, update_bytes
+from scaledtrain.memory.ranks import RankKept, bytes_kept_by_ranks
+from scaledtrain.memory.search import largest
+from scaledtrain.precision import Precision, PrecisionName
+from scaledtrain.recompute.blocks import find_blocks, named_blocks
+from scaledtrain.recompute.policies import CheckpointPolicy
+from scaledtrain.replica import MakeOptimizer, Replica
+from scaledtrain.schedule import LossFn, MicrobatchLoop, call_model
+from scaledtrain.strategies.strategy import Strategy
+
+__all__ = ["MemoryEstimate", "MemoryEstimator", "RankMemory", "estimate_memory"]
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What differs between ranks."""
+
+    optimizer: int
+    """State of the optimizer, 32-bit copies of 16-bit parameters included; none on a worker of a
+    server."""
+    strategy: int
+    """What the strategy keeps: copies, a server, what is under way. Below 0 where ranks share the
+    memory of their parameters, which then counts on one of them."""
+    peak: int
+    """Everything that is alive at once, at most."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one step of training; `estimate_memory` says what is counted."""
+
+    batch_size: int
+    """Samples in each batch of a replica."""
+    parameters: int
+    buffers: int
+    batch: int
+    """Inputs and targets."""
+    gradients: int
+    """Of all parameters, between backward pass and update."""
+    activations: int
+    """Activations and their gradients that are alive at once, at most: what `MemoryBudget`
+    limits."""
+    kept: Kept
+    """Activations at the end of the forward pass, by block."""
+    computing: int
+    """Activations and gradients of parameters that are alive at once, at most; less than the sum of
+    the two, since activations are given up while gradients come."""
+    updating: int
+    """What the optimizer's update takes at most, beside its state."""
+    ranks: tuple[RankMemory, ...]
+    """By rank."""
+    peak: int
+    """Everything that is alive at once, on the rank that needs most."""
+    looks_at_values: bool
+    """The model reads values of tensors, which there are none of; each was taken for 1."""
+
+
+class MemoryEstimator:
+    """Estimates for one model, with any precision, policy and batch size.
+
+    What the optimizer and the strategy keep is found once for each precision. Arguments, and what
+    is counted: see `estimate_memory`.
+
+    Example:
+        >>> model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+        >>> batch = torch.zeros(2, 64), torch.zeros(2, 64)
+        >>> adam = partial(torch.optim.AdamW, fused=True)
+        >>> estimator = MemoryEstimator(model, nn.functional.mse_loss, batch, adam)
+        >>> estimator.estimate("fp32").peak, estimator.estimate("bf16-true").peak
+        (534088, 711744)
+        >>> estimator.largest_batch(2**30)
+        381152
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn | None,
+        batch: Any,
+        optimizer: MakeOptimizer,
+        *,
+        microbatches: int = 1,
+        strategy: Callable[[], Strategy] | None = None,
+        workers: int = 1,
+        blocks: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"device is {device}, which this host has not; which kernels a device has cannot "
+                "be known elsewhere: leave device out, which counts as on a CPU"
+            )
+        for name, value in (("microbatches", microbatches), ("workers", workers)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; there is at least one")
+        self._model = copied(model, "meta").train()
+        self._loss_fn = loss_fn
+        self._batch = batch
+        self._optimizer = optimizer
+        self._microbatches = min(2, microbatches)  # more add to gradients that are there
+        self._strategy = strategy
+        self._workers = workers
+        self._blocks = blocks
+        self._prepared: dict[Precision, _Prepared] = {}
+
+    def estimate(
+        self,
+        precision: Precision | PrecisionName = "fp32",
+        activation_checkpointing: CheckpointPolicy | None = None,
+        batch_size: int | None = None,
+    ) -> MemoryEstimate:
+        """For one way to train.
+
+        Args:
+            precision: the number formats.
+            activation_checkpointing: what is kept; None: everything.
+            batch_size: samples; None: as many as in ``batch``.
+
+        Raises:
+            ConfigError: the parts do not fit each other, or something needs values.
+        """
+        prepared = self._prepare(precision)
+        size = self._size(batch_size)
+        with Fakes() as fakes, fakes.explained(type(self._model).__name__):
+            step = _Step(self, prepared, activation_checkpointing, size)
+            n_read = fakes.n_read
+            activations, at_the_end = activation_bytes(step.model, step.sample, step.blocks)
+            computing = most_bytes(step.run)
+            looks_at_values = fakes.n_read > n_read
+        ranks = tuple(prepared.rank(kept, step.batch_bytes, computing) for kept in prepared.ranks)
+        return MemoryEstimate(
+            size,
+            prepared.parameters,
+            prepared.buffers,
+            step.batch_bytes,
+            prepared.gradients,
+            activations,
+            at_the_end,
+            computing,
+            prepared.update.working,
+            ranks,
+            max(rank.peak for rank in ranks),
+            looks_at_values,
+        )
+
+    def largest_batch(
+        self,
+        memory: int,
+        precision: Precision | PrecisionName = "fp32",
+        activation_checkpointing: CheckpointPolicy | None = None,
+    ) -> int:
+        """Samples in the largest batch with which the peak fits; 0: not even one does.
+
+        That many samples, and one more, are looked at as `estimate` does: nothing is extrapolated.
+
+        Args:
+            memory: bytes, of every rank.
+            precision: the number formats.
+            activation_checkpointing: what is kept; None: everything.
+
+        Raises:
+            ConfigError: as `estimate`; or activations do not grow with the batch.
+        """
+        prepared = self._prepare(precision)
+
+        def peak(size: int) -> int:
+            with Fakes() as fakes, fakes.explained(type(self._model).__name__):
+                step = _Step(self, prepared, activation_checkpointing, size)
+                computing = most_bytes(step.run)
+            return max(
+                prepared.rank(kept, step.batch_bytes, computing).peak for kept in prepared.ranks
+            )
+
+        return largest(peak, memory)
+
+    def _size(self, batch_size: int | None) -> int:
+        size = count_samples(self._batch) if batch_size is None else batch_size
+        if size < 1:
+            raise ConfigError(f"batch_size is {size}; a batch has at least one sample")
+        return size
+
+    def _prepare(self, precision: Precision | PrecisionName) -> _Prepared:
+        if isinstance(precision, str):
+            precision = Precision(precision)
+        # How float32 is multiplied changes no bytes, but would be set for the whole process.
+        precision = replace(precision, float32_matmul=None)
+        if precision not in self._prepared:
+            model = precision.convert(copied(self._model, "meta"))
+
+            def make_model() -> nn.Module:
+                return copied(model, self._device)
+
+            with Fakes() as fakes, fakes.explained("the optimizer or the strategy"):
+                rounding = partial(precision.rounding, 0)
+                replica = Replica(make_model(), self._optimizer, make_rounding=rounding)
+                precision.scaler(replica)  # says in which format gradients are
+                gradients = bytes_of(replica.gradients())
+                update = update_bytes(replica)
+                ranks = [RankKept(update.state, 0, updates=True, serves=False)] * self._workers
+                if self._strategy is not None:
+                    ranks = bytes_kept_by_ranks(
+                        make_model, self._optimizer, precision, self._strategy, self._workers
+                    )
+            self._prepared[precision] = _Prepared(
+                precision,
+                model,
+                bytes_of(model.parameters()),
+                bytes_of(model.buffers()),
+                gradients,
+                update,
+                ranks,
+            )
+        return self._prepared[precision]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What depends on the precision alone."""
+
+    precision: Precision
+    model: nn.Module
+    """On the meta device."""
+    parameters: int
+    buffers: int
+    gradients: int
+    update: UpdateBytes
+    ranks: Sequence[RankKept]
+
+    def rank(self, kept: RankKept, batch: int, computing: int) -> RankMemory:
+        """What a rank has at most."""
+        working = self.update.working if kept.updates else 0
+        if kept.serves:
+            computing += working  # the update of another worker's gradient may come meanwhile
+        always = self.parameters + self.buffers + batch + kept.optimizer + kept.strategy
+        peak = always + max(computing, self.gradients + working)
+        return RankMemory(kept.optimizer, kept.strategy, peak)
+
+
+class _Step:
+    """A replica on fake tensors, and a batch; inside of `Fakes`."""
+
+    def __init__(
+        self,
+        of: MemoryEstimator,
+        prepared: _Prepared,
+        policy: CheckpointPolicy | None,
+        size: int,
+    ) -> None:
+        self.model = copied(prepared.model, of._device)
+        self.blocks = _blocks(self.model, of._blocks, needed=policy is not None)
+        self._batch = batch_of(size, of._batch, of._device)
+        self._loss_fn = of._loss_fn
+        self._precision = prepared.precision
+        self._device = of._device
+        replica = Replica(self.model, of._optimizer)
+        self._loop = MicrobatchLoop(
+            self.model,
+            of._loss_fn,
+            prepared.precision,
+            replica.parameters,
+            scaler=prepared.precision.scaler(replica),
+        )
+        n = of._microbatches
+        self._step = StepBatch([self._batch] * n, [size] * n)
+        self.batch_bytes = bytes_of(tensors_in(self._batch))
+        if policy is not None:
+            policy.install(self.model, self.blocks, self.sample)
+
+    def sample(self, called: Callable[..., Any]) -> Tensor:
+        """The loss of a microbatch."""
+        with self._precision.autocast(self._device):
+            return call_model(called, self._batch, self._loss_fn)[1]
+
+    def run(self) -> None:
+        """Forward and backward pass of every microbatch."""
+        self._loop.run(self._step)
+
+
+def _blocks(model: nn.Module, names: Sequence[str] | None, needed: bool) -> list[nn.Module]:
+    if names is not None:
+        return named_blocks(model, names)
+    try:
+        return find_blocks(model)
+    except ConfigError:
+        if needed:
+            raise
+        return []
+
+
+def estimate_memory(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    batch: Any,
+    optimizer: MakeOptimizer,
+    *,
+    precision: Precision | PrecisionName = "fp32",
+    activation_checkpointing: CheckpointPolicy | None = None,
+    batch_size: int | None = None,
+    microbatches: int = 1,
+    strategy: Callable[[], Strategy] | None = None,
+    workers: int = 1,
+    blocks: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> MemoryEstimate:
+    r"""How many bytes a step of training takes, activations included, without allocating them.
+
+    The step is made, forward pass, backward pass and update, by the code that makes it in training,
+    on tensors that have sizes but no memory, and what is alive is counted. So it knows what
+    operators keep, of any model, and what optimizers keep, of any optimizer that does not look at
+    its gradients all together or at values; and it takes seconds, for a model of 70 billion
+    parameters, too. At most are alive, on a rank,
+
+        parameters + buffers + batch + optimizer + strategy
+          + max(activations and gradients while computing, gradients + what the update takes)
+
+    and on one with a server the update's share on top, since it may come while the rank computes.
+
+    Not counted is what is not a tensor of torch's: what a kernel needs while it runs, what an
+    allocator rounds up or does not give back (on CUDA some 10 % more), the CUDA context, buffers
+    of the transport between ranks, batches that are loaded ahead, evaluation. Strategies are
+    counted as they are while their replicas compute, see `scaledtrain.memory.ranks`; a server's
+    shards count on the first rank, all of them.
+
+    Args:
+        model: any; only the sizes of its tensors are used. Made under ``torch.device("meta")`` it
+            needs no memory either.
+        loss_fn: ``loss_fn(outputs, targets)``; None: the model returns its own loss.
+        batch: as the loader gives it, of any number of samples.
+        optimizer: a factory, as that of the `Trainer`.
+        precision: the number formats, or their name.
+        activation_checkpointing: which activations are computed again; None keeps all.
+        batch_size: samples; None: as many as in ``batch``. Each tensor whose first dimension has as
+            many entries as the batch has samples gets that many.
+        microbatches: batches in a step.
+        strategy: makes what replicas tell each other; None: each keeps model and optimizer.
+        workers: replicas.
+        blocks: names of the submodules that are the chain; None: they are found.
+        device: whose kernels are meant: this host must have it.
+
+    Raises:
+        ConfigError: the parts do not fit each other; or shapes in the model follow from values.
+
+    Example:
+        Two layers of 10 numbers: 220 parameters, as many gradients, two momenta of each and 4
+        counts of steps.
+
+        >>> model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+        >>> batch = torch.zeros(5, 10), torch.zeros(5, 10)
+        >>> adam = partial(torch.optim.AdamW, fused=True)
+        >>> found = estimate_memory(model, nn.functional.mse_loss, batch, adam)
+        >>> found.parameters, found.gradients, found.ranks[0].optimizer  # 4 * 220, 8 * 220 + 4 * 4
+        (880, 880, 1776)
+        >>> found.kept.blocks  # outputs of the layers: 5 * 10 * 4 bytes
+        (200, 200)
+    """
+    estimator = MemoryEstimator(
+        model,
+        loss_fn,
+        batch,
+        optimizer,
+        microbatches=microbatches,
+        strategy=strategy,
+        workers=workers,
+        blocks=blocks,
+        device=device,
+    )
+    return estimator.estimate(precision, activation_checkpointing, batch_size)
