@@ -149,11 +149,18 @@ def sharded(
     buffer_bytes: int = 64 * 2**20,
     verify: bool = True,
     on_damage: Literal["raise", "skip"] = "raise",
+    cache: str | None = None,
+    cache_bytes: str | int = data.CACHE_BYTES,
+    retries: int = data.Remote.retries,
+    timeout_seconds: float = data.Remote.timeout_seconds,
+    total_seconds: float = data.Remote.total_seconds,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Task:
     """Data of your own, also more than fit into memory; see `scaledtrain.data.ShardedDataset`.
 
     Args:
-        path: folder of the data set to train on, as `scaledtrain.data.ShardWriter` wrote it.
+        path: folder, or URL, of the data set to train on, as `scaledtrain.data.ShardWriter` wrote
+            it.
         test_path: the same, to evaluate on; None: no evaluation.
         inputs: column that the model is given: float, or tokens.
         targets: column that the loss compares its outputs with.
@@ -166,16 +173,32 @@ def sharded(
         buffer_bytes: bytes of the blocks that are mixed with each other.
         verify: check what is read against its checksums.
         on_damage: what a damaged shard does.
+        cache: folder for copies of a URL's shards; None: in the user's cache folder.
+        cache_bytes: how many bytes of copies it may hold.
+        retries: attempts after the first, for a file at a URL; see `scaledtrain.data.Remote`, also
+            for the rest.
+        timeout_seconds: an attempt that brings nothing for so long is given up.
+        total_seconds: for all attempts for a file.
+        storage_options: of fsspec for this kind of URL.
 
     Raises:
         ConfigError: a folder without a data set, or without these columns, or samples of different
             lengths, which no model here takes.
     """
+    remote = data.Remote(
+        retries, timeout_seconds, total_seconds, options=dict(storage_options or {})
+    )
 
     def dataset(folder: str) -> data.ShardedDataset:
-        columns = [inputs, targets]
         found = data.ShardedDataset(
-            folder, columns, as_tuple=True, verify=verify, on_damage=on_damage
+            folder,
+            [inputs, targets],
+            as_tuple=True,
+            verify=verify,
+            on_damage=on_damage,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            remote=remote,
         )
         for name, column in found.columns.items():
             if column.ragged:
@@ -201,7 +224,7 @@ def sharded(
     for name, part in (("train", train), ("test", test)):
         if part is not None:
             # It has the checksums of the shards, and so stands for every byte of them.
-            digest = hashlib.sha256((part.folder / MANIFEST).read_bytes())
+            digest = hashlib.sha256(part.folder.read(MANIFEST))
             facts |= {f"{name}_samples": len(part), f"{name}_sha256": digest.hexdigest()}
     return Task(
         train,

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from scaledtrain.data.digits import digits
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.sharded import Column, ShardedDataset, ShardedLoader, ShardWriter
+from scaledtrain.data.sharded import (
+    CACHE_BYTES,
+    Column,
+    Remote,
+    ShardedDataset,
+    ShardedLoader,
+    ShardWriter,
+)
 from scaledtrain.data.stdlib_text import StdlibText, stdlib_text
 
 __all__ = [
+    "CACHE_BYTES",
     "Column",
     "Ragged",
+    "Remote",
     "ShardWriter",
     "ShardedDataset",
     "ShardedLoader",

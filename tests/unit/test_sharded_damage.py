@@ -83,7 +83,7 @@ class TestDamage:
             (lambda m: m["columns"]["x"].update(dtype="float64"), "shard-00000"),
             (lambda m: m["columns"]["x"].update(dtype="complex7"), "dtype is 'complex7'"),
             (lambda m: m["columns"].pop("x"), "shard-00000"),
-            (lambda m: m.update(version=2), "version 2"),
+            (lambda m: m.update(version=3), "version 3"),
             (lambda m: m.update(shards={}), "manifest.json"),
             (lambda m: m.clear(), "manifest.json"),
         ],
