@@ -7,6 +7,7 @@ import numpy as np
 from scaledtrain.data.sharded.columns import Array
 from scaledtrain.data.sharded.compression import BLOCK_BYTES, Blocks, Decompressor
 from scaledtrain.data.sharded.shard import Reader, Shard, touched
+from scaledtrain.errors import DataError
 
 __all__ = ["reader_of"]
 
@@ -38,7 +39,13 @@ class _Unpacked:
         blocks = self._blocks(name)
         assert blocks is not None
         if name not in self._memory:
-            self._memory[name] = np.empty(blocks.nbytes, np.uint8)
+            try:
+                self._memory[name] = np.empty(blocks.nbytes, np.uint8)
+            except MemoryError as error:
+                raise DataError(
+                    f"column {name!r} of shard {self._shard.file.name} is {blocks.nbytes} bytes long "
+                    "when it is not compressed, for which there is no memory; write smaller shards"
+                ) from error
             self._done[name] = np.zeros(len(blocks.ends) - 1, bool)
         column = self._shard.columns[name]
         return self._memory[name].view(column.stored).reshape(blocks.rows, *column.shape)

@@ -281,8 +281,8 @@ class ShardWriter:
             self._release()
             raise DataError(
                 f"shard {self.folder}/{file} cannot be written: {error}; the "
-                f"{self._manifest.samples} samples before it can be read. Make room, and go on behind "
-                "them with resume=True"
+                f"{self._manifest.samples} samples before it can be read. Make room, and go on "
+                "behind them with resume=True"
             ) from error
 
     def _publish(self, manifest: Manifest) -> None:

@@ -164,7 +164,12 @@ class RemoteFolder(Folder):
                 raise UnansweredError(f"no answer within {self._remote.total_seconds:g} s")
             job.result()
 
-        self._remote.persist(f"writing {self.url}/{name}", attempt)
+        try:
+            self._remote.persist(f"writing {self.url}/{name}", attempt)
+        except NotImplementedError as error:
+            raise ConfigError(
+                f"fsspec cannot write to {self.url}; write to a folder, and copy that there"
+            ) from error
         return len(content)
 
     def delete(self, name: str) -> None:
