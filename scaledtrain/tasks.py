@@ -22,6 +22,7 @@ from torch.utils.data import (
 from scaledtrain import data
 from scaledtrain.data.sharded.manifest import MANIFEST
 from scaledtrain.data.sharded.order import Shuffle
+from scaledtrain.data.sharded.storage import CACHE_BYTES
 from scaledtrain.errors import ConfigError
 from scaledtrain.models import next_token_loss
 from scaledtrain.schedule import LossFn
@@ -150,7 +151,7 @@ def sharded(
     verify: bool = True,
     on_damage: Literal["raise", "skip"] = "raise",
     cache: str | None = None,
-    cache_bytes: str | int = data.CACHE_BYTES,
+    cache_bytes: str | int = CACHE_BYTES,
     retries: int = data.Remote.retries,
     timeout_seconds: float = data.Remote.timeout_seconds,
     total_seconds: float = data.Remote.total_seconds,

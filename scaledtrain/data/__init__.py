@@ -5,7 +5,6 @@ from __future__ import annotations
 from scaledtrain.data.digits import digits
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded import (
-    CACHE_BYTES,
     Column,
     Remote,
     ShardedDataset,
@@ -15,7 +14,6 @@ from scaledtrain.data.sharded import (
 from scaledtrain.data.stdlib_text import StdlibText, stdlib_text
 
 __all__ = [
-    "CACHE_BYTES",
     "Column",
     "Ragged",
     "Remote",

@@ -260,7 +260,7 @@ class TestDataset:
         assert data[[0, 1, 2, 3]]["i"].tolist() == [0]
         assert len(calls) == 6  # two attempts for each of three
         assert len(data.damaged) == 3
-        with pytest.raises(DataError, match="shard-00004.safetensors failed 2 times"):
+        with pytest.raises(DataError, match="shard-00004.safetensors: 2 of 2 attempts failed"):
             data[4]
 
 

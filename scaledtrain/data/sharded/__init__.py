@@ -7,11 +7,10 @@ from scaledtrain.data.sharded.columns import Column
 from scaledtrain.data.sharded.dataset import ShardedDataset
 from scaledtrain.data.sharded.loader import ShardedLoader
 from scaledtrain.data.sharded.order import Order
-from scaledtrain.data.sharded.storage import CACHE_BYTES, Remote
+from scaledtrain.data.sharded.storage import Remote
 from scaledtrain.data.sharded.writer import ShardWriter
 
 __all__ = [
-    "CACHE_BYTES",
     "Column",
     "Order",
     "Ragged",

@@ -41,11 +41,16 @@ class OpenShards:
     def _begin(self) -> None:
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._checked: dict[int, dict[str, Array]] = {}
+        self._ahead: tuple[int, Future[Shard]] | None = None
         self._lock = threading.Lock()
         self._process = os.getpid()
 
+    def _begin_if_forked(self) -> None:
+        if self._process != os.getpid():  # perhaps while a thread held the lock
+            self._begin()
+
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_open", "_checked", "_lock")
+        left_out = ("_open", "_checked", "_ahead", "_lock")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -58,14 +63,20 @@ class OpenShards:
         Raises:
             DataError: it is damaged, or cannot be read.
         """
-        if self._process != os.getpid():  # forked, perhaps while a thread held the lock
-            self._begin()
+        self._begin_if_forked()
+        ahead: Future[Shard] | None = None
         with self._lock:
+            if self._ahead is not None and self._ahead[0] == number:
+                ahead, self._ahead = self._ahead[1], None
             shard = self._usable(number)
             if shard is not None:
                 self._open.move_to_end(number)
                 shard.file.touch()
                 return shard
+        return self._open_now(number) if ahead is None else ahead.result()
+
+    def _open_now(self, number: int) -> Shard:
+        with self._lock:
             checked = self._checked.setdefault(number, {}) if self._verify else None
         shard = self._opened(number, checked)
         with self._lock:
@@ -78,6 +89,7 @@ class OpenShards:
 
     def get_all(self, numbers: Sequence[int]) -> list[Shard | DataError]:
         """Several shards, or what is wrong with them; remote ones are fetched side by side."""
+        self._begin_if_forked()
         jobs: dict[int, Future[Shard]] = {}
         if self._folder.is_remote and len(numbers) > 1:
             with self._lock:
@@ -93,8 +105,12 @@ class OpenShards:
 
     def fetch_ahead(self, number: int) -> None:
         """Begin to fetch a remote shard that will be needed; what goes wrong is told then."""
-        if self._folder.is_remote and number < len(self._manifest.shards):
-            in_daemon(self.get, number)
+        if not self._folder.is_remote or number >= len(self._manifest.shards):
+            return
+        self._begin_if_forked()
+        with self._lock:
+            if self._usable(number) is None:
+                self._ahead = number, in_daemon(self._open_now, number)
 
     def _usable(self, number: int) -> Shard | None:
         shard = self._open.get(number)

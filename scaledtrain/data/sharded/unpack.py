@@ -43,8 +43,9 @@ class _Unpacked:
                 self._memory[name] = np.empty(blocks.nbytes, np.uint8)
             except MemoryError as error:
                 raise DataError(
-                    f"column {name!r} of shard {self._shard.file.name} is {blocks.nbytes} bytes long "
-                    "when it is not compressed, for which there is no memory; write smaller shards"
+                    f"column {name!r} of shard {self._shard.file.name} is {blocks.nbytes} bytes "
+                    "long when it is not compressed, for which there is no memory; write "
+                    "smaller shards"
                 ) from error
             self._done[name] = np.zeros(len(blocks.ends) - 1, bool)
         column = self._shard.columns[name]

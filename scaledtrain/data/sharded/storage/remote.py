@@ -92,16 +92,21 @@ class RemoteFolder(Folder):
         self, name: str, n_bytes: int, checksum: str, check: Callable[[OpenFile], None]
     ) -> OpenFile:
         """A copy in the cache, which is fetched if there is none."""
+        place = self._place(name)
         url = f"{self.url}/{name}"
         copy = self._cache.path(url, n_bytes, checksum)
 
         def fill(part: Path, deadline: float) -> None:
-            self._download(name, part, n_bytes, deadline)
+            self._download(*place, part, n_bytes, deadline)
             check(OpenFile(os.open(part, os.O_RDONLY | os.O_CLOEXEC), url))
 
         def attempt(deadline: float) -> int:
-            with self._downloads:
+            if not self._downloads.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"{_DOWNLOADS} other downloads went on for too long")
+            try:
                 return self._cache.fetch(copy, n_bytes, lambda part: fill(part, deadline), deadline)
+            finally:
+                self._downloads.release()
 
         try:
             handle = self._cache.find(copy, n_bytes)
@@ -111,24 +116,26 @@ class RemoteFolder(Folder):
             if isinstance(error, FileNotFoundError) or not is_permanent(error):
                 raise
             raise DataError(
-                f"shard {url} cannot be copied into the cache {self._cache.folder}: {error}; make "
-                "room there, or give another cache, or fewer cache_bytes"
+                f"shard {url} cannot be copied into the cache {self._cache.folder}: {error}; see "
+                "that it may be read, and that there is room in the cache, or give another cache, "
+                "or fewer cache_bytes"
             ) from error
         return OpenFile(handle, url, copy)
 
-    def _download(self, name: str, part: Path, n_bytes: int, deadline: float) -> None:
+    def _download(self, fs: Any, path: str, part: Path, n_bytes: int, deadline: float) -> None:
         """Copy a file; given up when it stands still, or is longer than it may be."""
-        fs, path = self._place(name)
         # Of this attempt alone: should it be given up and come to life again, it writes there.
         job = in_daemon(fs.get_file, path, str(part))
         size, came = 0, time.monotonic()
         while not wait([job], _LOOK_SECONDS).done:
+            now, before = time.monotonic(), size
             with suppress(FileNotFoundError):
-                now, before, size = time.monotonic(), size, part.stat().st_size
-                came = now if size != before else came
+                size = part.stat().st_size
             if size > n_bytes:
                 raise DataError(f"it has more than the {n_bytes} bytes that the manifest tells")
-            if time.monotonic() > min(deadline, came + self._remote.timeout_seconds):
+            if size != before:
+                came = now
+            if now > min(deadline, came + self._remote.timeout_seconds):
                 raise TimeoutError(f"stood still after {size} of {n_bytes} bytes")
         job.result()
 

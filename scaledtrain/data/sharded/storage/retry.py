@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import random
 import threading
@@ -76,9 +77,7 @@ class Remote:
         """
         began = time.monotonic()
         deadline = began + self.total_seconds
-        number = 0
-        while True:
-            number += 1
+        for number in itertools.count(1):
             try:
                 return attempt(deadline)
             except ConfigError:
@@ -86,25 +85,28 @@ class Remote:
             except Exception as error:
                 if is_permanent(error):
                     raise
-                failed = error
-            now = time.monotonic()
-            longest = min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2.0 ** (number - 1))
-            pause = longest * _jitter.uniform(0.5, 1.0)
-            most = self.retries + 1
-            if isinstance(failed, DataError):
-                most = min(most, _ATTEMPTS_IF_DAMAGED)
-            if number >= most or now + pause >= deadline:
-                raise DataError(
-                    f"{what} failed {number} times within {now - began:.1f} s (of at most "
-                    f"{most} times and {self.total_seconds:g} s), at last with {_told(failed)}; "
-                    "see whether the storage can be reached from here, or give more retries or "
-                    "total_seconds"
-                ) from failed
+                most = self.retries + 1
+                if isinstance(error, DataError):
+                    most = min(most, _ATTEMPTS_IF_DAMAGED)
+                now, pause = time.monotonic(), self._pause_seconds(number)
+                if number >= most or now + pause >= deadline:
+                    raise DataError(
+                        f"{what}: {number} of {most} attempts failed within {now - began:.1f} s "
+                        f"(of {self.total_seconds:g} s), the last with {_told(error)}; see whether "
+                        "the storage can be reached from here, or give more retries or "
+                        "total_seconds"
+                    ) from error
+                told = _told(error)
             _log.warning(
                 "%s: attempt %d of %d failed with %s; the next in %.1f s",
-                *(what, number, most, _told(failed), pause),
+                *(what, number, most, told, pause),
             )
             time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _pause_seconds(self, number: int) -> float:
+        longest = min(_LONGEST_PAUSE_SECONDS, self.backoff_seconds * 2.0 ** min(number - 1, 30))
+        return longest * _jitter.uniform(0.5, 1.0)
 
     def within_timeout(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function that may never return; what it does after its time is lost.
