@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -11,9 +12,11 @@ from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample, computes, loss_without_gradients, peak_bytes
 from scaledtrain.recompute.chain import Chain
-from scaledtrain.recompute.dear import MakeContexts, contexts_of
+from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
+from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results
 from scaledtrain.recompute.measure import measure_chain
+from scaledtrain.recompute.offload import DiskStore, HostStore, Store
 from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, depth
 from scaledtrain.recompute.policies import CheckpointPolicy
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
@@ -30,10 +33,14 @@ class MemoryBudget(CheckpointPolicy):
     """The fastest way to run a model whose activations have to fit into so many bytes.
 
     Each block is measured once, alone: seconds, and bytes that it keeps and needs. Then dynamic
-    programming finds which blocks keep everything, which keep only what is dear to compute, and
-    which are computed again, together with which others and how often (see `fastest_plan`). The
-    plan is tried out before training begins, and another one is made if its peak does not fit; so
-    the budget holds for all batches that are not larger than the first one.
+    programming finds which blocks keep everything, which keep only the results of attention, or of
+    all matrix products and convolutions, and which are computed again, together with which others
+    and how often (see `fastest_plan`). The plan is tried out before training begins, and another
+    one is made if its peak does not fit; so the budget holds for all batches that are not larger
+    than the first one.
+
+    What is kept of blocks that run again can wait somewhere else than in the model's memory. That
+    takes time, but it is mostly less than computing it.
 
     Counted is what operators return between the beginning of the forward and the end of the
     backward pass, on any device: activations, their gradients, the loss. Not counted are
@@ -42,10 +49,14 @@ class MemoryBudget(CheckpointPolicy):
 
     Args:
         size: bytes, as a number or as ``"512MiB"`` or ``"2GiB"``.
+        offload: ``"host"``: from a GPU to page-locked memory of its host. ``"disk"``: to a file,
+            which nothing is left of afterwards; most of it stays in the operating system's page
+            cache if there is room. None: nowhere.
+        offload_folder: for that file, on a fast disk; None: where temporary files are.
 
     Raises:
-        ConfigError: no number of bytes; or, when training begins, no plan fits: it says how much
-            is needed at least.
+        ConfigError: no number of bytes, no such place, or a folder without one; or, when training
+            begins, no plan fits: it says how much is needed at least.
 
     References:
         Herrmann, Beaumont, Eyraud-Dubois, Hermann, Joly, Shilova 2019, Optimal checkpointing for
@@ -53,10 +64,22 @@ class MemoryBudget(CheckpointPolicy):
     """
 
     size: str | int
+    offload: str | None = None
+    offload_folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.n_bytes < 1:
             raise ConfigError(f"a memory budget of {self.size} holds nothing")
+        if self.offload not in (None, "host", "disk"):
+            raise ConfigError(
+                f"offload is {self.offload!r}; activations go to 'host' (from a GPU), to 'disk', "
+                "or nowhere (None)"
+            )
+        if self.offload_folder is not None and self.offload != "disk":
+            raise ConfigError(
+                f"offload_folder is {self.offload_folder!r}, but offload is {self.offload!r}, "
+                "which needs none; set offload to 'disk'"
+            )
 
     @property
     def n_bytes(self) -> int:
@@ -77,16 +100,19 @@ class MemoryBudget(CheckpointPolicy):
                 "a memory budget needs a sample: a function that is called with the model and "
                 "returns the loss of a microbatch, as large as any"
             )
-        ways = [("all", None), ("dear", contexts_of())]
-        chain = measure_chain(model, blocks, sample, ways)
-        contexts = [make for _, make in ways]
+        store = self._store(model)
+        ways = {"attention": keep_results(ATTENTION), "products": keep_results(PRODUCTS)}
+        if store is not None:
+            ways["attention, offloaded"] = keep_results(ATTENTION, store)
+            ways["products, offloaded"] = keep_results(PRODUCTS, store)
+        chain = measure_chain(model, blocks, sample, ways, store)
         expected = loss_without_gradients(model, sample)
         aim = self.n_bytes - _SLACK_BYTES
         for _ in range(_ATTEMPTS):
             plan = _plan(chain, aim)
             if plan is None:
                 break
-            executor = Executor(model, blocks, plan[:-1], contexts)
+            executor = Executor(model, blocks, plan[:-1], ways, store)
             try:
                 measured = peak_bytes(model, sample)
                 differs = not computes(model, sample, expected)
@@ -97,20 +123,31 @@ class MemoryBudget(CheckpointPolicy):
                 # The model uses what blocks return for more than the next block.
                 executor.remove()
                 alone = tuple(replace(block, joins=False) for block in chain.blocks)
-                chain = Chain(alone, chain.base_bytes)
+                chain = replace(chain, blocks=alone)
                 continue
             if measured + _SLACK_BYTES <= self.n_bytes:
                 executor.told = _told(chain, plan, self.n_bytes, measured)
                 return executor
             executor.remove()
             aim -= measured + _SLACK_BYTES - self.n_bytes
-        least = _least(model, blocks, chain, sample, contexts)
+        least = _least(chain, model, blocks, sample, ways, store)
         raise ConfigError(
             f"the activations of {len(blocks)} blocks ({type(blocks[0]).__name__} and so on) do "
             f"not fit into {self.n_bytes} bytes: however often they are computed again, {least} "
             f"bytes ({_mib(least)}) are needed; raise the budget to that, make the microbatch "
-            "smaller and gradient_accumulation_steps larger, or name more of the model's blocks"
+            "smaller and gradient_accumulation_steps larger, name more of the model's blocks"
+            + (", or offload to disk" if store is None else "")
         )
+
+    def _store(self, model: nn.Module) -> Store | None:
+        if self.offload == "host" and not any(p.is_cuda for p in model.parameters()):
+            raise ConfigError(
+                "offload is 'host', but the model is in the host's memory already; offload to "
+                "'disk', or not at all"
+            )
+        if self.offload == "disk":
+            return DiskStore(self.offload_folder)
+        return None if self.offload is None else HostStore()
 
 
 def _plan(chain: Chain, peak_bytes: int) -> Plan | None:
@@ -122,17 +159,18 @@ def _plan(chain: Chain, peak_bytes: int) -> Plan | None:
 
 
 def _least(
+    chain: Chain,
     model: nn.Module,
     blocks: Sequence[nn.Module],
-    chain: Chain,
     sample: Sample,
-    contexts: Sequence[MakeContexts | None],
+    ways: Mapping[str, MakeContexts],
+    store: Store | None,
 ) -> int:
     """A budget that can be kept: of the smallest plan, tried out."""
     least = smallest_bytes(chain)
     while (plan := _plan(chain, least)) is None:  # it nests too deep
         least += least // 8
-    executor = Executor(model, blocks, plan[:-1], contexts)
+    executor = Executor(model, blocks, plan[:-1], ways, store)
     try:
         return max(least, peak_bytes(model, sample)) + _SLACK_BYTES
     finally:
@@ -141,14 +179,19 @@ def _least(
 
 def _told(chain: Chain, plan: Plan, budget: int, measured: int) -> str:
     steps = plan[:-1]
-    again = sum(isinstance(step, Recompute) for step in steps)
-    by_way = [sum(step == Keep(way) for step in steps) for way in (0, 1)]
-    computed = len(chain) - 1 - sum(by_way)
+    kept = Counter(step.way for step in steps if isinstance(step, Keep))
+    whole = kept.pop("all", 0)
+    told = [f"{whole} keep everything", *(f"{n} {way}" for way, n in sorted(kept.items()))]
+    computed = len(chain) - 1 - whole - sum(kept.values())
+    groups = sum(isinstance(step, Recompute) for step in steps)
+    told.append(f"{computed} are computed again in {groups} groups")
+    offloaded = sum(step.offload for step in steps)
+    if offloaded:
+        told.append(f"{offloaded} inputs are offloaded")
     predicted = cost(chain, plan)
     everything = cost(chain, (Keep(),) * len(chain))
     return (
-        f"activations: of {len(chain) - 1} blocks {by_way[0]} keep everything, {by_way[1]} what is "
-        f"dear, {computed} are computed again in {again} groups; predicted are "
+        f"activations: of {len(chain) - 1} blocks {', '.join(told)}; predicted are "
         f"{_mib(predicted.peak_bytes)} and {predicted.seconds / everything.seconds - 1.0:+.0%} "
         f"time, measured {_mib(measured)} of {_mib(budget)} (everything: "
         f"{_mib(everything.peak_bytes)})"

@@ -19,23 +19,28 @@ class Way:
     """
 
     name: str
-    """``"all"``: everything is kept that the backward pass needs. ``"dear"``: only what is dear to
-    compute; the rest is computed again in the backward pass."""
+    """``"all"``: everything is kept that the backward pass needs; others run the block again in the
+    backward pass, but for what they are named after."""
     forward_seconds: float
     backward_seconds: float
     """What is computed again included."""
     kept_bytes: int
-    """From the end of the forward pass to the backward pass; the block's output included."""
+    """From the end of the forward pass to the backward pass; the block's output is one of them only
+    if the block itself needs it."""
     forward_bytes: int
-    """At most, during the forward pass; at least ``kept_bytes``."""
+    """At most, during the forward pass, its output included."""
     backward_bytes: int
     """At most, during the backward pass, beside the gradient of the output: what has been kept
-    included, but for the output where nobody needs it any more."""
+    included."""
     stopped_seconds: float
     """As ``forward_seconds``, of a forward pass that is only made for the backward pass: it stops
     when that has all it needs, so that nobody computes the output."""
-    stopped_bytes: int
-    """As ``kept_bytes``, then."""
+    keeps_input: bool = True
+    """The backward pass needs the block's input."""
+    keeps_output: bool = False
+    """The backward pass needs the block's output, and ``kept_bytes`` has it."""
+    runs_again: bool = False
+    """In the backward pass, from its input, which can be offloaded until then."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Block:
     joins: bool = True
     """It can be computed again together with the block before it."""
 
+    def way(self, name: str) -> Way:
+        """One of its ways."""
+        return next(way for way in self.ways if way.name == name)
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -64,6 +73,8 @@ class Chain:
         blocks: in the order in which they run.
         base_bytes: there all the time: the input of the first block, and what the model keeps
             before it.
+        offload_seconds: to write a byte of a block's output somewhere else, and to read it again;
+            None: there is nowhere else.
 
     Raises:
         ConfigError: no block, or a block that cannot be run in any way.
@@ -71,6 +82,7 @@ class Chain:
 
     blocks: tuple[Block, ...]
     base_bytes: int = 0
+    offload_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -82,11 +94,9 @@ class Chain:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    @property
-    def seconds(self) -> float:
-        """Of a step that keeps everything."""
-        ways = [block.ways[0] for block in self.blocks]
-        return sum(way.forward_seconds + way.backward_seconds for way in ways)
+    def input_bytes(self, block: int) -> int:
+        """Of a block's input: what the one before it returned; the first one's is in the base."""
+        return self.blocks[block - 1].output_bytes if block else 0
 
     def without_keeping(self, first: int, last: int) -> tuple[float, int]:
         """Seconds, and bytes at most, of a forward pass that keeps nothing but the last output."""

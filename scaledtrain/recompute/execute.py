@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from scaledtrain.recompute.blocks import (
     same_arguments,
 )
 from scaledtrain.recompute.dear import MakeContexts
+from scaledtrain.recompute.offload import Offload, Store
 from scaledtrain.recompute.plan import Keep, Plan, Step, count_blocks
 from scaledtrain.recompute.rerun import Rerun
 
@@ -41,8 +44,9 @@ class Executor:
         model: that has the blocks.
         blocks: in the order in which the model calls them, each with the output of the one before.
         plan: for all of them.
-        ways: of a block that a plan's `Keep` may name: the contexts in which it is checkpointed;
-            None: it keeps everything.
+        ways: of running a block that a plan's `Keep` may name beside ``"all"``, and the contexts in
+            which it is checkpointed then.
+        store: where a plan offloads inputs to.
         told: what to tell the user about the plan.
 
     Raises:
@@ -55,7 +59,8 @@ class Executor:
         model: nn.Module,
         blocks: Sequence[nn.Module],
         plan: Plan,
-        ways: Sequence[MakeContexts | None] = (None,),
+        ways: Mapping[str, MakeContexts] | None = None,
+        store: Store | None = None,
         told: str = "",
     ) -> None:
         self.told = told
@@ -64,10 +69,10 @@ class Executor:
         self._place: list[tuple[_Together, int]] = []
         for step in plan:
             n, first = count_blocks((step,)), len(self._place)
-            together = _Together(list(blocks[first : first + n]), step, ways)
+            together = _Together(list(blocks[first : first + n]), step, ways or {}, store)
             self._place += [(together, place) for place in range(n)]
         self._interception = Interception(blocks, self._call)
-        self._hook = model.register_forward_hook(self._raise_if_waiting)
+        self._hook = model.register_forward_hook(_End(self._raise_if_waiting))
 
     def remove(self) -> None:
         """Let the blocks run as they are."""
@@ -93,7 +98,7 @@ class Executor:
         self._waiting = together if place < len(together.blocks) - 1 else None
         return output
 
-    def _raise_if_waiting(self, *_: Any) -> None:
+    def _raise_if_waiting(self) -> None:
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             waiting.forget()
@@ -104,24 +109,46 @@ class Executor:
             )
 
 
+class _End:
+    """Calls something when a model's forward pass ends; a copy of the model does not."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __call__(self, *_: Any) -> None:
+        self._call()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _End, (_nothing,)
+
+
+def _nothing() -> None:
+    pass
+
+
 class _Together:
     """Blocks of one step of the plan."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], step: Step, ways: Sequence[MakeContexts | None]
+        self,
+        blocks: Sequence[nn.Module],
+        step: Step,
+        ways: Mapping[str, MakeContexts],
+        store: Store | None,
     ) -> None:
         self.blocks = blocks
         self.step = step
-        self.keeps_all = isinstance(step, Keep) and ways[step.way] is None
+        self.keeps_all = step == Keep()
         self.running = False  # a block's call is one of ours, not the model's
-        self._ways = ways
+        self.ways = ways
+        self.store = store
         self._pass: _Pass | None = None
         self._output: Tensor | None = None
         self._is_tuple = False
 
     def run(self, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run all of them, when the first is called."""
-        one = _Pass(self, forward, args[1:], kwargs, self._ways)
+        one = _Pass(self, forward, args[1:], kwargs)
         output = one.steps((self.step,), 0, None, args[0])
         if len(self.blocks) > 1:
             self._is_tuple = isinstance(output, tuple)
@@ -169,13 +196,11 @@ class _Pass:
         first_forward: Call,
         others: tuple[Any, ...],
         kwargs: dict[str, Any],
-        ways: Sequence[MakeContexts | None],
     ) -> None:
         self._together = together
         self._first_forward = first_forward
         self._others = others
         self._kwargs = kwargs
-        self._ways = ways
         self._tensors = [t for t in tree_leaves((others, kwargs)) if isinstance(t, Tensor)]
         self._versions = [t._version for t in self._tensors]
 
@@ -206,17 +231,19 @@ class _Pass:
 
     def _step(self, step: Step, first: int, n: int, inside: Rerun | None, x: Tensor) -> Any:
         blocks = self._together.blocks[first : first + n]
+        if step == Keep():
+            return self._block(first, x)
+        is_kept = inside is None or inside.again  # if not, all of this runs again, and keeps then
+        run: Callable[[Tensor], Any]
         if isinstance(step, Keep):
-            contexts = self._ways[step.way]
-            if contexts is None:
-                return self._block(first, x)
-            # What keeps nothing keeps nothing dear either: that is for when it runs again.
-            rerun = Rerun(blocks, contexts if inside is None or inside.again else None)
-            return checkpoint(self._block, first, x, use_reentrant=False, context_fn=rerun.contexts)
-        rerun = Rerun(blocks)
-        return checkpoint(
-            self.steps, step.plan, first, rerun, x, use_reentrant=False, context_fn=rerun.contexts
-        )
+            rerun = Rerun(blocks, self._together.ways[step.way] if is_kept else None)
+            run = partial(self._block, first)
+        else:
+            rerun = Rerun(blocks)
+            run = partial(self.steps, step.plan, first, rerun)
+        store = self._together.store if step.offload and is_kept else None
+        with nullcontext() if store is None else Offload(store):
+            return checkpoint(run, x, use_reentrant=False, context_fn=rerun.contexts)
 
     def _block(self, place: int, x: Tensor) -> Any:
         if not self._is_unchanged():

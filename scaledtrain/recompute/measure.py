@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +27,21 @@ from scaledtrain.recompute.chain import Block, Chain, Way
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.live_bytes import LiveBytes
+from scaledtrain.recompute.offload import Store
 from scaledtrain.recompute.plan import every
 
 __all__ = ["measure_chain"]
 
-_REPEATS = 3  # of what is timed
-_MUTATED = "has been mutated"  # says torch's selective checkpointing
+_REPEATS = 5  # of what is timed
+_CHANGED = ("has been mutated", "in-place operation")  # what is kept, says torch
 
 
 def measure_chain(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     sample: Sample,
-    ways: Sequence[tuple[str, MakeContexts | None]],
+    ways: Mapping[str, MakeContexts],
+    store: Store | None = None,
 ) -> Chain:
     """Measure each block, and what is before and after them.
 
@@ -51,7 +52,9 @@ def measure_chain(
         model: that has them.
         blocks: in the order in which it calls them, each once.
         sample: see `Sample`.
-        ways: of running a block: name, and the contexts in which it is checkpointed.
+        ways: of running a block beside ``"all"``, by name, and the contexts in which it is
+            checkpointed. A block has not those that another one is better than in all.
+        store: where inputs of blocks can be offloaded to; None: they cannot.
 
     Returns:
         The blocks, and one more for what comes after them.
@@ -61,10 +64,11 @@ def measure_chain(
     """
     measured: dict[Hashable, Block] = {}
     chain: list[Block] = []
+    offload_seconds: float | None = None  # of a byte
     before: tuple[Any, Any, Any] | None = None  # arguments and output of the last block
 
     def call(index: int, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal before
+        nonlocal before, offload_seconds
         if index != len(chain):
             raise ConfigError(
                 f"the model calls block {index} where block {len(chain)} should come; blocks whose "
@@ -75,6 +79,8 @@ def measure_chain(
         if kind not in measured:
             with torch.enable_grad():
                 measured[kind] = _measure(forward, args, kwargs, ways)
+        if offload_seconds is None and store is not None:
+            offload_seconds = _offload_seconds(store, args[0])
         joins = before is not None and _follows(args, kwargs, *before)
         joins = joins and not has_hooks(blocks[index])
         chain.append(replace(measured[kind], joins=joins))
@@ -92,7 +98,7 @@ def measure_chain(
     if len(chain) < len(blocks):
         raise ConfigError(f"the model called {len(chain)} of its {len(blocks)} blocks")
     base, rest = _around(model, blocks, sample)
-    return Chain((*chain, rest), base)
+    return Chain((*chain, rest), base, offload_seconds)
 
 
 def _kind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
@@ -135,7 +141,7 @@ def _measure(
     forward: Call,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    ways: Sequence[tuple[str, MakeContexts | None]],
+    ways: Mapping[str, MakeContexts],
 ) -> Block:
     """One block, by itself."""
 
@@ -156,35 +162,77 @@ def _measure(
         )
     if x.is_floating_point():
         x.requires_grad_()
-    forward_bytes, output_bytes, _, _ = _bytes(again, x)
+    plain = _bytes(again, x)
     forward_seconds, with_forward = _seconds(again, x)
-    found: list[Way] = []
-    for name, contexts in ways:
-        way = run if contexts is None else _checkpointed(run, contexts)
+    counted = _bytes(run, x)
+    ahead, back = _seconds(run, x)
+    stopped = max(0.0, with_forward - back)
+    found = [_way("all", ahead, back, stopped, counted)]
+    for name, contexts in ways.items():
+        way = _checkpointed(run, contexts)
         try:
-            most, kept, backward, returned = _bytes(way, x)
+            counted = _bytes(way, x)
+            ahead, back = _seconds(way, x)
         except RuntimeError as error:
-            if contexts is None or _MUTATED not in str(error):
+            if not any(told in str(error) for told in _CHANGED):
                 raise
             continue  # what would be kept is changed in place: the block has this way not
-        ahead, back = _seconds(way, x)
-        stopped_seconds, stopped_bytes = ahead, kept
-        if contexts is None:
-            stopped_seconds = max(0.0, with_forward - back)
-            stopped_bytes = kept - (0 if returned else output_bytes)
-        found.append(Way(name, ahead, back, kept, most, backward, stopped_seconds, stopped_bytes))
-    return Block(tuple(found), output_bytes, forward_seconds, forward_bytes)
+        found.append(_way(name, ahead, back, ahead, counted))
+    return Block(_worthwhile(found), plain.output, forward_seconds, plain.forward)
+
+
+def _way(name: str, ahead: float, back: float, stopped: float, counted: _Bytes) -> Way:
+    return Way(
+        name,
+        ahead,
+        back,
+        counted.kept,
+        counted.forward,
+        counted.backward,
+        stopped,
+        counted.keeps_input,
+        counted.keeps_output,
+        runs_again=name != "all",
+    )
+
+
+def _worthwhile(ways: Sequence[Way]) -> tuple[Way, ...]:
+    """Without those that keep no fewer bytes than a faster one."""
+
+    def costs(way: Way) -> tuple[float, ...]:
+        seconds = way.forward_seconds + way.backward_seconds
+        return seconds, way.kept_bytes, way.forward_bytes, way.backward_bytes
+
+    found: list[Way] = []
+    for way in sorted(ways, key=costs):
+        like = [
+            w for w in found if (w.runs_again, w.keeps_output) == (way.runs_again, way.keeps_output)
+        ]
+        if not any(all(a <= b for a, b in zip(costs(w), costs(way), strict=True)) for w in like):
+            found.append(way)
+    return tuple(sorted(found, key=lambda way: way.runs_again))
 
 
 def _checkpointed(run: Call, contexts: MakeContexts) -> Call:
     return lambda x: checkpoint(run, x, use_reentrant=False, context_fn=contexts)
 
 
-def _bytes(run: Call, x: Tensor) -> tuple[int, int, int, bool]:
-    """What is alive when, and whether the output is kept for the backward pass.
+class _Bytes(NamedTuple):
+    """What is alive when, beside a block's input."""
 
-    Bytes: most during forward; after it; most during backward, beside the output's gradient.
-    """
+    forward: int
+    """At most, with the output."""
+    kept: int
+    """Afterwards."""
+    backward: int
+    """At most, beside the output's gradient."""
+    output: int
+    keeps_input: bool
+    keeps_output: bool
+    """``kept`` has it."""
+
+
+def _bytes(run: Call, x: Tensor) -> _Bytes:
     saved: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -195,23 +243,26 @@ def _bytes(run: Call, x: Tensor) -> tuple[int, int, int, bool]:
     with LiveBytes() as counted:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = first_tensor(run(x))
-        most, kept = counted.peak, counted.live
-        is_saved = output.untyped_storage()._cdata in saved
+        forward, with_output = counted.peak, counted.live
+        storage = output.untyped_storage()._cdata
+        returns_input = storage == x.untyped_storage()._cdata
         gradient = torch.ones_like(output)
-        output_bytes = gradient.untyped_storage().nbytes()
+        n_bytes = gradient.untyped_storage().nbytes()
         edge = get_gradient_edge(output) if output.requires_grad else None
         del output
+        kept = counted.live - n_bytes
         counted.peak = counted.live
         if edge is not None:
             with _as_backward(gradient):
                 torch.autograd.backward(edge, gradient)
-        backward = counted.peak - output_bytes
+        backward = counted.peak - n_bytes
     x.grad = None
-    return most, kept, backward, is_saved
+    keeps_input = returns_input or x.untyped_storage()._cdata in saved
+    return _Bytes(forward, kept, backward, n_bytes, keeps_input, with_output == kept)
 
 
 def _seconds(run: Call, x: Tensor) -> tuple[float, float]:
-    """Of forward and backward, medians."""
+    """Of forward and backward, the least: whatever else the machine does only adds to it."""
     ahead, back = [], []
     for repeat in range(_REPEATS + 1):
         torch.clear_autocast_cache()
@@ -226,7 +277,17 @@ def _seconds(run: Call, x: Tensor) -> tuple[float, float]:
         if repeat > 0:  # the first one warms up
             ahead.append(middle - start)
             back.append(end - middle)
-    return statistics.median(ahead), statistics.median(back)
+    return min(ahead), min(back)
+
+
+def _offload_seconds(store: Store, x: Tensor) -> float:
+    """Of a byte, there and back; the least."""
+    found = []
+    for _ in range(_REPEATS + 1):
+        start = _now(x)
+        store.put(x)()
+        found.append(_now(x) - start)
+    return min(found) / (x.numel() * x.element_size())
 
 
 def _as_backward(like: Tensor) -> AbstractContextManager[Any]:
@@ -280,5 +341,5 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
         executor.remove()
         for hook in hooks:
             hook.remove()
-    way = Way("all", middle - start, end - middle, 0, most, most, middle - start, 0)
+    way = Way("all", middle - start, end - middle, 0, most, most, middle - start)
     return base, Block((way,), 0, middle - start, most)

@@ -16,10 +16,12 @@ class Keep:
     """Run one block so that its backward pass can follow.
 
     Args:
-        way: which of its ways.
+        way: the name of one of its ways.
+        offload: its input, until the block runs again; only if the way does that.
     """
 
-    way: int = 0
+    way: str = "all"
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,11 @@ class Recompute:
 
     Args:
         plan: of the second time. It may compute again in its turn.
+        offload: their input, until they run again.
     """
 
     plan: Plan
+    offload: bool = False
 
 
 Step = Keep | Recompute
@@ -84,12 +88,12 @@ def cost(chain: Chain, plan: Plan) -> Cost:
         plan: for all of them.
 
     Example:
-        Two blocks that keep 10 bytes each, 1 of them their output, and one more in the backward
-        pass. Everything: 20 bytes, and the last gradient. Computed again, at first only outputs
-        are there.
+        Two blocks that keep 9 bytes each, beside their input of 1. Everything: 18 bytes, the second
+        one's input, and the gradient of its output while its backward pass has 11. Computed again,
+        the first one's input is there anyway.
 
         >>> from scaledtrain.recompute.chain import Block, Way
-        >>> way = Way("all", 1.0, 2.0, 10, 10, 11, 1.0, 9)
+        >>> way = Way("all", 1.0, 2.0, 9, 10, 11, 1.0)
         >>> chain = Chain((Block((way,), 1, 1.0, 2),) * 2)
         >>> cost(chain, (Keep(), Keep()))
         Cost(seconds=6.0, peak_bytes=22)
@@ -116,38 +120,50 @@ class _Walk:
         self.peak = max(self.peak, self.live + more)
 
     def step(self, plan: Plan, first: int, again: bool) -> None:
-        """Forward, then backward; ``again``: the forward pass is made for the backward pass."""
+        """Forward, then backward; ``again``: the forward pass is made for the backward pass.
+
+        The input of the first block is somebody else's, who has counted it.
+        """
         blocks = self._chain.blocks
         places = list(_places(plan, first))
         end = places[-1][2]
+        own: list[int] = []  # bytes of the step's input, unless they have been counted
+        counted = True
         for step, start, stop in places:
+            own.append(0 if counted else self._chain.input_bytes(start))
+            self.live += own[-1]
             if isinstance(step, Keep):
-                way = blocks[start].ways[step.way]
+                way = blocks[start].way(step.way)
                 self._reaches(way.forward_bytes)
+                self.live += way.kept_bytes
                 stopped = again and stop == end
-                self.live += way.stopped_bytes if stopped else way.kept_bytes
                 self.seconds += way.stopped_seconds if stopped else way.forward_seconds
+                keeps_input, counted = way.keeps_input, way.keeps_output
             else:
                 seconds, most = self._chain.without_keeping(start, stop - 1)
                 self._reaches(most)
-                self.live += blocks[stop - 1].output_bytes
                 self.seconds += seconds
-        for step, start, stop in reversed(places):
+                keeps_input, counted = True, False
+            if step.offload:
+                assert self._chain.offload_seconds is not None
+                self.seconds += own[-1] * self._chain.offload_seconds
+            if step.offload or not keeps_input:
+                self.live -= own[-1]
+        for (step, start, _), n_bytes in zip(reversed(places), reversed(own), strict=True):
+            if step.offload:
+                self.live += n_bytes
             if isinstance(step, Keep):
-                way = blocks[start].ways[step.way]
-                stopped = again and stop == end
-                self.live -= way.stopped_bytes if stopped else way.kept_bytes
+                way = blocks[start].way(step.way)
+                self.live -= way.kept_bytes
                 self._reaches(way.backward_bytes)
                 self.seconds += way.backward_seconds
-                self._gradient_moves(start)
+                self.live += self._chain.input_bytes(start) - blocks[start].output_bytes
+                keeps_input = way.keeps_input
             else:
-                self.live -= blocks[stop - 1].output_bytes
                 self.step(step.plan, start, again=True)
-
-    def _gradient_moves(self, block: int) -> None:
-        """The gradient of the block's output is given up for that of its input."""
-        before = self._chain.blocks[block - 1].output_bytes if block else 0
-        self.live += before - self._chain.blocks[block].output_bytes
+                keeps_input = True
+            if keeps_input:
+                self.live -= n_bytes
 
 
 def _places(plan: Sequence[Step], first: int) -> Iterator[tuple[Step, int, int]]:

@@ -133,7 +133,7 @@ class Selective(CheckpointPolicy):
         """Checkpoint each block by itself, and keep these operators' results."""
         n, contexts = len(blocks), contexts_of(self._overloads())
         told = f"activations: of each of {n} blocks only what is dear to compute is kept"
-        return Executor(model, blocks, (Keep(),) * n, (contexts,), told)
+        return Executor(model, blocks, (Keep("dear"),) * n, {"dear": contexts}, told=told)
 
 
 def _told_groups(k: int, n: int) -> str:

@@ -1,23 +1,26 @@
 """The fastest plan within a number of bytes, by dynamic programming over the chain.
 
-For blocks i..l with m bytes, the gradient of the last output included, either block i keeps what
-its backward pass needs, in one of its ways,
+For blocks i..l with m bytes, the gradient of the last output and the input of the first block
+included, either block i keeps what its backward pass needs, in one of its ways,
 
     T(m, i, l) = f_i + T(m - kept_i, i + 1, l) + b_i
 
-or blocks i..j-1 are run without keeping anything but their last output, and again when the rest is
-done:
+or blocks i..j-1 are run without keeping anything but their input, and again when the rest is done:
 
-    T(m, i, l) = sum_{k=i}^{j-1} f_k + T(m - a_{j-1}, j, l) + T(m, i, j - 1)
+    T(m, i, l) = sum_{k=i}^{j-1} f_k + T(m - a_{i-1}, j, l) + T(m - a_{i-1}, i, j - 1)
 
-each where the bytes that it takes meanwhile fit. Every plan of these two kinds of steps is
-considered, so the result is the fastest of them, for sizes rounded up to a unit.
+each where the bytes that it takes meanwhile fit. What runs again may have its input a_{i-1} written
+to somewhere else meanwhile: then the rest has m bytes, and the way there and back is added. Whoever
+needs a block's input counts it, unless it is there anyway: then T is another one. Every plan of
+these kinds of steps is considered, so the result is the fastest of them, for sizes rounded up to a
+unit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +43,12 @@ def fastest_plan(chain: Chain, peak_bytes: int) -> Plan | None:
         peak_bytes: of activations, at any moment of the step.
 
     Example:
-        Four blocks that keep 10 bytes, of which 1 is the output. Everything is 40 bytes, a
-        gradient, and a byte on the way. In 20 bytes one block is kept, and three are run again.
+        Four blocks that keep 9 bytes, beside their input of 1. Everything is 40 bytes, a gradient,
+        and a byte on the way. In 25 bytes one block is kept beside the one whose turn it is, and
+        two are run again.
 
         >>> from scaledtrain.recompute.plan import cost
-        >>> way = Way("all", 1.0, 2.0, 10, 10, 11, 1.0, 9)
+        >>> way = Way("all", 1.0, 2.0, 9, 10, 11, 1.0)
         >>> chain = Chain((Block((way,), 1, 1.0, 2),) * 4)
         >>> cost(chain, fastest_plan(chain, 42))
         Cost(seconds=12.0, peak_bytes=42)
@@ -62,7 +66,8 @@ def fastest_plan(chain: Chain, peak_bytes: int) -> Plan | None:
 def smallest_bytes(chain: Chain) -> int:
     """The least budget for which there is a plan, up to a thousandth of what everything needs."""
     table = _Table(chain, _enough(chain))
-    units = int(np.argmax(np.isfinite(table.times(0, len(chain) - 1, False))))
+    whole = _Part(0, len(chain) - 1, False, True)
+    units = int(np.argmax(np.isfinite(table.times(whole))))
     least = units * table.unit + chain.base_bytes
     while fastest_plan(chain, least) is None:  # which rounds to other units
         least += table.unit
@@ -72,10 +77,41 @@ def smallest_bytes(chain: Chain) -> int:
 def _enough(chain: Chain) -> int:
     """Bytes with which every plan fits, without those that are always there."""
     ways = [way for block in chain.blocks for way in block.ways]
-    kept = sum(max(way.kept_bytes for way in block.ways) for block in chain.blocks)
+    kept = sum(
+        max(way.kept_bytes for way in block.ways) + block.output_bytes for block in chain.blocks
+    )
     working = max(max(way.forward_bytes, way.backward_bytes) for way in ways)
     working = max(working, *(block.forward_bytes for block in chain.blocks))
     return kept + working + max(block.output_bytes for block in chain.blocks)
+
+
+class _Part(NamedTuple):
+    """Consecutive blocks, and in which situation they run."""
+
+    first: int
+    last: int
+    again: bool
+    """The forward pass is made for the backward pass alone."""
+    counted: bool
+    """The first block's input is there anyway, and in nobody's count here."""
+
+
+class _Option(NamedTuple):
+    """What can be done with the first block of a part, or several."""
+
+    way: str | None
+    """Of the first block; None: what is before the rest is computed again."""
+    rest: int
+    """Its first block."""
+    offload: bool
+    stays: int
+    """Units that are kept while the rest has its turn."""
+    counted: bool
+    """The rest's input is among them."""
+    least: int
+    """Units that it needs."""
+    seconds: _Times
+    """With that many units and more."""
 
 
 class _Table:
@@ -90,107 +126,118 @@ class _Table:
 
     def __init__(self, chain: Chain, limit: int) -> None:
         self.unit = _unit(chain, limit)
+        self._chain = chain
         self._blocks = chain.blocks
         self._top = limit // self.unit
         self._outputs = [self._units(block.output_bytes) for block in chain.blocks]
         self._kinds = _kinds(chain)
-        self._solved: dict[tuple[bytes, bool], _Times] = {}
+        self._solved: dict[tuple[bytes, bool, int], _Times] = {}
         end = len(chain) - 1
         for length in range(1, len(chain) + 1):
-            for first in range(len(chain) - length + 1):
-                self._solve(first, first + length - 1, True)
-            self._solve(len(chain) - length, end, False)
+            for counted in (True, False):
+                for first in range(len(chain) - length + 1):
+                    self._solve(_Part(first, first + length - 1, True, counted))
+                self._solve(_Part(len(chain) - length, end, False, counted))
 
-    def _key(self, first: int, last: int, again: bool) -> tuple[bytes, bool]:
-        return self._kinds[2 * first : 2 * last + 2], again
+    def _key(self, part: _Part) -> tuple[bytes, bool, int]:
+        kinds = self._kinds[2 * part.first : 2 * part.last + 2]
+        return kinds, part.again, 0 if part.counted else self._chain.input_bytes(part.first)
 
-    def times(self, first: int, last: int, again: bool) -> _Times:
-        """By units, the least seconds of the blocks from ``first`` to ``last``.
+    def _input(self, part: _Part) -> int:
+        """Units of the first block's input, unless they are in nobody's count."""
+        return 0 if part.counted or part.first == 0 else self._outputs[part.first - 1]
 
-        Args:
-            first: block.
-            last: block.
-            again: the forward pass is made for the backward pass alone.
-        """
-        return self._solved[self._key(first, last, again)]
+    def times(self, part: _Part) -> _Times:
+        """By units, the least seconds."""
+        return self._solved[self._key(part)]
 
-    def _solve(self, first: int, last: int, again: bool) -> None:
-        key = self._key(first, last, again)
+    def _solve(self, part: _Part) -> None:
+        key = self._key(part)
         if key in self._solved:
             return
         best = np.full(self._top + 1, math.inf)
-        for _, least, seconds in self._options(first, last, again):
-            np.minimum(best[least:], seconds, out=best[least:])
+        for option in self._options(part):
+            np.minimum(best[option.least :], option.seconds, out=best[option.least :])
         self._solved[key] = best
 
-    def _options(
-        self, first: int, last: int, again: bool
-    ) -> Iterator[tuple[tuple[int, int], int, _Times]]:
-        """What can be done with the first block, or several.
-
-        Yields:
-            The way and the first block of the rest, the way -1 if what is before the rest is
-            computed again; the units that it needs; and the seconds with that many and more.
-        """
-        for index, way in enumerate(self._blocks[first].ways):
-            least, seconds = self._kept(way, first, last, again)
-            if least <= self._top:
-                yield (index, first + 1), least, seconds
-        forward_seconds, most, before, end = 0.0, 0, 0, self._outputs[last]
-        for rest in range(first + 1, last + 1):
-            if rest > first + 1 and not self._blocks[rest - 1].joins:
+    def _options(self, part: _Part) -> Iterator[_Option]:
+        for way in self._blocks[part.first].ways:
+            yield from self._keeping(part, way, False)
+            if way.runs_again and self._can_offload(part):
+                yield from self._keeping(part, way, True)
+        forward_seconds, most, before, end = 0.0, 0, 0, self._outputs[part.last]
+        own = self._input(part)
+        for rest in range(part.first + 1, part.last + 1):
+            if rest > part.first + 1 and not self._blocks[rest - 1].joins:
                 return
-            block, output = self._blocks[rest - 1], self._outputs[rest - 1]
+            block = self._blocks[rest - 1]
             forward_seconds += block.forward_seconds
             most = max(most, before + block.forward_bytes)
             before = block.output_bytes
-            least = max(self._units(most) + end, output)
+            least = own + self._units(most) + end
             if least > self._top:
                 return
-            seconds = self.times(rest, last, again)[least - output : self._top + 1 - output]
-            yield (
-                (-1, rest),
-                least,
-                seconds + self.times(first, rest - 1, True)[least:] + forward_seconds,
-            )
+            inner = self.times(_Part(part.first, rest - 1, True, True))
+            seconds = inner[least - own : self._top + 1 - own] + forward_seconds
+            for offload in (False, True) if self._can_offload(part) else (False,):
+                stays = 0 if offload else own
+                after = self.times(_Part(rest, part.last, part.again, False))
+                all_seconds = after[least - stays : self._top + 1 - stays] + seconds
+                if offload:
+                    all_seconds += self._offload_seconds(part)
+                yield _Option(None, rest, offload, stays, False, least, all_seconds)
 
-    def _kept(self, way: Way, first: int, last: int, again: bool) -> tuple[int, _Times]:
-        stopped = again and first == last
-        kept = self._units(way.stopped_bytes if stopped else way.kept_bytes)
-        seconds = way.stopped_seconds if stopped else way.forward_seconds
+    def _keeping(self, part: _Part, way: Way, offload: bool) -> Iterator[_Option]:
+        """Run the first block in one of its ways."""
+        first, last, again, _ = part
+        seconds = way.stopped_seconds if again and first == last else way.forward_seconds
         seconds += way.backward_seconds
+        if offload:
+            seconds += self._offload_seconds(part)
+        own = self._input(part)
+        kept_input = own if way.keeps_input else 0
+        stays = self._units(way.kept_bytes) + (0 if offload else kept_input)
         least = max(
-            kept,
-            self._units(way.forward_bytes) + self._outputs[last],
-            self._outputs[first] + self._units(way.backward_bytes),
+            stays,
+            own + self._units(way.forward_bytes) + self._outputs[last],
+            kept_input + self._outputs[first] + self._units(way.backward_bytes),
         )
-        if first == last:
-            return least, np.full(max(0, self._top + 1 - least), seconds)
-        rest = self.times(first + 1, last, again)
-        return least, rest[least - kept : self._top + 1 - kept] + seconds
+        if least > self._top:
+            return
+        times = np.full(self._top + 1 - least, float(seconds))
+        if first < last:
+            rest = self.times(_Part(first + 1, last, again, way.keeps_output))
+            times += rest[least - stays : self._top + 1 - stays]
+        yield _Option(way.name, first + 1, offload, stays, way.keeps_output, least, times)
+
+    def _can_offload(self, part: _Part) -> bool:
+        return self._chain.offload_seconds is not None and self._input(part) > 0
+
+    def _offload_seconds(self, part: _Part) -> float:
+        return self._chain.input_bytes(part.first) * (self._chain.offload_seconds or 0.0)
 
     def _units(self, n_bytes: int) -> int:
         return -(-n_bytes // self.unit)
 
     def plan(self) -> Plan | None:
         """Of the whole chain, with all units."""
-        last = len(self._blocks) - 1
-        if math.isinf(self.times(0, last, False)[self._top]):
+        whole = _Part(0, len(self._blocks) - 1, False, True)
+        if math.isinf(self.times(whole)[self._top]):
             return None
-        return tuple(self._steps(self._top, 0, last, False))
+        return tuple(self._steps(self._top, whole))
 
-    def _steps(self, units: int, first: int, last: int, again: bool) -> Iterator[Step]:
-        while first <= last:
-            options = self._options(first, last, again)
-            fitting = [(s[units - least], o) for o, least, s in options if least <= units]
-            _, (way, rest) = min(fitting)
-            if way >= 0:
-                yield Keep(way)
-                units -= self._units(self._blocks[first].ways[way].kept_bytes)
+    def _steps(self, units: int, part: _Part) -> Iterator[Step]:
+        while part.first <= part.last:
+            fitting = [option for option in self._options(part) if option.least <= units]
+            best = min(fitting, key=lambda option: option.seconds[units - option.least])
+            if best.way is not None:
+                yield Keep(best.way, best.offload)
             else:
-                yield Recompute(tuple(self._steps(units, first, rest - 1, True)))
-                units -= self._outputs[rest - 1]
-            first = rest
+                inner = _Part(part.first, best.rest - 1, True, True)
+                steps = self._steps(units - self._input(part), inner)
+                yield Recompute(tuple(steps), best.offload)
+            units -= best.stays
+            part = _Part(best.rest, part.last, part.again, best.counted)
 
 
 def _kinds(chain: Chain) -> bytes:
@@ -206,6 +253,6 @@ def _unit(chain: Chain, limit: int) -> int:
     for block in chain.blocks:
         sizes |= {block.output_bytes, block.forward_bytes}
         for way in block.ways:
-            sizes |= {way.kept_bytes, way.forward_bytes, way.backward_bytes, way.stopped_bytes}
+            sizes |= {way.kept_bytes, way.forward_bytes, way.backward_bytes}
     divisor = math.gcd(*sizes) or 1
     return max(divisor, -(-limit // _UNITS))

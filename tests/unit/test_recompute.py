@@ -138,14 +138,15 @@ def test_predicted_bytes_are_measured_bytes(case: str) -> None:
     model = make()
     blocks = list(model.children()) if case == "layers" else None
     blocks = blocks or list(model.get_submodule("blocks" if case == "gpt" else "stages"))
-    chain = measure_chain(model, blocks, sample, [("all", None), ("dear", contexts_of())])
+    ways = {"dear": contexts_of()}
+    chain = measure_chain(model, blocks, sample, ways)
     assert len(chain) == len(blocks) + 1
     n, one = len(blocks), Keep()
-    nested = (Recompute((Recompute((one, one)), one)), Recompute((one, Keep(1))))
-    plans: list[Plan] = [(one,) * n, every(1, n), every(2, n), (Keep(1),) * n]
+    nested = (Recompute((Recompute((one, one)), one)), Recompute((one, Keep("dear"))))
+    plans: list[Plan] = [(one,) * n, every(1, n), every(2, n), (Keep("dear"),) * n]
     plans.append((*nested, *every(1, n - 5)))
     for plan in plans:
-        executor = Executor(model, blocks, plan, (None, contexts_of()))
+        executor = Executor(model, blocks, plan, ways)
         measured = peak_bytes(model, sample)
         executor.remove()
         assert cost(chain, (*plan, one)).peak_bytes == pytest.approx(measured, rel=0.05)

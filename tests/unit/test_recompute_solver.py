@@ -15,40 +15,48 @@ from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
 def plans(chain: Chain, first: int, last: int) -> Iterator[Plan]:
     """All for some blocks whose last one is kept."""
-    for way in range(len(chain.blocks[first].ways)):
-        rests: Iterator[Plan] = iter([()]) if first == last else plans(chain, first + 1, last)
-        yield from ((Keep(way), *rest) for rest in rests)
+    for way in chain.blocks[first].ways:
+        for offload in (False, True) if way.runs_again and chain.offload_seconds else (False,):
+            rests: Iterator[Plan] = iter([()]) if first == last else plans(chain, first + 1, last)
+            yield from ((Keep(way.name, offload), *rest) for rest in rests)
     for middle in range(first + 1, last + 1):
         inner = list(plans(chain, first, middle - 1))
-        for rest in plans(chain, middle, last):
-            yield from ((Recompute(plan), *rest) for plan in inner)
+        for offload in (False, True) if chain.offload_seconds else (False,):
+            for rest in plans(chain, middle, last):
+                yield from ((Recompute(plan, offload), *rest) for plan in inner)
 
 
 def any_block(generator: random.Random) -> Block:
     output, seconds = generator.randint(1, 4), generator.randint(1, 9)
     ways = []
-    for _ in range(generator.randint(1, 2)):
-        kept = output + generator.randint(0, 9)
+    for name in ("all", "dear")[: generator.randint(1, 2)]:
+        kept = generator.randint(0, 9)
+        keeps_output = kept >= output and generator.random() < 0.3
+        beside = kept - output if keeps_output else kept
+        runs_again = generator.random() < 0.5
         ways.append(
             Way(
-                "any",
+                name,
                 forward_seconds=seconds + generator.randint(0, 2),
                 backward_seconds=generator.randint(1, 9),
                 kept_bytes=kept,
-                forward_bytes=kept + generator.randint(0, 4),
+                forward_bytes=beside + output + generator.randint(0, 4),
                 backward_bytes=generator.randint(0, 5),
                 stopped_seconds=generator.randint(0, seconds),
-                stopped_bytes=kept - generator.randint(0, output),
+                keeps_input=runs_again or generator.random() < 0.7,
+                keeps_output=keeps_output,
+                runs_again=runs_again,
             )
         )
     return Block(tuple(ways), output, seconds, output + generator.randint(0, 3))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(24))
 def test_the_solver_finds_what_trying_all_plans_finds(seed: int) -> None:
     generator = random.Random(seed)
     n_blocks = generator.randint(1, 4)
-    chain = Chain(tuple(any_block(generator) for _ in range(n_blocks)), generator.randint(0, 3))
+    blocks = tuple(any_block(generator) for _ in range(n_blocks))
+    chain = Chain(blocks, generator.randint(0, 3), generator.choice([None, 0.25]))
     costs = [cost(chain, plan) for plan in plans(chain, 0, n_blocks - 1)]
     least = min(c.peak_bytes for c in costs)
     assert smallest_bytes(chain) == least
@@ -61,15 +69,15 @@ def test_the_solver_finds_what_trying_all_plans_finds(seed: int) -> None:
         assert found.seconds == min(c.seconds for c in costs if c.peak_bytes <= budget)
 
 
-KEEPS_ALL = Way("all", 1.0, 2.0, 12, 12, 13, 0.75, 11)
-KEEPS_SOME = Way("dear", 1.25, 2.5, 7, 12, 14, 1.25, 7)
+KEEPS_ALL = Way("all", 1.0, 2.0, 11, 12, 13, 0.75)
+KEEPS_SOME = Way("dear", 1.25, 2.5, 6, 12, 14, 1.25, runs_again=True)
 BLOCK = Block((KEEPS_ALL, KEEPS_SOME), output_bytes=1, forward_seconds=1.0, forward_bytes=6)
 UNIFORM = Chain((BLOCK,) * 16)
 
 
 def test_no_fixed_policy_is_faster_in_as_many_bytes() -> None:
     fixed = [(*every(k, 15), Keep()) for k in range(1, 16)]
-    fixed += [(Keep(way),) * 16 for way in (0, 1)]
+    fixed += [(Keep(way),) * 16 for way in ("all", "dear")]
     for plan in fixed:
         seconds, peak = cost(UNIFORM, plan)
         best = fastest_plan(UNIFORM, peak)
@@ -84,31 +92,62 @@ def test_more_bytes_never_take_longer_and_the_least_is_run_most() -> None:
     seconds = [cost(UNIFORM, plan).seconds for plan in found if plan is not None]
     assert len(seconds) == len(budgets)
     assert seconds == sorted(seconds, reverse=True)
-    # Keeping everything: 16 x (1 + 2). One block's 13 bytes in its backward pass and its gradient
-    # are the least, with at least one boundary: the other blocks run again and again.
+    # Keeping everything: 16 x (1 + 2). One block's 13 bytes in its backward pass, its input and its
+    # gradient are the least: the other blocks run again and again.
     assert seconds[-1] == 48.0
     assert seconds[0] > 80.0
     assert least == 13 + 1 + 1
 
 
 def test_what_comes_to_what() -> None:
-    # The others' 12 bytes each, the last gradient, and the last one's 13 in its backward pass.
+    # The others' 11 bytes each, two inputs, the last gradient, and the last one's 13 in its
+    # backward pass.
     three = Chain((BLOCK,) * 3, base_bytes=100)
-    assert cost(three, (Keep(),) * 3) == (9.0, 100 + 24 + 1 + 13)
-    # Two boundaries of 1 wait while the last block has 13 and a gradient; the others run again,
+    assert cost(three, (Keep(),) * 3) == (9.0, 100 + 22 + 2 + 1 + 13)
+    # Two inputs of 1 wait while the last block has 13 and a gradient; the others run again,
     # stopped: 2 x (1 + 0.75 + 2) + 3.
     assert cost(three, (*every(1, 2), Keep())) == (10.5, 100 + 2 + 1 + 13)
     # Together, the second one alone is stopped: 1 + 1 + 3, and again 1 + 2 + 0.75 + 2. The first
-    # one's 12 bytes wait meanwhile.
+    # one's 11 bytes and the second one's input wait meanwhile.
     assert cost(three, (*every(2, 2), Keep())) == (10.75, 100 + 12 + 1 + 13)
-    # 1 + 1 + 3, again 1 + 0.75 + 2, and the first a third time 0.75 + 2; boundaries of 1 wait.
+    # 1 + 1 + 3, again 1 + 0.75 + 2, and the first a third time 0.75 + 2; inputs of 1 wait.
     nested = (Recompute((Recompute((Keep(),)), Keep())), Keep())
     assert cost(three, nested) == (11.5, 100 + 1 + 1 + 13)
-    assert cost(three, (Keep(1),) * 3) == (3 * 3.75, 100 + 7 * 2 + 1 + 14)
+    assert cost(three, (Keep("dear"),) * 3) == (3 * 3.75, 100 + 6 * 2 + 2 + 1 + 14)
+
+
+def test_what_offloading_comes_to() -> None:
+    # An input of 1 is 0.5 seconds there and back. The first block's input is always there; the
+    # second one's is away during the third one's backward pass, and here again in its own.
+    three = Chain((BLOCK,) * 3, base_bytes=100, offload_seconds=0.5)
+    plan = (Recompute((Keep(),)), Recompute((Keep(),), offload=True), Keep())
+    assert cost(three, plan) == (10.5 + 0.5, 100 + 1 + 1 + 13)
+    # All but the last one's 13 bytes and its gradient: 14 in place of 16 bytes for 2 x 0.5.
+    plan = (Recompute((Keep(),)), Recompute((Keep(),), offload=True), Keep("dear", offload=True))
+    assert cost(three, plan) == (2 * 3.75 + 3.75 + 2 * 0.5, 100 + 1 + 1 + 14)
+    best = fastest_plan(three, 100 + 1 + 1 + 13)
+    assert best is not None
+    assert cost(three, best).seconds == 11.0
+    assert fastest_plan(Chain((BLOCK,) * 3, 100), 100 + 1 + 1 + 13) == (
+        Recompute((Recompute((Keep(),)), Keep())),
+        Keep(),
+    )
+
+
+def test_what_nobody_needs_is_not_counted() -> None:
+    # As a linear layer and a tanh: the one needs its input, the other its output, which the next
+    # linear layer needs as well. All are of 4 bytes.
+    linear = Block((Way("all", 1.0, 2.0, 0, 4, 4, 0.0),), 4, 1.0, 4)
+    tanh_way = Way("all", 0.1, 0.1, 4, 4, 4, 0.1, keeps_input=False, keeps_output=True)
+    tanh = Block((tanh_way,), 4, 0.1, 4)
+    pairs = Chain((linear, tanh) * 2, base_bytes=4)
+    # The base, the last gradient, and when the last tanh runs, the other's output, what it is given
+    # and returns itself: what the linear layers return is counted as long as it is there.
+    assert cost(pairs, (Keep(),) * 4).peak_bytes == 4 + 4 + 4 + 4 + 4
 
 
 def test_a_long_chain_of_equal_blocks_is_solved() -> None:
-    tail = Block((Way("all", 0.1, 0.1, 0, 2, 2, 0.1, 0),), 0, 0.1, 2)
+    tail = Block((Way("all", 0.1, 0.1, 0, 2, 2, 0.1),), 0, 0.1, 2)
     chain = Chain((BLOCK,) * 200 + (tail,), base_bytes=1)
     everything = cost(chain, (Keep(),) * 201)
     plan = fastest_plan(chain, everything.peak_bytes // 10)

@@ -1,0 +1,254 @@
+"""What is kept of blocks that run again, and what is offloaded meanwhile: the same bits."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from scaledtrain import ConfigError
+from scaledtrain.recompute import MemoryBudget, checkpoint_activations
+from scaledtrain.recompute.apart import peak_bytes
+from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results
+from scaledtrain.recompute.live_bytes import LiveBytes
+from scaledtrain.recompute.offload import DiskStore, Offload, Store
+
+
+class Block(nn.Module):
+    """Attention over views of one tensor, dropout, a product of two activations, a convolution."""
+
+    def __init__(self, attention_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+        self.dropout = nn.Dropout(0.3)
+        self.mix = nn.Conv1d(16, 16, 3, padding=1)
+        self.attention_dropout = attention_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1)
+        )
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=self.attention_dropout
+        )
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        x = x + torch.tanh(x @ x.transpose(1, 2)) @ x
+        return x + F.gelu(self.mix(x.transpose(1, 2))).transpose(1, 2)
+
+
+class Operators(TorchDispatchMode):
+    """Counts calls of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def stores() -> dict[str, Store | None]:
+    return {"memory": None, "disk": DiskStore()}
+
+
+def results(run: Callable[[Tensor], Tensor], block: nn.Module, autocast: bool) -> list[Tensor]:
+    """Of a step: output, gradients, and the next random number."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    block.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = run(x)
+    output.float().square().sum().backward()
+    gradients = [p.grad for p in block.parameters()]
+    return [output.detach(), x.grad, *gradients, torch.rand(1)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("functions", [ATTENTION, PRODUCTS])
+def test_kept_results_change_no_bit(
+    functions: frozenset[Callable[..., Any]], where: str, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    block = Block()
+    expected = results(block, block, autocast)
+    contexts = keep_results(functions, stores()[where])
+
+    def run(x: Tensor) -> Tensor:
+        with LiveBytes():  # as where the budget is measured
+            return checkpoint(block, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+    assert all(map(torch.equal, expected, results(run, block, autocast)))
+
+
+def test_what_is_kept_is_computed_once() -> None:
+    torch.manual_seed(0)
+    block = Block()
+    contexts = keep_results(ATTENTION)
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    with Operators() as seen:
+        checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert seen.of[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] == 1
+    assert seen.of[torch.ops.aten.addmm] == 2 * 2  # of each linear layer, in each pass
+
+
+def test_attention_with_dropout_runs_again_with_the_same_random_numbers() -> None:
+    torch.manual_seed(0)
+    block = Block(attention_dropout=0.5)
+    expected = results(block, block, False)
+    contexts = keep_results(ATTENTION)
+    found = results(
+        lambda x: checkpoint(block, x, use_reentrant=False, context_fn=contexts), block, False
+    )
+    assert all(map(torch.equal, expected, found))
+
+
+def test_a_kept_result_that_is_changed_in_place_is_told() -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    contexts = keep_results(PRODUCTS)
+    loss = checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum()
+    with pytest.raises(RuntimeError, match="changed by an in-place operation"):
+        loss.backward()
+
+
+def test_a_graph_can_be_gone_through_twice() -> None:
+    torch.manual_seed(0)
+    block = Block().eval()
+    x = torch.randn(2, 8, 16, requires_grad=True)
+    for store in (None, DiskStore()):
+        contexts = keep_results(PRODUCTS, store)
+        loss = checkpoint(block, x, use_reentrant=False, context_fn=contexts).square().sum()
+        (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (twice,) = torch.autograd.grad(loss, x)
+        assert torch.equal(once, twice)
+
+
+TENSORS = {
+    "plain": lambda: torch.arange(12.0).view(3, 4),
+    "transposed": lambda: torch.arange(12.0).view(3, 4).t(),
+    "part": lambda: torch.arange(12.0).view(3, 4)[:, 1:3],
+    "offset": lambda: torch.arange(12.0)[5:],
+    "expanded": lambda: torch.ones(3, 1).expand(3, 4),
+    "nothing": lambda: torch.ones(0, 3),
+    "one": lambda: torch.tensor(2.5),
+    "bfloat16": lambda: torch.randn(5, 7).bfloat16(),
+    "mask": lambda: torch.tensor([True, False, True]),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_a_file_gives_back_what_was_put(kind: str) -> None:
+    tensor = TENSORS[kind]()
+    expected = tensor.clone()
+    store = DiskStore()
+    read = store.put(tensor)
+    if kind not in ("expanded", "part", "nothing"):  # those are kept as they are
+        tensor.zero_()
+    for found in (read(), read()):
+        assert torch.equal(found, expected)
+        assert (found.dtype, found.stride()) == (tensor.dtype, tensor.stride())
+
+
+def test_places_in_the_file_are_used_again() -> None:
+    store = DiskStore()
+    for number in range(5):
+        reads = [store.put(torch.full((256,), 10.0 * number + i)) for i in range(3)]
+        assert [read()[0].item() for read in reads] == [10.0 * number + i for i in range(3)]
+        del reads
+        gc.collect()
+    assert os.fstat(store._file.number).st_size == 3 * 1024
+
+
+def test_the_offloaded_input_is_gone_meanwhile() -> None:
+    layer = nn.Linear(256, 256)
+
+    def live(store: Store | None) -> int:
+        with LiveBytes() as counted:
+            x = layer(torch.ones(64, 256))  # the layer needs its input of 65,536 bytes, not this
+            if store is None:
+                y = checkpoint(torch.exp, x, use_reentrant=False)
+            else:
+                with Offload(store):
+                    y = checkpoint(torch.exp, x, use_reentrant=False)
+            del x
+            kept: int = counted.live
+            y.sum().backward()
+        return kept
+
+    assert live(None) - live(DiskStore()) == 64 * 256 * 4
+
+
+class Chain(nn.Module):
+    def __init__(self, block: Callable[[], nn.Module] = Block, n: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*(block() for _ in range(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.blocks(x)
+        return out
+
+
+def sample(called: Any) -> Tensor:
+    x = torch.linspace(-1.0, 1.0, 4 * 32 * 16).view(4, 32, 16)
+    return called(x).square().mean()  # type: ignore[no-any-return]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(3)
+    for _ in range(2):
+        sample(model).backward()  # type: ignore[no-untyped-call]
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_with_a_disk_a_budget_needs_less_and_changes_no_bit() -> None:
+    expected = gradients(Chain())
+    model = Chain()
+    everything = peak_bytes(model, sample)
+    with pytest.raises(ConfigError, match="or offload to disk") as caught:
+        checkpoint_activations(model, MemoryBudget(1), sample)
+    least = int(str(caught.value).partition("again, ")[2].split()[0])
+    budget = MemoryBudget(int(0.35 * everything), offload="disk")
+    handle = checkpoint_activations(model, budget, sample)
+    assert peak_bytes(model, sample) <= budget.n_bytes
+    assert all(map(torch.equal, expected, gradients(model)))
+    handle.remove()
+    with pytest.raises(ConfigError, match="do not fit into 1 bytes") as caught:
+        checkpoint_activations(model, MemoryBudget(1, offload="disk"), sample)
+    assert int(str(caught.value).partition("again, ")[2].split()[0]) <= least
+
+
+def test_a_full_disk_and_a_missing_folder_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="cannot be offloaded to /nowhere/at/all"):
+        DiskStore("/nowhere/at/all")
+    store = DiskStore()
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(ConfigError, match=r"4096 bytes of activations cannot be offloaded.*space"):
+        store.put(torch.ones(1024))
+
+
+def test_wrong_places_are_refused() -> None:
+    with pytest.raises(ConfigError, match="offload is 'tape'"):
+        MemoryBudget("1GiB", offload="tape")
+    with pytest.raises(ConfigError, match="offload is None, which needs none"):
+        MemoryBudget("1GiB", offload_folder="/tmp")
+    with pytest.raises(ConfigError, match="is in the host's memory already"):
+        checkpoint_activations(Chain(), MemoryBudget("1GiB", offload="host"), sample)
