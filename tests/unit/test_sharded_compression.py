@@ -130,13 +130,15 @@ class TestWriting:
             ShardWriter(tmp_path / "plain", resume=True, compression="zstd")
 
     @pytest.mark.parametrize("level", [0, 23, 1.5, True])
-    def test_no_such_level(self, level: Any, tmp_path: Path) -> None:
+    def test_no_such_level(self, level: Any, ten: Path) -> None:
         with pytest.raises(ConfigError, match=f"level is {level}; zstd's are 1 to 22"):
-            ShardWriter(tmp_path, compression="zstd", level=level)
+            ShardWriter(ten, compression="zstd", level=level, overwrite=True)
+        assert len(ShardedDataset(ten)) == 10, "nothing was deleted"
 
-    def test_no_such_compression(self, tmp_path: Path) -> None:
+    def test_no_such_compression(self, ten: Path) -> None:
         with pytest.raises(ConfigError, match="compression is 'gzip'"):
-            ShardWriter(tmp_path, compression="gzip")  # type: ignore[arg-type]
+            ShardWriter(ten, compression="gzip", overwrite=True)  # type: ignore[arg-type]
+        assert len(ShardedDataset(ten)) == 10
 
 
 class TestDamage:

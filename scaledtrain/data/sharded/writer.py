@@ -99,10 +99,13 @@ class ShardWriter:
         self._declared = dict(columns or {})
         self._shard_bytes = shard_bytes
         self._shard_samples = shard_samples
+        begun = Manifest({}, compression=compression)  # checked before anything is deleted
+        self._compressor = Compressor(level) if compression is not None else None
         self._unlock: Callable[[], None] | None = self.folder.lock()
         try:
-            self._manifest = self._begin(resume, overwrite, compression)
-            self._compressor = Compressor(level) if self._manifest.compression else None
+            self._manifest = self._begin(resume, overwrite, begun)
+            if self._manifest.compression is not None and self._compressor is None:
+                self._compressor = Compressor(level)  # of a set that is gone on with
         except BaseException:
             self._release()
             raise
@@ -119,7 +122,7 @@ class ShardWriter:
             self._unlock()
             self._unlock = None
 
-    def _begin(self, resume: bool, overwrite: bool, compression: Compression | None) -> Manifest:
+    def _begin(self, resume: bool, overwrite: bool, begun: Manifest) -> Manifest:
         names = self.folder.names()
         there = MANIFEST in names
         if there and not resume and not overwrite:
@@ -135,15 +138,15 @@ class ShardWriter:
                         f"the data set in {self.folder} has the columns {dict(manifest.columns)}, "
                         f"but {name!r} was declared as {column}; declare it as it is"
                     )
-            if compression not in (None, manifest.compression):
+            if begun.compression not in (None, manifest.compression):
                 raise ConfigError(
                     f"the data set in {self.folder} has compression {manifest.compression}, not "
-                    f"{compression}; leave it out, or write another set"
+                    f"{begun.compression}; leave it out, or write another set"
                 )
         else:
             if there:
-                self.folder.delete(MANIFEST)  # first: so there is never half a data set
-            manifest = Manifest({}, compression=compression)
+                self.folder.delete([MANIFEST])  # first: so there is never half a data set
+            manifest = begun
         known = {shard.file for shard in manifest.shards}
         unknown = [f for f in fnmatch.filter(names, "shard-*.safetensors") if f not in known]
         if resume:  # a crash can have come between a shard and the manifest that names it
@@ -154,8 +157,7 @@ class ShardWriter:
                 "folder, or, if a writer that crashed has left it, resume=True or overwrite=True, "
                 "which delete it"
             )
-        for file in (*unknown, *fnmatch.filter(names, ".shard-*.unfinished")):
-            self.folder.delete(file)
+        self.folder.delete([*unknown, *fnmatch.filter(names, ".shard-*.unfinished")])
         return manifest
 
     def write(self, sample: Mapping[str, Any]) -> None:

@@ -107,5 +107,5 @@ class Folder(ABC):
         """
 
     @abstractmethod
-    def delete(self, name: str) -> None:
-        """Delete a file; when this returns, it stays deleted."""
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete files; when this returns, they stay deleted."""

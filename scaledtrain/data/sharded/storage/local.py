@@ -66,7 +66,8 @@ class LocalFolder(Folder):
         """Under another name until it is on the disk, see `write_whole`."""
         return write_whole(self.path / name, parts)
 
-    def delete(self, name: str) -> None:
+    def delete(self, names: Iterable[str]) -> None:
         """And wait until that is on the disk."""
-        (self.path / name).unlink()
+        for name in names:
+            (self.path / name).unlink()
         sync_folder(self.path)

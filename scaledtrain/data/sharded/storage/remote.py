@@ -179,12 +179,15 @@ class RemoteFolder(Folder):
             ) from error
         return len(content)
 
-    def delete(self, name: str) -> None:
-        """Delete an object, if it is there."""
-        fs, path = self._place(name)
-
-        def attempt(deadline: float) -> None:
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete those objects that are there."""
+        for name in names:
             with suppress(FileNotFoundError):
-                self._remote.within_timeout(fs.rm_file, path)
+                self._delete(name)
 
-        self._remote.persist(f"deleting {self.url}/{name}", attempt)
+    def _delete(self, name: str) -> None:
+        fs, path = self._place(name)
+        self._remote.persist(
+            f"deleting {self.url}/{name}",
+            lambda deadline: self._remote.within_timeout(fs.rm_file, path),
+        )
