@@ -1,14 +1,15 @@
 """How much memory activation checkpointing saves, and what time it costs: policies and budgets.
 
 python -m benchmarks.recompute                  everything; results/ and README.md
-python -m benchmarks.recompute --only mlp       some of gpt, mlp, convnet
+python -m benchmarks.recompute --only mlp       some of gpt, mlp, convnet, deepest
 python -m benchmarks.recompute --quick          does it run? Small chains, stores nothing
 python -m benchmarks.recompute --table          write README.md's table anew
 python -m benchmarks.recompute --check          fail if README.md is not up to date
 
 Every contender trains the same chain of blocks; bytes are those of activations that are alive at
 once, counted in the same way for all, and time is that of a step against keeping everything, in the
-same process and round. Beside every fixed policy stands ours with a budget of just its bytes.
+same process and round. Beside every fixed policy stands ours with a budget of just its bytes. At
+the end, how deep a GPT fits into a fixed number of bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from benchmarks.harness import (
 )
 from scaledtrain import ConfigError
 from scaledtrain.models.gpt import GPT
-from scaledtrain.recompute import Executor, MemoryBudget, checkpoint_activations
+from scaledtrain.recompute import MemoryBudget, checkpoint_activations
 from scaledtrain.recompute.live_bytes import LiveBytes
 
 Blocks = Sequence[nn.Module]
@@ -51,6 +52,9 @@ REPEATS = 3  # steps of a contender in a round
 SHARES = (10, 15, 30)  # of what everything needs, one part in so many
 PACKAGES = ("torch", "deepspeed", "numpy")
 THREADS = 2
+DEEPEST = "deepest"
+DEEPEST_BYTES = 256 * 2**20
+OUR_DEPTH = 1000
 
 
 class Stack(nn.Module):
@@ -86,17 +90,29 @@ class Convolutions(nn.Module):
         return F.relu(x + self.inner(x))
 
 
-def gpt(depth: int) -> tuple[Stack, Tensor]:
+class Layers(nn.Module):
+    """A residual block of two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.inner(x)
+        return out
+
+
+def gpt(depth: int, sequences: int = 8) -> tuple[Stack, Tensor]:
     model = GPT(256, sequence_length=128, n_layers=depth, n_heads=4, d_model=128)
     head = nn.Sequential(model.norm, model.head)
     stack = Stack(model.token_embedding, list(model.blocks), head)
-    return stack, torch.randint(0, 256, (8, 128))
+    return stack, torch.randint(0, 256, (sequences, 128))
 
 
 def mlp(depth: int) -> tuple[Stack, Tensor]:
-    blocks = [
-        nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.LayerNorm(512)) for _ in range(depth)
-    ]
+    blocks = [Layers(512) for _ in range(depth)]
     return Stack(nn.Identity(), blocks, nn.Linear(512, 10)), torch.randn(1024, 512)
 
 
@@ -117,8 +133,9 @@ SETTINGS = {
     "repeats": REPEATS,
     "chains": {
         "gpt": "64 blocks, d_model 128, 4 heads, 8 sequences of 128",
-        "mlp": "64 x (Linear 512, Tanh, LayerNorm), batch 1024",
+        "mlp": "64 residual blocks of LayerNorm, Linear 1024, GELU, Linear 512, batch 1024",
         "convnet": "32 residual blocks of two 3x3 convolutions, 32 channels, 16 images of 32 x 32",
+        "deepest": "d_model 128, 4 heads, 16 sequences of 128",
     },
 }
 
@@ -198,6 +215,8 @@ class Point:
     """Of ours, in bytes."""
     told: str = ""
     """What the planner said."""
+    depth: int | None = None
+    """Blocks, where contenders have different ones."""
 
 
 def loss_of(x: Tensor, called: Callable[[Tensor], Tensor]) -> Tensor:
@@ -234,22 +253,77 @@ def measure_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
         peaks[name], seconds = measure(model, x, repeats)
         yield Point(chain, name, number, peaks[name], seconds)
     model.run = one_by_one
-    budgets = {f"ours, bytes of {name}": peak for name, peak in peaks.items() if name != NONE}
-    budgets |= {f"ours, 1/{share}": peaks[NONE] // share for share in SHARES}
+    budgets = {
+        f"ours, bytes of {name}": MemoryBudget(peak) for name, peak in peaks.items() if name != NONE
+    }
+    for share in SHARES:
+        n_bytes = peaks[NONE] // share
+        budgets[f"ours, 1/{share}"] = MemoryBudget(n_bytes)
+        budgets[f"ours, 1/{share}, disk"] = MemoryBudget(n_bytes, offload="disk")
     for name, budget in rotated(list(budgets.items()), number):
-        try:
-            executor: Executor = checkpoint_activations(
-                model, MemoryBudget(budget), partial(loss_of, x), blocks=_names(model)
-            )
-        except ConfigError as error:
-            yield Point(chain, name, number, 0, [], budget, str(error))
-            continue
-        peak, seconds = measure(model, x, repeats)
-        executor.remove()
-        yield Point(chain, name, number, peak, seconds, budget, executor.told)
-    model.run = one_by_one
+        yield with_budget(chain, name, number, model, x, budget, repeats)
     peak, seconds = measure(model, x, repeats)
     yield Point(chain, NONE, number, peak, seconds)
+
+
+def with_budget(
+    chain: str,
+    name: str,
+    number: int,
+    model: Stack,
+    x: Tensor,
+    budget: MemoryBudget,
+    repeats: int,
+) -> Point:
+    """Ours; without seconds if nothing fits."""
+    depth = len(model.blocks)
+    try:
+        executor = checkpoint_activations(model, budget, partial(loss_of, x), blocks=_names(model))
+    except ConfigError as error:
+        return Point(chain, name, number, 0, [], budget.n_bytes, str(error), depth)
+    peak, seconds = measure(model, x, repeats)
+    executor.remove()
+    return Point(chain, name, number, peak, seconds, budget.n_bytes, executor.told, depth)
+
+
+def deepest_round(number: int, is_quick: bool) -> Iterator[Point]:
+    """How many blocks fit, of a GPT in groups of k, and a budget for more of them."""
+    n_bytes = DEEPEST_BYTES // (16 if is_quick else 1)
+    for name, run, size in (
+        (NONE, one_by_one, 1),
+        ("torch, every block", partial(in_groups, 1), 1),
+        *((f"torch, every {k}", partial(in_groups, k), k) for k in (6, 8, 10)),
+    ):
+        depth = deepest(run, size, n_bytes)
+        if depth:
+            model, x = gpt(depth, 16)
+            model.run = run
+            peak, seconds = measure(model, x, 1)
+            yield Point(DEEPEST, name, number, peak, seconds, n_bytes, depth=depth)
+    for name, offload in (("ours", None), ("ours, disk", "disk")):
+        model, x = gpt(8 if is_quick else OUR_DEPTH, 16)
+        budget = MemoryBudget(n_bytes, offload=offload)
+        yield with_budget(DEEPEST, name, number, model, x, budget, 1)
+
+
+def deepest(run: Run, size: int, n_bytes: int) -> int:
+    """The most blocks, in whole groups: bytes grow by as many with each further group."""
+    peaks = []
+    for groups in (2, 4):
+        model, x = gpt(groups * size, 16)
+        model.run = run
+        with LiveBytes() as counted:
+            loss_of(x, model).backward()
+        peaks.append(counted.peak)
+    by_group = (peaks[1] - peaks[0]) / 2
+    return max(0, size * (2 + int((n_bytes - peaks[0]) / by_group)))
+
+
+def a_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
+    """Of one chain, or of the deepest one."""
+    if chain == DEEPEST:
+        return deepest_round(number, is_quick)
+    return measure_round(chain, number, is_quick)
 
 
 def _names(model: Stack) -> list[str]:
@@ -285,7 +359,9 @@ def render(points: Sequence[Point], where: Mapping[str, Any]) -> str:
     for chain in CHAINS:
         if any(p.chain == chain for p in points):
             parts.append(_table(points, chain, where["settings"]["chains"][chain]))
-    kept = [p for p in points if p.budget is not None and p.seconds]
+    if any(p.chain == DEEPEST for p in points):
+        parts.append(_deepest_table(points, where["settings"]["chains"][DEEPEST]))
+    kept = [p for p in points if p.contender.startswith("ours") and p.seconds]
     if kept:
         over = sum(p.peak_bytes > (p.budget or 0) for p in kept)
         parts.append(f"Of {len(kept)} runs with a budget {over} needed more bytes than that.")
@@ -306,12 +382,29 @@ def _table(points: Sequence[Point], chain: str, what: str) -> str:
             beside = _shown(extra(points, chain, f"ours, bytes of {name}"))
             own = _shown(extra(points, chain, name))
             lines.append(f"| {name} | {everything / peak:.1f} | {own} | {beside} |")
-    for share in SHARES:
-        name = f"ours, 1/{share}"
+    for name in (f"ours, 1/{share}{where}" for share in SHARES for where in ("", ", disk")):
         if any(p.contender == name and p.chain == chain for p in points):
             peak = _peak(points, chain, name)
             less = f"{everything / peak:.1f}" if peak else "does not fit"
             lines.append(f"| {name} | {less} | {_shown(extra(points, chain, name))} | |")
+    return "\n".join(lines)
+
+
+def _deepest_table(points: Sequence[Point], what: str) -> str:
+    lines = [
+        f"**The deepest GPT** ({what}) whose activations fit into {DEEPEST_BYTES // 2**20} MiB",
+        "",
+        "| | blocks | MiB | milliseconds a block |",
+        "|---|--:|--:|--:|",
+    ]
+    found = [p for p in points if p.chain == DEEPEST]
+    for name in dict.fromkeys(p.contender for p in found):
+        own = [p for p in found if p.contender == name]
+        depth = own[0].depth or 1
+        peak = max(p.peak_bytes for p in own) / 2**20
+        times = Spread.of([second / depth * 1e3 for p in own for second in p.seconds])
+        shown = "does not fit" if times is None else f"{times.median:.0f}"
+        lines.append(f"| {name} | {depth} | {peak:.1f} | {shown} |")
     return "\n".join(lines)
 
 
@@ -337,7 +430,7 @@ def in_a_process(chain: str, number: int) -> Iterator[Point]:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("recompute", __doc__, "8 blocks", rounds=3)
-    add_some(parser, "only", list(CHAINS))
+    add_some(parser, "only", [*CHAINS, DEEPEST])
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -346,12 +439,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.work:
         torch.set_num_threads(THREADS)
-        for point in measure_round(options.work[0], int(options.work[1]), False):
+        for point in a_round(options.work[0], int(options.work[1]), False):
             print(json.dumps(asdict(point)), flush=True)
     elif (status := shown(options, REPORT)) is not None:
         return status
     elif options.quick:
-        points = [p for chain in options.only for p in measure_round(chain, 0, True)]
+        points = [p for chain in options.only for p in a_round(chain, 0, True)]
         print(render(points, environment(PACKAGES, SETTINGS)))
     else:
         folder = REPORT.open(environment(PACKAGES, SETTINGS))

@@ -79,7 +79,8 @@ class Trainer:
         seed: of data order, dropout and every other generator; each rank's differ where they
             should.
         deterministic: use deterministic kernels only.
-        compile: backend for ``torch.compile`` (``"inductor"``); None does not compile.
+        compile: backend for ``torch.compile`` (``"inductor"``); None does not compile. With
+            activation checkpointing each block is compiled by itself.
         slowdown: a handicap for straggler experiments.
         run_dir: where metrics are written; None writes none.
         log_every: steps between records.
@@ -138,11 +139,6 @@ class Trainer:
             )
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}; it is > 0, or None not to clip")
-        if activation_checkpointing is not None and compile is not None:
-            raise ConfigError(
-                f"compile is {compile!r}, and activations are to be computed again, too; "
-                "torch.compile decides by itself what it keeps: choose one of the two"
-            )
         if deterministic:
             be_deterministic()
         self._owned: Connection | None = None
@@ -161,7 +157,10 @@ class Trainer:
         self.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
         self.strategy.attach(self.replica, self.link)
         seed_everything(seed, self.link.group.rank)
-        called = self.model if compile is None else torch.compile(self.model, backend=compile)
+        self._compile = compile
+        called: Callable[..., Any] = self.model
+        if compile is not None and activation_checkpointing is None:
+            called = torch.compile(self.model, backend=compile)
         self.schedule = MicrobatchLoop(
             called,
             loss_fn,
@@ -209,7 +208,9 @@ class Trainer:
             with self.precision.autocast(self.link.device):
                 return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
 
-        self._checkpointing = checkpoint_activations(self.model, policy, sample)
+        self._checkpointing = checkpoint_activations(
+            self.model, policy, sample, compile=self._compile
+        )
         self.metrics.say(self._checkpointing.told)
 
     @property

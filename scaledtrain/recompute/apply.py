@@ -8,7 +8,7 @@ from torch import nn
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample, computes, loss_without_gradients
-from scaledtrain.recompute.blocks import find_blocks, named_blocks
+from scaledtrain.recompute.blocks import Compiled, find_blocks, named_blocks
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.policies import CheckpointPolicy
 
@@ -21,6 +21,7 @@ def checkpoint_activations(
     sample: Sample | None = None,
     *,
     blocks: Sequence[str] | None = None,
+    compile: str | None = None,
 ) -> Executor:
     """Let a model compute activations again instead of keeping them, in any training loop.
 
@@ -32,6 +33,8 @@ def checkpoint_activations(
         sample: called with what runs the model's ``forward``, returns the loss of a microbatch, as
             large as any. `MemoryBudget` needs it; with it, every policy is tried out.
         blocks: names of the submodules that are the chain; None: they are found.
+        compile: backend for ``torch.compile`` (``"inductor"``), with which each block is compiled;
+            what is not in a block is not. None: nothing is.
 
     Returns:
         A handle; its ``remove()`` undoes it.
@@ -54,6 +57,21 @@ def checkpoint_activations(
         >>> handle.remove()
     """
     chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
+    compiled = None if compile is None else Compiled(chain, compile)
+    try:
+        executor = _tried(policy, model, chain, sample)
+    except BaseException:
+        if compiled is not None:
+            compiled.remove()
+        raise
+    if compiled is not None:
+        executor.when_removed(compiled.remove)
+    return executor
+
+
+def _tried(
+    policy: CheckpointPolicy, model: nn.Module, chain: Sequence[nn.Module], sample: Sample | None
+) -> Executor:
     if sample is None:
         return policy.install(model, chain, sample)
     expected = loss_without_gradients(model, sample)

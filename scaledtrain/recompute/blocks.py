@@ -14,12 +14,14 @@ from scaledtrain.errors import ConfigError
 
 __all__ = [
     "Call",
+    "Compiled",
     "Divert",
     "Interception",
     "check_arguments",
     "find_blocks",
     "first_tensor",
     "has_hooks",
+    "is_compiled",
     "named_blocks",
     "same_arguments",
 ]
@@ -165,12 +167,41 @@ class Interception:
 
     def remove(self) -> None:
         """Let them be as they were."""
-        for block, before in zip(self._blocks, self._before, strict=True):
-            if before is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = before
+        _restore(self._blocks, self._before)
         self._blocks, self._before = [], []
+
+
+class Compiled:
+    """Blocks whose ``forward`` is compiled, each by itself, until it is removed.
+
+    Args:
+        blocks: the modules; nothing else about them changes. Equal ones are compiled once.
+        backend: for ``torch.compile``.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], backend: str) -> None:
+        self._blocks = list(blocks)
+        self._before = [vars(block).get("forward") for block in blocks]
+        for block in blocks:
+            block.forward = torch.compile(block.forward, backend=backend)
+
+    def remove(self) -> None:
+        """Let them be as they were."""
+        _restore(self._blocks, self._before)
+        self._blocks, self._before = [], []
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether what is called is a graph, of whose functions and operators nobody sees anything."""
+    return hasattr(block.forward, "_torchdynamo_orig_callable")
+
+
+def _restore(blocks: Sequence[nn.Module], before: Sequence[Any]) -> None:
+    for block, forward in zip(blocks, before, strict=True):
+        if forward is None:
+            vars(block).pop("forward", None)
+        else:
+            block.forward = forward
 
 
 class _Diverted:

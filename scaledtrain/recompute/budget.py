@@ -11,6 +11,7 @@ from torch import nn
 from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample, computes, loss_without_gradients, peak_bytes
+from scaledtrain.recompute.blocks import is_compiled
 from scaledtrain.recompute.chain import Chain
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
@@ -40,7 +41,7 @@ class MemoryBudget(CheckpointPolicy):
     than the first one.
 
     What is kept of blocks that run again can wait somewhere else than in the model's memory. That
-    takes time, but it is mostly less than computing it.
+    takes time, but mostly less than computing it. Of compiled blocks, parts cannot be kept.
 
     Counted is what operators return between the beginning of the forward and the end of the
     backward pass, on any device: activations, their gradients, the loss. Not counted are
@@ -101,10 +102,7 @@ class MemoryBudget(CheckpointPolicy):
                 "returns the loss of a microbatch, as large as any"
             )
         store = self._store(model)
-        ways = {"attention": keep_results(ATTENTION), "products": keep_results(PRODUCTS)}
-        if store is not None:
-            ways["attention, offloaded"] = keep_results(ATTENTION, store)
-            ways["products, offloaded"] = keep_results(PRODUCTS, store)
+        ways = {} if any(map(is_compiled, blocks)) else _ways(store)
         chain = measure_chain(model, blocks, sample, ways, store)
         expected = loss_without_gradients(model, sample)
         aim = self.n_bytes - _SLACK_BYTES
@@ -150,6 +148,14 @@ class MemoryBudget(CheckpointPolicy):
         return None if self.offload is None else HostStore()
 
 
+def _ways(store: Store | None) -> dict[str, MakeContexts]:
+    ways = {"attention": keep_results(ATTENTION), "products": keep_results(PRODUCTS)}
+    if store is not None:
+        ways["attention elsewhere"] = keep_results(ATTENTION, store)
+        ways["products elsewhere"] = keep_results(PRODUCTS, store)
+    return ways
+
+
 def _plan(chain: Chain, peak_bytes: int) -> Plan | None:
     everything = (Keep(),) * len(chain)
     if cost(chain, everything).peak_bytes <= peak_bytes:
@@ -181,13 +187,14 @@ def _told(chain: Chain, plan: Plan, budget: int, measured: int) -> str:
     steps = plan[:-1]
     kept = Counter(step.way for step in steps if isinstance(step, Keep))
     whole = kept.pop("all", 0)
-    told = [f"{whole} keep everything", *(f"{n} {way}" for way, n in sorted(kept.items()))]
-    computed = len(chain) - 1 - whole - sum(kept.values())
+    told = [f"{whole} keep everything", *(f"{n} keep {way}" for way, n in sorted(kept.items()))]
     groups = sum(isinstance(step, Recompute) for step in steps)
-    told.append(f"{computed} are computed again in {groups} groups")
+    if groups:
+        computed = len(chain) - 1 - whole - sum(kept.values())
+        told.append(f"{computed} are computed again in {groups} groups")
     offloaded = sum(step.offload for step in steps)
     if offloaded:
-        told.append(f"{offloaded} inputs are offloaded")
+        told.append(f"{offloaded} inputs are elsewhere meanwhile")
     predicted = cost(chain, plan)
     everything = cost(chain, (Keep(),) * len(chain))
     return (

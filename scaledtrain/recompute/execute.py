@@ -72,12 +72,18 @@ class Executor:
             together = _Together(list(blocks[first : first + n]), step, ways or {}, store)
             self._place += [(together, place) for place in range(n)]
         self._interception = Interception(blocks, self._call)
+        self._when_removed: Callable[[], None] = _nothing
         self._hook = model.register_forward_hook(_End(self._raise_if_waiting))
+
+    def when_removed(self, call: Callable[[], None]) -> None:
+        """Have something done after the blocks have been let go."""
+        self._when_removed = call
 
     def remove(self) -> None:
         """Let the blocks run as they are."""
         self._interception.remove()
         self._hook.remove()
+        self._when_removed()
 
     def _call(
         self, index: int, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -13,6 +13,7 @@ from torch import nn
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample
+from scaledtrain.recompute.blocks import is_compiled
 from scaledtrain.recompute.dear import DEAR, contexts_of
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.plan import Keep, every
@@ -130,7 +131,17 @@ class Selective(CheckpointPolicy):
     def install(
         self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample | None
     ) -> Executor:
-        """Checkpoint each block by itself, and keep these operators' results."""
+        """Checkpoint each block by itself, and keep these operators' results.
+
+        Raises:
+            ConfigError: the blocks are compiled.
+        """
+        if any(map(is_compiled, blocks)):
+            raise ConfigError(
+                "operators in compiled blocks are not seen one by one, so that none of their "
+                "results can be kept: choose another policy (full, memory_budget), or do not "
+                "compile"
+            )
         n, contexts = len(blocks), contexts_of(self._overloads())
         told = f"activations: of each of {n} blocks only what is dear to compute is kept"
         return Executor(model, blocks, (Keep("dear"),) * n, {"dear": contexts}, told=told)
