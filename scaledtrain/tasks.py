@@ -24,6 +24,7 @@ from scaledtrain.data.sharded.manifest import MANIFEST
 from scaledtrain.data.sharded.mixture import Stop
 from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind
 from scaledtrain.data.sharded.order import Shuffle
+from scaledtrain.data.sharded.storage import CACHE_BYTES
 from scaledtrain.errors import ConfigError
 from scaledtrain.models import next_token_loss
 from scaledtrain.schedule import LossFn
@@ -160,13 +161,19 @@ def sharded(
     pad: Mapping[str, float] | None = None,
     bucket_by: str | None = None,
     max_tokens: int | None = None,
+    cache: str | None = None,
+    cache_bytes: str | int = CACHE_BYTES,
+    retries: int = data.Remote.retries,
+    timeout_seconds: float = data.Remote.timeout_seconds,
+    total_seconds: float = data.Remote.total_seconds,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Task:
     """Data of your own, also more than fit into memory; see `scaledtrain.data.ShardedDataset`.
 
     Args:
-        path: folder of the data set to train on, as `scaledtrain.data.ShardWriter` wrote it; or
-            folder -> weight of several, which are mixed (`scaledtrain.data.Mixture`).
-        test_path: one folder to evaluate on; None: no evaluation.
+        path: folder, or URL, of the data set to train on, as `scaledtrain.data.ShardWriter` wrote
+            it; or folder -> weight of several, which are mixed (`scaledtrain.data.Mixture`).
+        test_path: one to evaluate on; None: no evaluation.
         inputs: column that the model is given: float, or tokens.
         targets: column that the loss compares its outputs with.
         loss: ``"cross_entropy"`` of classes, with the accuracy as a metric, ``"mse"``, or
@@ -190,11 +197,21 @@ def sharded(
         pad: column of samples of different lengths -> value that they are padded with.
         bucket_by: such a column: train on batches of similar length in it.
         max_tokens: the most tokens in a batch to train on, with padding.
+        cache: folder for copies of a URL's shards; None: in the user's cache folder.
+        cache_bytes: how many bytes of copies it may hold.
+        retries: attempts after the first, for a file at a URL; see `scaledtrain.data.Remote`, also
+            for the rest.
+        timeout_seconds: an attempt that brings nothing for so long is given up.
+        total_seconds: for all attempts for a file.
+        storage_options: of fsspec for this kind of URL.
 
     Raises:
         ConfigError: a folder without a data set, or without these columns or their statistics, or
             samples of different lengths that are not padded, which no model here takes.
     """
+    remote = data.Remote(
+        retries, timeout_seconds, total_seconds, options=dict(storage_options or {})
+    )
 
     def dataset(folder: str, statistics: data.Statistics | None = None) -> data.ShardedDataset:
         found = data.ShardedDataset(
@@ -205,6 +222,9 @@ def sharded(
             on_damage=on_damage,
             normalize=None if normalize is None else {inputs: normalize},
             statistics=statistics,
+            cache=cache,
+            cache_bytes=cache_bytes,
+            remote=remote,
         )
         for name, column in found.columns.items():
             if column.ragged and name not in (pad or {}):
@@ -270,7 +290,7 @@ def _facts(name: str, part: data.ShardedDataset | data.Mixture) -> dict[str, str
     sources = [part] if isinstance(part, data.ShardedDataset) else part.sources
     digest = hashlib.sha256()
     for source in sources:
-        digest.update((source.folder / MANIFEST).read_bytes())
+        digest.update(source.folder.read(MANIFEST))
     return {f"{name}_samples": len(part), f"{name}_sha256": digest.hexdigest()}
 
 

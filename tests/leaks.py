@@ -141,8 +141,11 @@ def _threads() -> set[threading.Thread]:
 
 
 def _describe_thread(thread: threading.Thread) -> str:
-    # A dummy stands for a thread that Python did not start, as autograd's; the other is tqdm's.
+    # A dummy stands for a thread that Python did not start, as autograd's; the others are tqdm's,
+    # and fsspec's, which it starts once, on first use.
     if isinstance(thread, threading._DummyThread) or type(thread).__name__ == "TMonitor":
+        return ""
+    if thread.name == "fsspecIO":
         return ""
     return f"thread {thread.name} ({type(thread).__qualname__})"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample, computes, loss_without_gradients, peak_bytes
 from scaledtrain.recompute.blocks import is_compiled
@@ -27,7 +27,6 @@ __all__ = ["MemoryBudget"]
 _ATTEMPTS = 8  # to find a plan whose peak fits when it is measured
 _SLACK_BYTES = 64  # of what a training loop adds: the sum of its losses
 _MAX_DEPTH = 64  # of groups in groups: each takes some ten frames of Python's stack
-_UNITS = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,7 @@ class MemoryBudget(CheckpointPolicy):
             >>> MemoryBudget("1.5KiB").n_bytes, MemoryBudget(10_000).n_bytes
             (1536, 10000)
         """
-        matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])iB|B?)\s*", str(self.size))
-        if matched is None:
-            raise ConfigError(
-                f"a memory budget of {self.size!r} is not understood; give bytes, as 2147483648, "
-                'or with a unit: "512MiB", "2GiB"'
-            )
-        return int(float(matched[1]) * 2 ** _UNITS[matched[2] or ""])
+        return parse_bytes(self.size, "a memory budget")
 
     def install(
         self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample | None

@@ -83,7 +83,11 @@ class TestDamage:
             (lambda m: m["columns"]["x"].update(dtype="float64"), "shard-00000"),
             (lambda m: m["columns"]["x"].update(dtype="complex7"), "dtype is 'complex7'"),
             (lambda m: m["columns"].pop("x"), "shard-00000"),
-            (lambda m: m.update(version=2), "version 2"),
+            (lambda m: m.update(version=3), "version 3"),
+            (lambda m: m.update(version=2, compression="zstd"), "shard-00000"),
+            (lambda m: m.update(version=2, compression="gzip"), "compression is 'gzip'"),
+            (lambda m: m.update(compression="zstd"), "its keys are"),
+            (lambda m: m["shards"][0].update(raw_bytes=-1), "has raw_bytes -1"),
             (lambda m: m.update(shards={}), "manifest.json"),
             (lambda m: m.clear(), "manifest.json"),
         ],
@@ -190,6 +194,9 @@ class TestFuzz:
             "complete": True,
             "shards": [{"file": "shard-0", "samples": 3, "bytes": 9, "checksum": "0" * 16}],
         }
+        if data.draw(st.booleans()):
+            told |= {"version": 2, "compression": "zstd"}
+            told["shards"][0]["raw_bytes"] = 7
         assert Manifest.from_json(json.dumps(told)).samples == 3
         parts = [told, told["columns"], told["columns"]["x"], told["shards"][0]]
         part = data.draw(st.sampled_from(parts))

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from torch.utils.data import BatchSampler, DataLoader
 
 from scaledtrain.data import Column, Ragged, ShardedDataset, ShardWriter
-from scaledtrain.data.sharded import dataset as dataset_module
+from scaledtrain.data.sharded import opening
 from scaledtrain.data.sharded.crop import crop_ranges, normalise
 from scaledtrain.errors import ConfigError, DataError
 from tests.sharded_samples import assert_is_sample, damage, shard, write
@@ -114,7 +114,7 @@ class TestReading:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
     def test_more_shards_than_may_be_open(self, ten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dataset_module, "MAX_OPEN", 1)
+        monkeypatch.setattr(opening, "MAX_OPEN", 1)
         data = ShardedDataset(ten)
         view = data.view(0, "x")
         for i in (9, 0, 5, 9):

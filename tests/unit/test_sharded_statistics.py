@@ -18,6 +18,7 @@ from scaledtrain.data import (
 )
 from scaledtrain.data.sharded import ColumnStatistics
 from scaledtrain.data.sharded.manifest import MANIFEST, Manifest
+from scaledtrain.data.sharded.storage import open_folder
 from scaledtrain.errors import ConfigError, DataError
 from tests.sharded_samples import damage, shard
 from tests.worlds import World
@@ -189,7 +190,7 @@ class TestStored:
         write(tmp_path)
         compute_statistics(tmp_path, ["x"])
         assert list(compute_statistics(tmp_path, ["label"]).columns) == ["label"]
-        stored = Manifest.load(tmp_path).current_statistics(tmp_path)
+        stored = Manifest.load(open_folder(tmp_path)).current_statistics(tmp_path)
         assert sorted(stored.columns) == ["label", "x"]
         with pytest.raises(ConfigError, match="no statistics of column 'image', only of x, label"):
             stored["image"]
@@ -204,7 +205,7 @@ class TestStored:
         assert len(ShardedDataset(tmp_path)) == 406, "without them it can be read"
         compute_statistics(tmp_path, ["x"])
         ShardedDataset(tmp_path, normalize={"x": "standardize"})
-        stored = Manifest.load(tmp_path).statistics
+        stored = Manifest.load(open_folder(tmp_path)).statistics
         assert stored is not None
         assert list(stored.columns) == ["x"], "the stale ones are gone"
 
@@ -269,7 +270,9 @@ class TestOnManyRanks:
     def test_ranks_store_once(self, tmp_path: Path) -> None:
         write(tmp_path)
         found = World(3).run(lambda link: compute_statistics(tmp_path, ["x"], group=link.group))
-        assert bits(Manifest.load(tmp_path).current_statistics(tmp_path)) == bits(found[2])
+        assert bits(Manifest.load(open_folder(tmp_path)).current_statistics(tmp_path)) == bits(
+            found[2]
+        )
 
     def test_what_one_rank_finds_all_ranks_tell(self, tmp_path: Path) -> None:
         write(tmp_path)

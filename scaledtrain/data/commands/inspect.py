@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from scaledtrain.data.convert import class_names
 from scaledtrain.data.sharded import Column
 from scaledtrain.data.sharded.manifest import Manifest
+from scaledtrain.data.sharded.storage import open_folder
 
 __all__ = ["add"]
 
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    manifest = Manifest.load(Path(parsed.folder))
+    manifest = Manifest.load(open_folder(parsed.folder))
     sizes = [shard.bytes for shard in manifest.shards]
     samples = [shard.samples for shard in manifest.shards]
     print(f"{parsed.folder}: {'complete' if manifest.complete else 'not finished'}")

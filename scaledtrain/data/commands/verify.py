@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from scaledtrain.data.commands.progress import progress_bar
 from scaledtrain.data.sharded.manifest import Manifest
+from scaledtrain.data.sharded.storage import open_folder
 from scaledtrain.data.sharded.verification import verify
 
 __all__ = ["add"]
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    manifest = Manifest.load(Path(parsed.folder))
+    manifest = Manifest.load(open_folder(parsed.folder))
     with progress_bar(len(manifest.shards), "shard") as bar:
         damaged = verify(parsed.folder, lambda _: bar.update() and None)
     for why in damaged.values():

@@ -16,6 +16,7 @@ from scaledtrain.data.convert.workers import read_parts
 from scaledtrain.data.sharded import ShardWriter
 from scaledtrain.data.sharded.columns import Array
 from scaledtrain.data.sharded.manifest import MANIFEST, Manifest
+from scaledtrain.data.sharded.storage import open_folder
 from scaledtrain.data.sharded.writer import SHARD_BYTES
 from scaledtrain.errors import ConfigError
 
@@ -85,7 +86,7 @@ def convert(
     if source.input_folder is not None and path.resolve() == source.input_folder.resolve():
         raise ConfigError(f"{path} is read and cannot be written to; give another folder")
     begun = resume and (path / MANIFEST).exists()
-    if begun and (there := Manifest.load(path)).complete:
+    if begun and (there := Manifest.load(open_folder(path))).complete:
         return there.samples
     with ShardWriter(
         path,

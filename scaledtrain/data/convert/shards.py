@@ -14,6 +14,7 @@ from scaledtrain.data.sharded import Order, ShardedDataset
 from scaledtrain.data.sharded.loader import BLOCK_BYTES, BUFFER_BYTES
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.order import Shuffle
+from scaledtrain.data.sharded.storage import open_folder
 from scaledtrain.errors import ConfigError
 
 __all__ = ["Shards"]
@@ -45,7 +46,7 @@ class Shards(Source):
         seed: int = 0,
     ) -> None:
         path = Path(folder)
-        if not Manifest.load(path).complete:
+        if not Manifest.load(open_folder(path)).complete:
             raise ConfigError(f"the data set in {path} is not finished; go on with it first")
         self.input_folder = path
         self._dataset = ShardedDataset(path, columns)

@@ -12,6 +12,7 @@ from scaledtrain.data.sharded.mixture import Mixture
 from scaledtrain.data.sharded.normalize import Normalization
 from scaledtrain.data.sharded.order import Order
 from scaledtrain.data.sharded.statistics import ColumnStatistics, Statistics
+from scaledtrain.data.sharded.storage import Remote
 from scaledtrain.data.sharded.verification import verify
 from scaledtrain.data.sharded.writer import ShardWriter
 
@@ -23,6 +24,7 @@ __all__ = [
     "Normalization",
     "Order",
     "Ragged",
+    "Remote",
     "ShardWriter",
     "ShardedDataset",
     "ShardedLoader",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from scaledtrain.data.sharded.columns import DTYPES, OFFSETS, Array, Column
-from scaledtrain.data.sharded.files import write_whole
+from scaledtrain.data.sharded.compression import Compressor
 from scaledtrain.data.sharded.header import ITEM_BYTES, Tensors, build_header, checksum
 from scaledtrain.data.sharded.manifest import ShardInfo
+from scaledtrain.data.sharded.storage import Folder
 
 __all__ = ["ShardBuffer"]
 
@@ -46,20 +46,27 @@ class ShardBuffer:
             column.add(values[name][start:stop])
         self.samples += stop - start
 
-    def write(self, path: Path) -> ShardInfo:
+    def write(self, folder: Folder, file: str, compressor: Compressor | None = None) -> ShardInfo:
         """Write the shard; when this returns it is on the disk.
 
         Raises:
             OSError: it cannot be written; no part of it is left.
+            DataError: the same, of a remote folder, after all attempts.
         """
         tensors: Tensors = {}
+        metadata: dict[str, str] = {}
         for name, column in self._columns.items():
             tensors |= column.tensors(name, self.samples)
+            if compressor is not None:
+                stored, told = compressor.compress(name, tensors[name][-1])
+                tensors[name] = ("U8", (len(stored),), stored)
+                metadata |= told
         by_item = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensors[tensor][0]])
         tensors = {tensor: tensors[tensor] for tensor in by_item}
-        header = build_header(tensors)
-        size = write_whole(path, [memoryview(header), *(data for *_, data in tensors.values())])
-        return ShardInfo(path.name, self.samples, size, f"{checksum(header):016x}")
+        header = build_header(tensors, metadata)
+        size = folder.write(file, [memoryview(header), *(data for *_, data in tensors.values())])
+        raw_bytes = None if compressor is None else self.nbytes
+        return ShardInfo(file, self.samples, size, f"{checksum(header):016x}", raw_bytes)
 
 
 class _ColumnBuffer:

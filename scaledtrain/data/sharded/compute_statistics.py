@@ -17,7 +17,6 @@ from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.measure import Axis, Measure, kept_dims
 from scaledtrain.data.sharded.measure_shards import Parts, measured
 from scaledtrain.data.sharded.statistics import ColumnStatistics, Statistics
-from scaledtrain.data.sharded.writer import take_folder
 from scaledtrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def compute_statistics(
     )
     with ExitStack() as lock:
         if save:
-            _on_first(group, lambda: lock.callback(os.close, take_folder(dataset.folder)))
+            _on_first(group, lambda: lock.callback(dataset.folder.lock()))
         found = _merged(dataset, measures, workers, group, on_shard)
         computed = Statistics(len(dataset), len(dataset.manifest.shards), found)
         if save:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import os
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,14 +21,16 @@ from scaledtrain.data.sharded.gather import Piece, Values, ask_for, gather, piec
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind, normalizers
+from scaledtrain.data.sharded.opening import OpenShards
 from scaledtrain.data.sharded.order import Order, Shuffle
-from scaledtrain.data.sharded.shard import Shard
+from scaledtrain.data.sharded.shard import Reader
 from scaledtrain.data.sharded.statistics import Statistics
+from scaledtrain.data.sharded.storage import CACHE_BYTES, Remote, open_folder
+from scaledtrain.data.sharded.unpack import reader_of
 from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["Batch", "ShardedDataset"]
 
-MAX_OPEN = 256  # shards at a time: each takes a file descriptor and a mapping
 SAMPLES_PER_READ = 64  # when all samples are iterated over
 
 Batch = dict[str, Values] | tuple[Values, ...]
@@ -56,8 +57,14 @@ class ShardedDataset(Dataset[Any]):
     A file that is cut short by another program while it is read ends the process with SIGBUS, as
     any memory map does.
 
+    Shards at a URL (``s3://...``, ``https://...``, whatever fsspec knows) are fetched as a whole
+    when they are first needed, checked, and mapped from a cache, which the processes of a host
+    share. A batch that needs several fetches them side by side, and iteration fetches the next one
+    ahead. Where the cache cannot hold the whole set, shuffle whole shards: ``block_bytes`` of the
+    loader as large as a shard; else each is fetched many times in an epoch.
+
     Args:
-        folder: of the data set.
+        folder: of the data set, or its URL.
         columns: which to read, in this order; None: all.
         as_tuple: samples and batches are tuples in the order of the columns, as a loss function
             (inputs, targets) needs them, rather than dicts.
@@ -71,8 +78,13 @@ class ShardedDataset(Dataset[Any]):
             except in ``view``, which gives what is stored.
         statistics: to normalise with: those of the data that are trained on, also for a data set
             to test on. None: its own, as `compute_statistics` stored them.
+        cache: folder for copies of remote shards; None: ``~/.cache/scaledtrain/shards``, or as
+            XDG_CACHE_HOME says.
+        cache_bytes: what the cache may hold; those unused for longest make room.
+        remote: retries, timeouts and fsspec's options for a URL.
 
     Attributes:
+        folder: where the set is; its ``str()`` is the path or URL.
         manifest: what the folder says of itself.
         columns: those that are read, by name.
         damaged: file -> what was found of it; only with ``on_damage="skip"``.
@@ -81,7 +93,7 @@ class ShardedDataset(Dataset[Any]):
     Raises:
         ConfigError: the folder holds no data set, it has no such column, or no statistics of the
             samples that it has now.
-        DataError: its manifest, or later a shard, is damaged.
+        DataError: its manifest, or later a shard, is damaged, or cannot be fetched.
 
     Example:
         >>> import tempfile, torch
@@ -110,10 +122,13 @@ class ShardedDataset(Dataset[Any]):
         on_damage: OnDamage = "raise",
         normalize: Mapping[str, Normalization | NormalizationKind] | None = None,
         statistics: Statistics | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: str | int = CACHE_BYTES,
+        remote: Remote | None = None,
     ) -> None:
         if on_damage not in ("raise", "skip"):
             raise ConfigError(f"on_damage is {on_damage!r}; it is 'raise' or 'skip'")
-        self.folder = Path(folder)
+        self.folder = open_folder(folder, remote, cache, cache_bytes)
         self.manifest = manifest = Manifest.load(self.folder)
         names = list(manifest.columns) if columns is None else list(columns)
         for name in names:
@@ -127,14 +142,14 @@ class ShardedDataset(Dataset[Any]):
         self._given_up: set[int] = set()
         self.samples_skipped = 0
         self._as_tuple = as_tuple
-        self._verify = verify
         self._on_damage = on_damage
         self._normalizers = {}
         if normalize:
             statistics = statistics or manifest.current_statistics(self.folder)
             self._normalizers = normalizers(self.columns, normalize, statistics)
         self.starts: Array = np.cumsum([0, *(s.samples for s in manifest.shards)], dtype=np.int64)
-        self._begin()
+        self._shards = OpenShards(self.folder, manifest, verify)
+        self._lock = threading.Lock()  # of the count
         if not manifest.complete:
             warnings.warn(
                 f"the data set in {self.folder} was not finished: these are its first "
@@ -142,27 +157,20 @@ class ShardedDataset(Dataset[Any]):
                 stacklevel=2,
             )
 
-    def _begin(self) -> None:
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._checked: dict[int, dict[str, Array]] = {}
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_open", "_checked", "_lock")
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._begin()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     @property
     def sample_bytes(self) -> float:
-        """What a sample takes in the files, all columns of the set, on average."""
-        return sum(shard.bytes for shard in self.manifest.shards) / max(1, len(self))
+        """What a sample takes when it is not compressed, all columns of the set, on average."""
+        return sum(shard.memory_bytes for shard in self.manifest.shards) / max(1, len(self))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -182,7 +190,12 @@ class ShardedDataset(Dataset[Any]):
         return self.form(found)
 
     def __iter__(self) -> Iterator[Any]:
+        ahead = 0
         for low in range(0, len(self), SAMPLES_PER_READ):
+            following = int(np.searchsorted(self.starts, low, side="right"))
+            if following > ahead:
+                self._shards.fetch_ahead(following)
+                ahead = following
             indices = np.arange(low, min(low + SAMPLES_PER_READ, len(self)), dtype=np.int64)
             batch, kept = self.gather(indices)
             samples = {n: v if isinstance(v, Tensor) else v.unbind() for n, v in batch.items()}
@@ -194,12 +207,18 @@ class ShardedDataset(Dataset[Any]):
         """A sample's value in the page cache: read-only, and not copied.
 
         Raises:
-            ConfigError: no such column, or one of bfloat16, which NumPy does not have.
+            ConfigError: no such column, or one of bfloat16, which NumPy does not have, or the data
+                set is compressed.
             IndexError: no such sample.
             DataError: its shard is damaged.
         """
         if self._column(column).dtype == "bfloat16":
             raise ConfigError(f"column {column!r} is bfloat16, which NumPy has not: use read")
+        if self.manifest.compression is not None:
+            raise ConfigError(
+                f"the data set in {self.folder} is compressed, and the page cache holds no sample "
+                "of it as it is: use read, which makes a copy"
+            )
         shard, row = self._locate(index)
         stored, start, stop = self._place(shard, row, column, self._column(column))
         shard.check(column, np.array([start]), np.array([stop]))
@@ -253,10 +272,9 @@ class ShardedDataset(Dataset[Any]):
         """
         while True:  # once more without a shard that turned out to be damaged
             kept = self._readable(indices)
-            parts: list[tuple[Shard, Piece]] = []
+            parts: list[tuple[Reader, Piece]] = []
             try:
-                for piece in pieces(indices[kept], self.starts):
-                    parts.append((self._shard(piece.shard), piece))
+                parts = self._parts(list(pieces(indices[kept], self.starts)))
                 if read_ahead:
                     for shard, piece in parts:
                         ask_for(shard, piece, self.columns)
@@ -277,7 +295,13 @@ class ShardedDataset(Dataset[Any]):
 
     def only(self, column: str) -> ShardedDataset:
         """The same data set, read alike, but only this column, as it is stored."""
-        return ShardedDataset(self.folder, [column], verify=self._verify, on_damage=self._on_damage)
+        other = copy.copy(self)
+        other.columns, other._normalizers, other._as_tuple = (
+            {column: self._column(column)},
+            {},
+            False,
+        )
+        return other
 
     def lengths(self, indices: Array, column: str) -> Array:
         """How long these samples of a ragged column are, int64 ``[n]``; only that is read.
@@ -295,7 +319,7 @@ class ShardedDataset(Dataset[Any]):
             # Not left out if it was given up: on another rank that may not have happened yet, and
             # all must find the same lengths.
             try:
-                starts, stops = self._shard(number).bounds(column, rows)
+                starts, stops = reader_of(self._shards.get(number)).bounds(column, rows)
             except DataError as error:
                 if self._on_damage == "raise":
                     raise
@@ -311,6 +335,20 @@ class ShardedDataset(Dataset[Any]):
         buffer_blocks = max(1, int(buffer_bytes / (sample_bytes * block_samples)))
         shards = [shard.samples for shard in self.manifest.shards]
         return Order(shards, block_samples, buffer_blocks, shuffle, seed)
+
+    def _parts(self, of_batch: Sequence[Piece]) -> list[tuple[Reader, Piece]]:
+        parts: list[tuple[Reader, Piece]] = []
+        failed: list[DataError] = []
+        found = self._shards.get_all([piece.shard for piece in of_batch])
+        for shard, piece in zip(found, of_batch, strict=True):
+            if isinstance(shard, DataError):
+                self._give_up(piece.shard, str(shard))
+                failed.append(shard)
+            else:
+                parts.append((reader_of(shard), piece))
+        if failed:
+            raise failed[0]
+        return parts
 
     def form(self, columns: Mapping[str, Values]) -> Batch:
         """A dict or a tuple, as the data set was told."""
@@ -337,43 +375,26 @@ class ShardedDataset(Dataset[Any]):
             raise IndexError(f"sample {indices[outside][0]} of {len(self)}")
         return np.where(indices < 0, indices + len(self), indices)
 
-    def _locate(self, index: Any) -> tuple[Shard, int]:
+    def _locate(self, index: Any) -> tuple[Reader, int]:
         """The shard of a sample, and its row there."""
         sample = operator.index(index)
         if not -len(self) <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
         sample %= len(self)
         number = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return self._shard(number), sample - int(self.starts[number])
+        try:
+            return reader_of(self._shards.get(number)), sample - int(self.starts[number])
+        except DataError as error:
+            self._give_up(number, str(error))
+            raise
 
-    def _place(self, shard: Shard, row: int, name: str, column: Column) -> tuple[Array, int, int]:
+    def _place(self, shard: Reader, row: int, name: str, column: Column) -> tuple[Array, int, int]:
         """A sample's stored value, and its first and last byte in the column's tensor."""
         stored = shard.rows(name)
         if not column.ragged:
             return stored[row, ...], row * column.nbytes, (row + 1) * column.nbytes
         (start,), (stop,) = shard.bounds(name, np.array([row]))
         return stored[start:stop], int(start) * column.nbytes, int(stop) * column.nbytes
-
-    def _shard(self, number: int) -> Shard:
-        """The shard, opened; the one that was not used for longest is closed for it."""
-        if self._process != os.getpid():  # forked, perhaps while a thread held the lock
-            self._begin()
-        with self._lock:
-            shard = self._open.get(number)
-            if shard is None:
-                checked = self._checked.setdefault(number, {}) if self._verify else None
-                info = self.manifest.shards[number]
-                try:
-                    shard = Shard(self.folder / info.file, info, self.manifest.columns, checked)
-                except DataError as error:
-                    self._give_up(number, str(error))
-                    raise
-                self._open[number] = shard
-                if len(self._open) > MAX_OPEN:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(number)
-        return shard
 
     def _readable(self, indices: Array) -> Array:
         """Which of these samples are in no shard that was given up."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.columns import OFFSETS, Array, Column
 from scaledtrain.data.sharded.memory import Memory
-from scaledtrain.data.sharded.shard import Shard
+from scaledtrain.data.sharded.shard import Reader
 
 __all__ = ["Piece", "Values", "ask_for", "gather", "pieces"]
 
@@ -52,7 +52,7 @@ def pieces(indices: Array, starts: Array) -> Iterator[Piece]:
 
 
 def gather(
-    parts: Sequence[tuple[Shard, Piece]],
+    parts: Sequence[tuple[Reader, Piece]],
     samples: int,
     columns: Mapping[str, Column],
     memory: Memory,
@@ -78,7 +78,7 @@ def gather(
     return batch
 
 
-Parts = Sequence[tuple[Shard, Piece]]
+Parts = Sequence[tuple[Reader, Piece]]
 
 
 def _fixed(parts: Parts, samples: int, name: str, column: Column, memory: Memory) -> Tensor:
@@ -137,7 +137,7 @@ def _ragged(parts: Parts, samples: int, name: str, column: Column, memory: Memor
     return Ragged(tensor, torch.from_numpy(offsets))
 
 
-def ask_for(shard: Shard, piece: Piece, columns: Mapping[str, Column]) -> None:
+def ask_for(shard: Reader, piece: Piece, columns: Mapping[str, Column]) -> None:
     """Ask the kernel for what a batch needs of a shard; does not wait for it.
 
     Where a ragged column's values lie is not known before its offsets are read, so it is asked for

@@ -3,7 +3,7 @@
 A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON), and the
 tensors' bytes without gaps. The header's ``__metadata__`` has a key for every tensor: the XXH3
 checksums (64 bit) of each `CHUNK_BYTES` of it, so that only what is read need be checked. The
-manifest has the checksum of the header.
+manifest has the checksum of the header. Of compressed columns, see `compression`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from scaledtrain.data.sharded.columns import Array, Column
+from scaledtrain.data.sharded.compression import Blocks, Compression, parse_blocks
 from scaledtrain.data.sharded.manifest import load_json
 
 __all__ = [
@@ -65,6 +66,8 @@ class TensorInfo:
     """Its first byte, counted from the beginning of the file."""
     sums: Array
     """uint64: the checksum of each of its chunks."""
+    blocks: Blocks | None = None
+    """Of a compressed one; then dtype and shape are those of its frames."""
 
     @property
     def nbytes(self) -> int:
@@ -86,14 +89,15 @@ def chunk_sums(data: memoryview) -> Array:
 Tensors = dict[str, tuple[str, tuple[int, ...], memoryview]]
 
 
-def build_header(tensors: Tensors) -> bytes:
+def build_header(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
     """The header, with its length before it.
 
     Args:
         tensors: name -> (safetensors dtype, shape, bytes), in the order in which they will follow:
             by falling size of their items.
+        metadata: what else it tells.
     """
-    told: dict[str, Any] = {METADATA: {}}
+    told: dict[str, Any] = {METADATA: dict(metadata or {})}
     begin = 0
     for name, (dtype, shape, data) in tensors.items():
         end = begin + len(data)
@@ -106,7 +110,11 @@ def build_header(tensors: Tensors) -> bytes:
 
 
 def parse_header(
-    header: bytes, file_bytes: int, columns: Mapping[str, Column], samples: int
+    header: bytes,
+    file_bytes: int,
+    columns: Mapping[str, Column],
+    samples: int,
+    compression: Compression | None = None,
 ) -> dict[str, TensorInfo]:
     """Where everything is that the manifest promises, and that nothing else is there.
 
@@ -115,6 +123,7 @@ def parse_header(
         file_bytes: size of the whole file.
         columns: that the shard must have.
         samples: in it.
+        compression: of its columns.
 
     Raises:
         ValueError: it is anything but the header of such a shard. What is returned lies inside the
@@ -128,7 +137,7 @@ def parse_header(
         raise ValueError("its header is no JSON object")
     sums = told.pop(METADATA, None)
     expected = {
-        tensor: code
+        tensor: "U8" if compression and tensor == name else code
         for name, column in columns.items()
         for tensor, code in column.tensors(name).items()
     }
@@ -142,6 +151,11 @@ def parse_header(
         found[name] = TensorInfo(
             code, shape, len(header) + begin, _sums(name, sums, told[name]["data_offsets"])
         )
+    if compression:
+        for name, column in columns.items():
+            rows = None if column.ragged else samples
+            blocks = parse_blocks(name, sums, found[name].nbytes, column.nbytes, rows)
+            found[name] = replace(found[name], blocks=blocks)
     _check_shapes(found, columns, samples)
     _check_places(found, len(header), file_bytes)
     return found
@@ -188,6 +202,8 @@ def _check_shapes(
             shape = found[tensor].shape
             if tensor != name:
                 expected: tuple[int, ...] = (samples + 1,)
+            elif found[tensor].blocks is not None:
+                expected = (found[tensor].nbytes,)
             else:
                 elements = shape[0] if column.ragged and shape else samples
                 expected = (elements, *column.shape)

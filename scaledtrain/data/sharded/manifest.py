@@ -6,19 +6,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from scaledtrain.data.sharded.columns import Column, check_columns
-from scaledtrain.data.sharded.files import write_whole
+from scaledtrain.data.sharded.compression import Compression
 from scaledtrain.data.sharded.statistics import Statistics
+from scaledtrain.data.sharded.storage import Folder
 from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["MANIFEST", "Manifest", "ShardInfo", "load_json", "shard_name"]
 
 MANIFEST = "manifest.json"
 FORMAT = "scaledtrain-shards"
-VERSION = 1
+VERSION = 2  # 1 is the same without compression; such sets are still written as 1
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")  # a file of the folder itself, never outside
 _CHECKSUM = re.compile(r"[0-9a-f]{16}\Z")
@@ -40,6 +40,7 @@ class ShardInfo:
         bytes: the size of the file.
         checksum: XXH3 (64 bit, hexadecimal) of the file's header, which in turn holds those of all
             its parts.
+        raw_bytes: what its columns' values take when they are not compressed; None: as they are.
 
     Raises:
         ConfigError: no shard can be like this.
@@ -49,6 +50,7 @@ class ShardInfo:
     samples: int
     bytes: int
     checksum: str
+    raw_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not _NAME.match(self.file):
@@ -61,6 +63,14 @@ class ShardInfo:
             raise ConfigError(
                 f"shard {self.file} has checksum {self.checksum!r}, not 16 hex digits"
             )
+        raw = self.raw_bytes
+        if raw is not None and (type(raw) is not int or not 0 <= raw < _MOST):
+            raise ConfigError(f"shard {self.file} has raw_bytes {raw!r}, no count")
+
+    @property
+    def memory_bytes(self) -> int:
+        """What its samples take in memory, as far as the manifest tells."""
+        return self.bytes if self.raw_bytes is None else self.raw_bytes
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class Manifest:
         complete: whether the writer was closed. If not, it died or is still at work, and what is
             here is a prefix of the data.
         statistics: as `compute_statistics` stored them; None: it did not yet.
+        compression: of the columns' values; None: there is none.
 
     Raises:
         ConfigError: columns whose names cannot be together, or a shard that is named twice.
@@ -82,6 +93,7 @@ class Manifest:
     shards: tuple[ShardInfo, ...] = ()
     complete: bool = False
     statistics: Statistics | None = field(default=None, compare=False)
+    compression: Compression | None = None
     samples: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +102,8 @@ class Manifest:
             raise ConfigError("a shard is named twice")
         if type(self.complete) is not bool:
             raise ConfigError(f"complete is {self.complete!r}; it is true or false")
+        if self.compression not in (None, "zstd"):
+            raise ConfigError(f"compression is {self.compression!r}; it is 'zstd', or none")
         object.__setattr__(self, "samples", sum(shard.samples for shard in self.shards))
 
     @property
@@ -124,14 +138,16 @@ class Manifest:
     def to_json(self) -> str:
         """The text of the file: a shard on a line."""
         columns = {name: asdict(column) for name, column in self.columns.items()}
-        shards = ",\n  ".join(json.dumps(asdict(shard)) for shard in self.shards)
-        statistics = ""
+        shards = ",\n  ".join(json.dumps(_told(shard)) for shard in self.shards)
+        statistics = compression = ""
         if self.statistics is not None:
             told = json.dumps(self.statistics.to_json(), allow_nan=False)
             statistics = f' "statistics": {told},\n'
+        if self.compression is not None:
+            compression = f' "compression": {json.dumps(self.compression)},\n'
         return (
-            f'{{"format": "{FORMAT}", "version": {VERSION},\n'
-            f' "columns": {json.dumps(columns)},\n'
+            f'{{"format": "{FORMAT}", "version": {2 if compression else 1},\n'
+            f' "columns": {json.dumps(columns)},\n{compression}'
             f' "complete": {json.dumps(self.complete)},\n'
             f"{statistics}"
             f' "shards": [\n  {shards}\n]}}\n'
@@ -148,18 +164,21 @@ class Manifest:
             return cls._parse(load_json(text))
         except (ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"{where} is no manifest of a data set that this version reads ({FORMAT} version "
-                f"{VERSION}): {error}; write the data set again, or restore the file"
+                f"{where} is no manifest of a data set that this version reads ({FORMAT} version 1 "
+                f"to {VERSION}): {error}; write the data set again, or restore the file"
             ) from error
 
     @classmethod
     def _parse(cls, told: Any) -> Manifest:
         if not isinstance(told, dict):
             raise ConfigError(f"it holds a {type(told).__name__}")
-        if (told.get("format"), told.get("version")) != (FORMAT, VERSION):
-            raise ConfigError(f"format is {told.get('format')!r}, version {told.get('version')!r}")
-        required = {"format", "version", "columns", "complete", "shards"}
-        if told.keys() - {"statistics"} != required:
+        version = told.get("version")
+        if told.get("format") != FORMAT or version not in range(1, VERSION + 1):
+            raise ConfigError(f"format is {told.get('format')!r}, version {version!r}")
+        keys = {"format", "version", "columns", "complete", "shards"}
+        if told.keys() - {"statistics"} != keys | (
+            {"compression"} if version == VERSION else set()
+        ):
             raise ConfigError(f"its keys are {', '.join(sorted(told))}")
         columns = {
             name: Column(**{**told_of, "shape": tuple(told_of["shape"])})
@@ -167,19 +186,19 @@ class Manifest:
         }
         shards = tuple(ShardInfo(**told_of) for told_of in told["shards"])
         statistics = Statistics.from_json(told["statistics"]) if "statistics" in told else None
-        return cls(columns, shards, told["complete"], statistics)
+        return cls(columns, shards, told["complete"], statistics, told.get("compression"))
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: Folder) -> Manifest:
         """The manifest of the data set in a folder.
 
         Raises:
             ConfigError: there is no data set.
             DataError: the file is damaged, or cannot be read.
         """
-        path = folder / MANIFEST
+        path = f"{folder}/{MANIFEST}"
         try:
-            text = path.read_bytes()
+            text = folder.read(MANIFEST)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 f"{folder} holds no data set: there is no {path}; give the folder that a "
@@ -187,11 +206,18 @@ class Manifest:
             ) from error
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
-        return cls.from_json(text, str(path))
+        return cls.from_json(text, path)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Folder) -> None:
         """Put this in place of the folder's manifest: whoever reads sees the old one or this."""
-        write_whole(folder / MANIFEST, [memoryview(self.to_json().encode())])
+        folder.write(MANIFEST, [memoryview(self.to_json().encode())])
+
+
+def _told(shard: ShardInfo) -> dict[str, Any]:
+    told = asdict(shard)
+    if shard.raw_bytes is None:
+        del told["raw_bytes"]
+    return told
 
 
 def load_json(text: str | bytes) -> Any:

@@ -6,11 +6,12 @@ import mmap
 import os
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from scaledtrain.data.sharded.columns import DTYPES, OFFSETS, Array, Column
+from scaledtrain.data.sharded.compression import Compression
 from scaledtrain.data.sharded.header import (
     CHUNK_BYTES,
     PREFIX_BYTES,
@@ -19,12 +20,33 @@ from scaledtrain.data.sharded.header import (
     parse_header,
 )
 from scaledtrain.data.sharded.manifest import ShardInfo
+from scaledtrain.data.sharded.storage import OpenFile
 from scaledtrain.errors import DataError
 
-__all__ = ["Shard"]
+__all__ = ["Reader", "Shard", "touched"]
 
 NEAR_BYTES = 65_536  # ranges that are closer than that are asked for as one
 ASK_BYTES = 2**20  # of what it is asked for at once, Linux leaves out what is beyond its limit
+
+
+class Reader(Protocol):
+    """Columns that can be read where they have been checked."""
+
+    @property
+    def damage(self) -> str | None:
+        """What was found to be wrong; None so far."""
+
+    def rows(self, name: str) -> Array:
+        """A column's values: ``[samples, *shape]``, or a ragged one's, all in a row."""
+
+    def bounds(self, name: str, rows: Array) -> tuple[Array, Array]:
+        """Where the values of these samples of a ragged column begin and end, int64 ``[rows]``."""
+
+    def check(self, tensor: str, starts: Array, stops: Array) -> None:
+        """Make sure that these bytes of a tensor are what was written."""
+
+    def read_ahead(self, tensor: str, starts: Array, stops: Array) -> None:
+        """Say that these bytes of a tensor will be needed."""
 
 
 class Shard:
@@ -37,11 +59,12 @@ class Shard:
     every memory map; one that is already too short is told here.
 
     Args:
-        path: of the file.
+        file: opened; it is closed when the shard is gone.
         info: what the manifest says of it.
         columns: that it must have.
         checked: tensor -> which of its chunks have been checked, bool ``[chunks]``; filled here,
             and kept by the caller where a shard is closed and opened again. None: check nothing.
+        compression: of its columns.
 
     Attributes:
         damage: what was found to be wrong; None so far.
@@ -52,32 +75,32 @@ class Shard:
 
     def __init__(
         self,
-        path: Path,
+        file: OpenFile,
         info: ShardInfo,
         columns: Mapping[str, Column],
         checked: dict[str, Array] | None,
+        compression: Compression | None = None,
     ) -> None:
-        self.path = path
+        weakref.finalize(self, os.close, file.handle)
+        self.file = file
         self.damage: str | None = None
+        self.columns = columns
         self._checked = checked
+        self._compression = compression
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._file)
-            self._tensors = self._read_header(self._file, info, columns)
-            self._map = mmap.mmap(self._file, info.bytes, access=mmap.ACCESS_READ)
+            self.tensors = self._read_header(file.handle, info)
+            self._map = mmap.mmap(file.handle, info.bytes, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise DataError(f"shard {path} cannot be read: {error}") from error
+            raise DataError(f"shard {file.name} cannot be read: {error}") from error
         except ValueError as error:
-            raise self._damaged(str(error)) from error
+            raise self.damaged(str(error)) from error
         self._arrays = {
             tensor: self._array(name, column, tensor)
             for name, column in columns.items()
             for tensor in column.tensors(name)
         }
 
-    def _read_header(
-        self, file: int, info: ShardInfo, columns: Mapping[str, Column]
-    ) -> dict[str, TensorInfo]:
+    def _read_header(self, file: int, info: ShardInfo) -> dict[str, TensorInfo]:
         size = os.fstat(file).st_size
         if size != info.bytes:
             raise ValueError(f"it has {size} bytes instead of {info.bytes}")
@@ -88,29 +111,36 @@ class Shard:
         header = prefix + os.pread(file, length, PREFIX_BYTES)
         if self._checked is not None and checksum(header) != int(info.checksum, 16):
             raise ValueError("its header does not have the checksum that the manifest tells")
-        tensors = parse_header(header, size, columns, info.samples)
+        tensors = parse_header(header, size, self.columns, info.samples, self._compression)
         if self._checked is not None:
             for name, tensor in tensors.items():
                 self._checked.setdefault(name, np.zeros(len(tensor.sums), bool))
         return tensors
 
     def _array(self, name: str, column: Column, tensor: str) -> Array:
-        info = self._tensors[tensor]
+        info = self.tensors[tensor]
         dtype = column.stored if tensor == name else DTYPES["int64"].stored
+        if info.blocks is not None:
+            dtype = DTYPES["uint8"].stored
         if not info.nbytes:
             return np.empty(info.shape, dtype)
         count = info.nbytes // dtype.itemsize
         return np.frombuffer(self._map, dtype, count, info.start).reshape(info.shape)
 
-    def _damaged(self, why: str) -> DataError:
+    def damaged(self, why: str) -> DataError:
+        """Note what is wrong, and return the error that tells it."""
         self.damage = why
+        self.file.discard()
         return DataError(
-            f"shard {self.path} is damaged: {why}; restore the file, write the data set again, or "
-            'read it with on_damage="skip"'
+            f"shard {self.file.name} is damaged: {why}; restore the file, write the data set "
+            'again, or read it with on_damage="skip"'
         )
 
     def rows(self, name: str) -> Array:
-        """A column's stored tensor, read-only: ``[samples, *shape]``, or a ragged one's values."""
+        """A column's stored tensor, read-only: ``[samples, *shape]``, or a ragged one's values.
+
+        Of a compressed one, its frames.
+        """
         return self._arrays[name]
 
     def bounds(self, name: str, rows: Array) -> tuple[Array, Array]:
@@ -119,14 +149,16 @@ class Shard:
         Raises:
             DataError: outside the values, which the manifest does not exclude.
         """
-        tensor = name + OFFSETS
+        tensor, blocks = name + OFFSETS, self.tensors[name].blocks
         self.check(tensor, rows * 8, (rows + 2) * 8)
-        offsets, last = self._arrays[tensor], len(self._arrays[name])
+        offsets, last = self._arrays[tensor], self.tensors[name].shape[0]
+        if blocks is not None:
+            last = blocks.rows
         starts, stops = offsets[rows], offsets[rows + 1]
         if len(rows) and not (
             starts.min() >= 0 and stops.max() <= last and bool((starts <= stops).all())
         ):
-            raise self._damaged(f"offsets of column {name!r} lie outside its values")
+            raise self.damaged(f"offsets of column {name!r} lie outside its values")
         return starts, stops
 
     def check(self, tensor: str, starts: Array, stops: Array) -> None:
@@ -142,21 +174,26 @@ class Shard:
         """
         if self._checked is None or self._checked[tensor].all():
             return
-        info, done = self._tensors[tensor], self._checked[tensor]
-        filled = stops > starts
-        first, last = starts[filled] // CHUNK_BYTES, (stops[filled] - 1) // CHUNK_BYTES
-        begun = np.bincount(first, minlength=len(done) + 1)
-        ended = np.bincount(last + 1, minlength=len(done) + 1)
-        needed = np.cumsum(begun - ended)[: len(done)] > 0
+        info, done = self.tensors[tensor], self._checked[tensor]
+        needed = touched(starts, stops, CHUNK_BYTES, len(done))
         with memoryview(self._map) as data:
             for chunk in np.flatnonzero(needed & ~done):
                 start = info.start + int(chunk) * CHUNK_BYTES
                 stop = min(start + CHUNK_BYTES, info.start + info.nbytes)
                 if checksum(data[start:stop]) != int(info.sums[chunk]):
-                    raise self._damaged(
+                    raise self.damaged(
                         f"bytes {start} to {stop}, of tensor {tensor!r}, were altered"
                     )
                 done[chunk] = True
+
+    def check_all(self) -> None:
+        """Check everything.
+
+        Raises:
+            DataError: something does not have its checksum.
+        """
+        for tensor, info in self.tensors.items():
+            self.check(tensor, np.array([0]), np.array([info.nbytes]))
 
     def read_ahead(self, tensor: str, starts: Array, stops: Array) -> None:
         """Ask the kernel to read these bytes in the background, into the page cache.
@@ -168,7 +205,7 @@ class Shard:
         """
         if not len(starts) or not hasattr(os, "posix_fadvise"):  # macOS has none
             return
-        info = self._tensors[tensor]
+        info = self.tensors[tensor]
         if self._checked is not None:  # a whole chunk is read to check it
             starts = starts - starts % CHUNK_BYTES
             stops = np.minimum(stops + -stops % CHUNK_BYTES, info.nbytes)
@@ -178,4 +215,14 @@ class Shard:
         for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
             for start in range(low, high, ASK_BYTES):
                 size = min(ASK_BYTES, high - start)
-                os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self.file.handle, start, size, os.POSIX_FADV_WILLNEED)
+
+
+def touched(starts: Array, stops: Array, size: int, count: int) -> Array:
+    """In which of ``count`` pieces of ``size`` bytes any of these ranges lies, bool ``[count]``."""
+    filled = stops > starts
+    first, last = starts[filled] // size, (stops[filled] - 1) // size
+    begun = np.bincount(first, minlength=count + 1)
+    ended = np.bincount(last + 1, minlength=count + 1)
+    needed: Array = np.cumsum(begun - ended)[:count] > 0
+    return needed

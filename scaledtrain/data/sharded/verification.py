@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 
-from scaledtrain.data.sharded.columns import OFFSETS, Array, Column
 from scaledtrain.data.sharded.manifest import Manifest, ShardInfo
-from scaledtrain.data.sharded.shard import Shard
+from scaledtrain.data.sharded.opening import OpenShards
+from scaledtrain.data.sharded.storage import open_folder
+from scaledtrain.data.sharded.unpack import reader_of
 from scaledtrain.errors import DataError
 
 __all__ = ["verify"]
@@ -22,7 +22,7 @@ def verify(
     """Read every byte of a data set, and compare it with its checksum.
 
     Args:
-        folder: of the data set.
+        folder: of the data set, or its URL.
         on_shard: called after each shard.
 
     Returns:
@@ -34,6 +34,7 @@ def verify(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from scaledtrain.data import ShardWriter
         >>> folder = tempfile.TemporaryDirectory()
         >>> with ShardWriter(folder.name) as writer:
@@ -45,24 +46,19 @@ def verify(
         shard ... is damaged: bytes 128 to 152, of tensor 'x', were altered; restore ...
         >>> folder.cleanup()
     """
-    path = Path(folder)
-    manifest = Manifest.load(path)
+    where = open_folder(folder)
+    manifest = Manifest.load(where)
+    shards = OpenShards(where, manifest, verify=True)
     damaged = {}
-    for info in manifest.shards:
+    for number, info in enumerate(manifest.shards):
         try:
-            _check(path, info, manifest.columns)
+            shard = shards.get(number)
+            shard.check_all()
+            for name, column in manifest.columns.items():
+                if column.ragged:
+                    reader_of(shard).bounds(name, np.arange(info.samples))
         except DataError as error:
             damaged[info.file] = str(error)
         if on_shard is not None:
             on_shard(info)
     return damaged
-
-
-def _check(folder: Path, info: ShardInfo, columns: Mapping[str, Column]) -> None:
-    checked: dict[str, Array] = {}
-    shard = Shard(folder / info.file, info, columns, checked)
-    for name, column in columns.items():
-        if column.ragged:
-            shard.check(name + OFFSETS, np.array([0]), np.array([8 * (info.samples + 1)]))
-            shard.bounds(name, np.arange(info.samples))
-        shard.check(name, np.array([0]), np.array([shard.rows(name).nbytes]))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
+import fnmatch
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,11 +22,12 @@ from scaledtrain.data.sharded.columns import (
     check_columns,
     wrong_shape,
 )
-from scaledtrain.data.sharded.files import sync_folder
+from scaledtrain.data.sharded.compression import DEFAULT_LEVEL, Compression, Compressor
 from scaledtrain.data.sharded.manifest import MANIFEST, Manifest, shard_name
+from scaledtrain.data.sharded.storage import Remote, open_folder
 from scaledtrain.errors import ConfigError, DataError
 
-__all__ = ["ShardWriter", "take_folder"]
+__all__ = ["ShardWriter"]
 
 SHARD_BYTES = 64 * 2**20
 
@@ -50,8 +50,12 @@ class ShardWriter:
     crash, a kill or a full disk loses the samples since the last whole shard, and no other; what is
     there can be read, and ``resume=True`` goes on behind it.
 
+    A URL (``s3://...``, whatever fsspec can write to) gets each file in one request, and so holds a
+    second copy of it in memory; on stores of objects it is there as a whole or not at all. Nothing
+    keeps two writers from one URL: see to that.
+
     Args:
-        folder: is made if it is not there.
+        folder: is made if it is not there; or a URL.
         columns: of the data set, or of some of its columns; the others follow from the first
             sample: its values' dtypes and shapes (of bytes: ragged ``uint8``).
         shard_bytes: a shard is full when its samples have at least so many bytes ...
@@ -61,6 +65,10 @@ class ShardWriter:
             begin.
         overwrite: delete the data set that is in the folder, if there is one, and any other file
             that is called as a shard.
+        compression: ``"zstd"``: of the columns' values, in blocks of 64 KiB, so that any sample can
+            be read without the rest; None: there is none, or, with ``resume``, that of the set.
+        level: of compression, from 1, fast, to 22, small.
+        remote: retries, timeouts and fsspec's options for a URL.
 
     Attributes:
         samples_written: samples that are in whole shards or wait for theirs to be full.
@@ -90,19 +98,26 @@ class ShardWriter:
         shard_samples: int | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        compression: Compression | None = None,
+        level: int = DEFAULT_LEVEL,
+        remote: Remote | None = None,
     ) -> None:
         for name, limit in (("shard_bytes", shard_bytes), ("shard_samples", shard_samples)):
             if limit is not None and limit < 1:
                 raise ConfigError(f"{name} is {limit}; a shard holds at least 1")
         if resume and overwrite:
             raise ConfigError("resume keeps what is there, overwrite deletes it; give one of them")
-        self.folder = Path(folder)
+        self.folder = open_folder(folder, remote)
         self._declared = dict(columns or {})
         self._shard_bytes = shard_bytes
         self._shard_samples = shard_samples
-        self._lock = take_folder(self.folder)
+        begun = Manifest({}, compression=compression)  # checked before anything is deleted
+        self._compressor = Compressor(level) if compression is not None else None
+        self._unlock: Callable[[], None] | None = self.folder.lock()
         try:
-            self._manifest = self._begin(resume, overwrite)
+            self._manifest = self._begin(resume, overwrite, begun)
+            if self._manifest.compression is not None and self._compressor is None:
+                self._compressor = Compressor(level)  # of a set that is gone on with
         except BaseException:
             self._release()
             raise
@@ -116,12 +131,13 @@ class ShardWriter:
         return self._manifest.samples + self._buffer.samples
 
     def _release(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
 
-    def _begin(self, resume: bool, overwrite: bool) -> Manifest:
-        there = (self.folder / MANIFEST).exists()
+    def _begin(self, resume: bool, overwrite: bool, begun: Manifest) -> Manifest:
+        names = self.folder.names()
+        there = MANIFEST in names
         if there and not resume and not overwrite:
             raise ConfigError(
                 f"{self.folder} holds a data set already; give another folder, resume=True to go "
@@ -135,23 +151,26 @@ class ShardWriter:
                         f"the data set in {self.folder} has the columns {dict(manifest.columns)}, "
                         f"but {name!r} was declared as {column}; declare it as it is"
                     )
+            if begun.compression not in (None, manifest.compression):
+                raise ConfigError(
+                    f"the data set in {self.folder} has compression {manifest.compression}, not "
+                    f"{begun.compression}; leave it out, or write another set"
+                )
         else:
             if there:
-                (self.folder / MANIFEST).unlink()  # first: so there is never half a data set
-                sync_folder(self.folder)
-            manifest = Manifest({})
+                self.folder.delete([MANIFEST])  # first: so there is never half a data set
+            manifest = begun
         known = {shard.file for shard in manifest.shards}
-        unknown = [f for f in self.folder.glob("shard-*.safetensors") if f.name not in known]
+        unknown = [f for f in fnmatch.filter(names, "shard-*.safetensors") if f not in known]
         if resume:  # a crash can have come between a shard and the manifest that names it
-            unknown = [f for f in unknown if f.name == shard_name(len(manifest.shards))]
+            unknown = [f for f in unknown if f == shard_name(len(manifest.shards))]
         elif unknown and not overwrite:
             raise ConfigError(
-                f"{self.folder} holds {unknown[0].name}, which no manifest names; give another "
+                f"{self.folder} holds {unknown[0]}, which no manifest names; give another "
                 "folder, or, if a writer that crashed has left it, resume=True or overwrite=True, "
                 "which delete it"
             )
-        for file in (*unknown, *self.folder.glob(".shard-*.unfinished")):
-            file.unlink()
+        self.folder.delete([*unknown, *fnmatch.filter(names, ".shard-*.unfinished")])
         return manifest
 
     def write(self, sample: Mapping[str, Any]) -> None:
@@ -237,7 +256,7 @@ class ShardWriter:
 
     def _append(self, values: Mapping[str, Array | list[Array]]) -> None:
         """Fill shards with these samples, and write each that is full."""
-        if self._lock < 0:
+        if self._unlock is None:
             raise ConfigError(
                 f"the ShardWriter of {self.folder} is closed, by you or by an error that was told; "
                 "go on with a new one, with resume=True"
@@ -265,19 +284,20 @@ class ShardWriter:
 
     def _flush(self) -> None:
         """Write the shard that is in memory; only then the manifest names it."""
-        path = self.folder / shard_name(len(self._manifest.shards))
+        file = shard_name(len(self._manifest.shards))
         full, self._buffer = self._buffer, ShardBuffer(self._columns)
         try:
-            info = full.write(path)
+            info = full.write(self.folder, file, self._compressor)
             shards = (*self._manifest.shards, info)
             self._publish(  # statistics stay: that they are of fewer samples, they say
                 replace(self._manifest, columns=self._columns, shards=shards, complete=False)
             )
-        except OSError as error:
+        except (OSError, DataError) as error:
             self._release()
             raise DataError(
-                f"shard {path} cannot be written: {error}; the {self._manifest.samples} samples "
-                "before it can be read. Make room, and go on behind them with resume=True"
+                f"shard {self.folder}/{file} cannot be written: {error}; the "
+                f"{self._manifest.samples} samples before it can be read. Make room, and go on "
+                "behind them with resume=True"
             ) from error
 
     def _publish(self, manifest: Manifest) -> None:
@@ -286,7 +306,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the last shard, and say in the manifest that the data set is complete."""
-        if self._lock < 0:
+        if self._unlock is None:
             return
         try:
             if self._buffer.samples:
@@ -294,7 +314,7 @@ class ShardWriter:
             try:
                 self._publish(replace(self._manifest, complete=True))
             except OSError as error:
-                raise DataError(f"{self.folder / MANIFEST} cannot be written: {error}") from error
+                raise DataError(f"{self.folder}/{MANIFEST} cannot be written: {error}") from error
         finally:
             self._release()
 
@@ -311,33 +331,6 @@ class ShardWriter:
             self.close()
         else:  # what waits for its shard to be full is lost; the whole shards stay
             self._release()
-
-
-def take_folder(folder: Path) -> int:
-    """Begin to write in a folder, which is made if it is not there; no other process does then.
-
-    Returns:
-        A file descriptor: closing it ends this.
-
-    Raises:
-        ConfigError: another is at work in it, or nobody can write there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"no data set can be written to {folder}: {error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
-    except BlockingIOError as error:
-        os.close(lock)
-        raise ConfigError(
-            f"another ShardWriter is at work in {folder}, or compute_statistics; let it end, or "
-            "give another folder"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    return lock
 
 
 def _column_of(value: Any) -> Column:
