@@ -261,3 +261,28 @@ def test_ctrl_c_ends_a_real_command_which_can_be_resumed(
         "manifest.json",
         *(f"shard-{i:05d}.safetensors" for i in range(40)),
     ]
+
+
+def test_stats_are_computed_stored_and_shown(call: Call, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", shard_samples=2) as writer:
+        writer.write_batch({"x": [[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]], "y": [0, 1, 0]})
+    # x[0]: the mean of 1, 2, 6 is 3; the squared distances 4, 1, 9 have the mean 14/3, its root
+    # is 2.16025. y: 1/3, and sqrt(1/3 - 1/9) = 0.471405.
+    expected = [
+        "x[0]  mean 3  std 2.16025  from 1 to 6",
+        "x[1]  mean 5  std 0  from 5 to 5",
+        "y  mean 0.333333  std 0.471405  from 0 to 1",
+        "y  2 classes: 0: 2, 1: 1",
+    ]
+    assert call("stats", "set", "--classes", "y") == expected
+    shown = call("inspect", "set")
+    assert shown[shown.index("statistics") + 1 :] == [f"  {line}" for line in expected]
+    # 24 / 6; the squared distances 9 + 1 + 4 + 1 + 4 + 1 = 20, and the root of 20 / 6.
+    assert call("stats", "set", "--columns", "x", "--axis") == [
+        "x  mean 4  std 1.82574  from 1 to 6"
+    ]
+    with ShardWriter(tmp_path / "set", resume=True) as writer:
+        writer.write({"x": [0.0, 0.0], "y": 1})
+    assert "statistics, of fewer samples than there are now" in call("inspect", "set")
+    with pytest.raises(ConfigError, match="no column 'z'"):
+        call("stats", "set", "--columns", "z")

@@ -62,7 +62,7 @@ def test_the_wheel_holds_nothing_but_the_package_and_its_metadata(files: set[str
 def test_the_metadata_names_the_extras_the_licence_and_the_oldest_python(
     metadata: Message, files: set[str]
 ) -> None:
-    extras = {"bench", "data", "deepspeed", "examples", "huggingface", "test"}
+    extras = {"bench", "data", "deepspeed", "examples", "huggingface", "remote", "test", "zstd"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"

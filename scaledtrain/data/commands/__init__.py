@@ -13,12 +13,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from scaledtrain.data.commands import head, inspect, reshard, verify, write
+from scaledtrain.data.commands import head, inspect, reshard, stats, verify, write
 from scaledtrain.launching import guarded
 
 __all__ = ["COMMANDS", "main", "run"]
 
-COMMANDS = (write, inspect, head, verify, reshard)
+COMMANDS = (write, inspect, head, verify, stats, reshard)
 """Modules with ``add(commands)``, which adds a parser whose default ``run`` is the command."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from scaledtrain.data.commands.stats import lines_of
 from scaledtrain.data.convert import class_names
 from scaledtrain.data.sharded import Column
 from scaledtrain.data.sharded.manifest import Manifest
@@ -37,6 +38,11 @@ def _run(parsed: argparse.Namespace) -> int:
     print("columns")
     for name, column in manifest.columns.items():
         print(f"  {name:<{width}}  {_kind(column)}{_classes(classes.get(name, []))}")
+    if (statistics := manifest.statistics) is not None:
+        print(f"statistics{', of fewer samples than there are now' if manifest.stale else ''}")
+        for name, found in statistics.columns.items():
+            for line in lines_of(name, found):
+                print(f"  {line}")
     return 0
 
 
