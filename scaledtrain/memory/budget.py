@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,27 +9,35 @@ from torch import nn
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample
-from scaledtrain.recompute.budget import MemoryBudget
+from scaledtrain.recompute.budget import PlanSearch
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.policies import CheckpointPolicy
 
 __all__ = ["SmallestBudget"]
 
-_LEAST = re.compile(r"(\d+) bytes \([^)]*\) are needed")
-
 
 @dataclass(frozen=True)
 class SmallestBudget(CheckpointPolicy):
-    """The smallest `MemoryBudget` that does not refuse; it computes again most, and most often."""
+    """The smallest `MemoryBudget` that does not refuse; it computes again most, and most often.
+
+    Nothing is offloaded.
+    """
 
     def install(
         self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample | None
     ) -> Executor:
-        """Ask for a budget of nothing, and take what is said to be enough."""
-        try:
-            return MemoryBudget(1).install(model, blocks, sample)
-        except ConfigError as error:
-            least = _LEAST.search(str(error))
-            if least is None:
-                raise
-        return MemoryBudget(int(least[1])).install(model, blocks, sample)
+        """Find what is enough, and take that.
+
+        Raises:
+            ConfigError: there is no sample, or no plan keeps to what was found.
+        """
+        if sample is None:
+            raise ConfigError("the smallest budget needs a sample; see MemoryBudget")
+        search = PlanSearch(model, blocks, sample)
+        executor = search.fit(search.least())
+        if executor is None:
+            raise ConfigError(
+                "the activations of the smallest plan need another number of bytes each time, so "
+                "that no budget can be promised; choose a fixed policy (full, every_k)"
+            )
+        return executor

@@ -142,15 +142,17 @@ def same_arguments(one: Any, other: Any) -> bool:
     return bool(one is other or one == other)
 
 
-class Interception:
-    """Calls of the blocks' ``forward`` go somewhere else, until it is removed.
+class _Replaced:
+    """Blocks with something in the place of their ``forward``, until it is removed.
 
     Args:
         blocks: the modules; nothing else about them changes.
-        call: called as ``call(index, forward, args, kwargs)`` with the ``forward`` that was.
+        forward_of: gives, of an index and a block, what is called from now on.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], call: Divert) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], forward_of: Callable[[int, nn.Module], Call]
+    ) -> None:
         if len(set(blocks)) < len(blocks):
             raise ConfigError(
                 "a block comes twice in the chain; name the blocks that come once: blocks=[...]"
@@ -163,45 +165,45 @@ class Interception:
         self._blocks = list(blocks)
         self._before = [vars(block).get("forward") for block in blocks]
         for index, block in enumerate(blocks):
-            block.forward = _Diverted(block, index, block.forward, call)
+            block.forward = forward_of(index, block)
 
     def remove(self) -> None:
         """Let them be as they were."""
-        _restore(self._blocks, self._before)
+        for block, before in zip(self._blocks, self._before, strict=True):
+            if before is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = before
         self._blocks, self._before = [], []
 
 
-class Compiled:
+class Interception(_Replaced):
+    """Calls of the blocks' ``forward`` go somewhere else, until it is removed.
+
+    Args:
+        blocks: the modules.
+        call: called as ``call(index, forward, args, kwargs)`` with the ``forward`` that was.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], call: Divert) -> None:
+        super().__init__(blocks, lambda index, block: _Diverted(block, index, block.forward, call))
+
+
+class Compiled(_Replaced):
     """Blocks whose ``forward`` is compiled, each by itself, until it is removed.
 
     Args:
-        blocks: the modules; nothing else about them changes. Equal ones are compiled once.
+        blocks: the modules. Equal ones are compiled once.
         backend: for ``torch.compile``.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], backend: str) -> None:
-        self._blocks = list(blocks)
-        self._before = [vars(block).get("forward") for block in blocks]
-        for block in blocks:
-            block.forward = torch.compile(block.forward, backend=backend)
-
-    def remove(self) -> None:
-        """Let them be as they were."""
-        _restore(self._blocks, self._before)
-        self._blocks, self._before = [], []
+        super().__init__(blocks, lambda _, block: torch.compile(block.forward, backend=backend))
 
 
 def is_compiled(block: nn.Module) -> bool:
     """Whether what is called is a graph, of whose functions and operators nobody sees anything."""
     return hasattr(block.forward, "_torchdynamo_orig_callable")
-
-
-def _restore(blocks: Sequence[nn.Module], before: Sequence[Any]) -> None:
-    for block, forward in zip(blocks, before, strict=True):
-        if forward is None:
-            vars(block).pop("forward", None)
-        else:
-            block.forward = forward
 
 
 class _Diverted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -22,7 +22,7 @@ from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, depth
 from scaledtrain.recompute.policies import CheckpointPolicy
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
-__all__ = ["MemoryBudget"]
+__all__ = ["MemoryBudget", "PlanSearch"]
 
 _ATTEMPTS = 8  # to find a plan whose peak fits when it is measured
 _SLACK_BYTES = 64  # of what a training loop adds: the sum of its losses
@@ -101,40 +101,17 @@ class MemoryBudget(CheckpointPolicy):
                 "a memory budget needs a sample: a function that is called with the model and "
                 "returns the loss of a microbatch, as large as any"
             )
-        store = self._store(model)
-        ways = {} if any(map(is_compiled, blocks)) else _ways(store)
-        chain = measure_chain(model, blocks, sample, ways, store)
-        expected = loss_without_gradients(model, sample)
-        aim = self.n_bytes - _SLACK_BYTES
-        for _ in range(_ATTEMPTS):
-            plan = _plan(chain, aim)
-            if plan is None:
-                break
-            executor = Executor(model, blocks, plan[:-1], ways, store)
-            try:
-                measured = peak_bytes(model, sample)
-                differs = not computes(model, sample, expected)
-            except BaseException:
-                executor.remove()
-                raise
-            if differs and any(block.joins for block in chain.blocks):
-                # The model uses what blocks return for more than the next block.
-                executor.remove()
-                alone = tuple(replace(block, joins=False) for block in chain.blocks)
-                chain = replace(chain, blocks=alone)
-                continue
-            if measured + _SLACK_BYTES <= self.n_bytes:
-                executor.told = _told(chain, plan, self.n_bytes, measured)
-                return executor
-            executor.remove()
-            aim -= measured + _SLACK_BYTES - self.n_bytes
-        least = _least(chain, model, blocks, sample, ways, store)
+        search = PlanSearch(model, blocks, sample, self._store(model))
+        executor = search.fit(self.n_bytes)
+        if executor is not None:
+            return executor
+        least = search.least()
         raise ConfigError(
             f"the activations of {len(blocks)} blocks ({type(blocks[0]).__name__} and so on) do "
             f"not fit into {self.n_bytes} bytes: however often they are computed again, {least} "
             f"bytes ({_mib(least)}) are needed; raise the budget to that, make the microbatch "
             "smaller and gradient_accumulation_steps larger, name more of the model's blocks"
-            + (", or offload to disk" if store is None else "")
+            + (", or offload to disk" if self.offload is None else "")
         )
 
     def _store(self, model: nn.Module) -> Store | None:
@@ -146,6 +123,81 @@ class MemoryBudget(CheckpointPolicy):
         if self.offload == "disk":
             return DiskStore(self.offload_folder)
         return None if self.offload is None else HostStore()
+
+
+class PlanSearch:
+    """The blocks of a model, measured, and plans for them that are tried out.
+
+    Args:
+        model: that has the blocks.
+        blocks: in the order in which the model calls them.
+        sample: see `Sample`.
+        store: where to offload to; None: nowhere.
+
+    Raises:
+        ConfigError: the model does not call each block once, in this order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        sample: Sample,
+        store: Store | None = None,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._sample = sample
+        self._store = store
+        self._ways = {} if any(map(is_compiled, blocks)) else _ways(store)
+        self._chain = measure_chain(model, blocks, sample, self._ways, store)
+        self._expected = loss_without_gradients(model, sample)
+
+    def fit(self, n_bytes: int) -> Executor | None:
+        """Let the blocks run as the fastest plan says that needs at most so many bytes.
+
+        Returns:
+            What lets them; None: there is no such plan, and they run as before.
+        """
+        aim = n_bytes - _SLACK_BYTES
+        for _ in range(_ATTEMPTS):
+            plan = _plan(self._chain, aim)
+            if plan is None:
+                return None
+            executor = self._executor(plan)
+            try:
+                measured = peak_bytes(self._model, self._sample)
+                differs = not computes(self._model, self._sample, self._expected)
+            except BaseException:
+                executor.remove()
+                raise
+            if differs and any(block.joins for block in self._chain.blocks):
+                # The model uses what blocks return for more than the next block.
+                executor.remove()
+                alone = tuple(replace(block, joins=False) for block in self._chain.blocks)
+                self._chain = replace(self._chain, blocks=alone)
+                continue
+            if measured + _SLACK_BYTES <= n_bytes:
+                executor.told = _told(self._chain, plan, n_bytes, measured)
+                return executor
+            executor.remove()
+            aim -= measured + _SLACK_BYTES - n_bytes
+        return None
+
+    def least(self) -> int:
+        """Bytes that can be kept to: those of the smallest plan, tried out."""
+        least = smallest_bytes(self._chain)
+        while (plan := _plan(self._chain, least)) is None:  # it nests too deep
+            least += least // 8
+        executor = self._executor(plan)
+        try:
+            return max(least, peak_bytes(self._model, self._sample)) + _SLACK_BYTES
+        finally:
+            executor.remove()
+
+    def _executor(self, plan: Plan) -> Executor:
+        """The last step is what comes after the blocks, and nobody's matter."""
+        return Executor(self._model, self._blocks, plan[:-1], self._ways, self._store)
 
 
 def _ways(store: Store | None) -> dict[str, MakeContexts]:
@@ -162,25 +214,6 @@ def _plan(chain: Chain, peak_bytes: int) -> Plan | None:
         return everything
     plan = fastest_plan(chain, peak_bytes)
     return None if plan is None or depth(plan) > _MAX_DEPTH else plan
-
-
-def _least(
-    chain: Chain,
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    sample: Sample,
-    ways: Mapping[str, MakeContexts],
-    store: Store | None,
-) -> int:
-    """A budget that can be kept: of the smallest plan, tried out."""
-    least = smallest_bytes(chain)
-    while (plan := _plan(chain, least)) is None:  # it nests too deep
-        least += least // 8
-    executor = Executor(model, blocks, plan[:-1], ways, store)
-    try:
-        return max(least, peak_bytes(model, sample)) + _SLACK_BYTES
-    finally:
-        executor.remove()
 
 
 def _told(chain: Chain, plan: Plan, budget: int, measured: int) -> str:

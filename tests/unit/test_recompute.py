@@ -369,6 +369,10 @@ def test_compiled_blocks_are_computed_again_to_the_same_bits() -> None:
         assert peak <= 0.6 * everything
         handle.remove()
         assert not any("forward" in vars(module) for module in model.modules())
+    handle = checkpoint_activations(model, CheckpointEvery(1))
+    with pytest.raises(ConfigError, match="computed again already"):
+        checkpoint_activations(model, CheckpointEvery(1), compile="aot_eager")
+    handle.remove()
     with pytest.raises(ConfigError, match="operators in compiled blocks are not seen"):
         checkpoint_activations(model, Selective(), sample, compile="aot_eager")
     assert not any("forward" in vars(module) for module in model.modules())
