@@ -236,6 +236,12 @@ def sharded(
         return found
 
     def mixture(weights: Mapping[str, float]) -> data.Mixture:
+        if normalize is not None:
+            raise ConfigError(
+                f"normalize is {normalize!r}, but path names several data sets, each of which has "
+                "statistics of its own; write them as one, or return a Task of your own whose data "
+                "sets are all given the same statistics"
+            )
         return data.Mixture([(dataset(name), weight) for name, weight in weights.items()], stop)
 
     def loader(samples: Any, batch_size: int, training: bool) -> data.ShardedLoader:

@@ -371,6 +371,12 @@ class TestShardedData:
         with pytest.raises(ConfigError, match="path names several data sets"):
             tasks.sharded({str(tmp_path): 1.0}, balance_classes="draws")
 
+    def test_several_have_no_statistics_together(self, tmp_path: Path) -> None:
+        write_data(tmp_path)
+        compute_statistics(tmp_path)
+        with pytest.raises(ConfigError, match="each of which has statistics of its own"):
+            tasks.sharded({str(tmp_path): 1.0}, normalize="standardize")
+
     def test_ragged_columns_are_refused_or_padded(self, link: Connection, tmp_path: Path) -> None:
         tokens = dict.fromkeys("xy", Column("int32", ragged=True))
         with ShardWriter(tmp_path, tokens) as writer:

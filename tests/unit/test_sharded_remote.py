@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from scaledtrain import tasks
 from scaledtrain.data import Remote, ShardedDataset, ShardedLoader, ShardWriter
+from scaledtrain.data.commands import run
 from scaledtrain.errors import ConfigError, DataError
 from tests.remote_sets import QUICK, URL, copies, fail_first, leftovers, read, write_to
 from tests.sharded_samples import TOKENS, assert_is_sample, sample, shard, write
@@ -198,3 +199,17 @@ class TestWriting:
         monkeypatch.setattr(MemoryFileSystem, "pipe_file", cannot)
         with pytest.raises(ConfigError, match="fsspec cannot write to memory://bucket/ten"):
             write_to(URL, 4)
+
+
+class TestLookedAt:
+    def test_statistics_are_stored_at_the_url_and_all_is_checked(
+        self, ten: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:  # fmt: skip
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert run(["stats", ten, "--columns", "label"]) == 0
+        computed = capsys.readouterr().out
+        assert run(["inspect", ten]) == 0
+        assert computed.strip() in capsys.readouterr().out
+        assert run(["verify", ten]) == 0
+        assert "0 of 3 shards damaged" in capsys.readouterr().out
