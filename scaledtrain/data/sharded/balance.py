@@ -133,7 +133,7 @@ class ClassBalance:
 class WeightedOrder:
     """Draws with replacement: a pure function of the seed, the epoch and the position.
 
-    It has the methods of `Order`: position p of an epoch has the same sample whoever reads it, on
+    A `SampleOrder`: position p of an epoch has the same sample whoever reads it, on
     any number of ranks, and is found in constant time. An epoch has as many draws as there are
     samples. Each is read from somewhere else in the data set, as with ``shuffle="full"``.
 
@@ -184,12 +184,8 @@ class WeightedOrder:
         found: Array = self._of_classes[self._firsts[drawn] + within].astype(np.int64)
         return found
 
-    def group_bounds(self, epoch: int) -> Array:
-        """One group, as of an `Order` without blocks."""
-        return np.array([0, self.samples])
-
     def group_end(self, epoch: int, position: int) -> int:
-        """Where that group ends."""
+        """There is one group, as of an `Order` without blocks."""
         return self.samples
 
     def identity(self) -> dict[str, Any]:
