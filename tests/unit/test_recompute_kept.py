@@ -229,7 +229,9 @@ def test_with_a_disk_a_budget_needs_less_and_changes_no_bit() -> None:
     handle.remove()
     with pytest.raises(ConfigError, match="do not fit into 1 bytes") as caught:
         checkpoint_activations(model, MemoryBudget(1, offload="disk"), sample)
-    assert int(str(caught.value).partition("again, ")[2].split()[0]) <= least
+    # Every plan without a disk is one with a disk; the sizes are rounded, as `smallest_bytes` says.
+    rounding = everything / 1000
+    assert int(str(caught.value).partition("again, ")[2].split()[0]) <= least + rounding
 
 
 def test_a_full_disk_and_a_missing_folder_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
