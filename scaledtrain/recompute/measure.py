@@ -30,7 +30,7 @@ from scaledtrain.recompute.live_bytes import LiveBytes
 from scaledtrain.recompute.offload import Store
 from scaledtrain.recompute.plan import every
 
-__all__ = ["measure_chain"]
+__all__ = ["kind_of", "measure_chain", "now"]
 
 _REPEATS = 5  # of what is timed
 _CHANGED = ("has been mutated", "in-place operation")  # what is kept, says torch
@@ -75,7 +75,7 @@ def measure_chain(
                 "activations are to be computed again are called once each, in their order"
             )
         check_arguments(blocks[index], args, kwargs)
-        kind = _kind(blocks[index], args, kwargs)
+        kind = kind_of(blocks[index], args, kwargs)
         if kind not in measured:
             with torch.enable_grad():
                 measured[kind] = _measure(forward, args, kwargs, ways)
@@ -101,7 +101,7 @@ def measure_chain(
     return Chain((*chain, rest), base, offload_seconds)
 
 
-def _kind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+def kind_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """Equal for blocks that cost the same."""
     inside = [(type(m).__name__, m.extra_repr(), _plain_of(m)) for m in block.modules()]
     held = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
@@ -266,13 +266,13 @@ def _seconds(run: Call, x: Tensor) -> tuple[float, float]:
     ahead, back = [], []
     for repeat in range(_REPEATS + 1):
         torch.clear_autocast_cache()
-        start = _now(x)
+        start = now(x)
         output = first_tensor(run(x))
-        middle = _now(x)
+        middle = now(x)
         if output.requires_grad:
             with _as_backward(output):
                 torch.autograd.backward(output, torch.ones_like(output))
-        end = _now(x)
+        end = now(x)
         x.grad = None
         if repeat > 0:  # the first one warms up
             ahead.append(middle - start)
@@ -284,9 +284,9 @@ def _offload_seconds(store: Store, x: Tensor) -> float:
     """Of a byte, there and back; the least."""
     found = []
     for _ in range(_REPEATS + 1):
-        start = _now(x)
+        start = now(x)
         store.put(x)()
-        found.append(_now(x) - start)
+        found.append(now(x) - start)
     return min(found) / (x.numel() * x.element_size())
 
 
@@ -295,7 +295,8 @@ def _as_backward(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _now(x: Tensor) -> float:
+def now(x: Tensor) -> float:
+    """Seconds, when all that the tensor's device was told is done."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter()
@@ -316,7 +317,7 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
         nonlocal after, start
         tensor = first_tensor(output)
         counted.peak = after = counted.live
-        start = _now(tensor)
+        start = now(tensor)
         if not tensor.requires_grad:
             raise ConfigError(
                 "no gradient comes to the last block, so that nothing is kept for one; leave "
@@ -326,7 +327,7 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
 
     def came_back(gradient: Tensor) -> None:
         nonlocal most, end
-        most, end = counted.peak - after, _now(gradient)
+        most, end = counted.peak - after, now(gradient)
 
     hooks = [
         blocks[0].register_forward_pre_hook(entered),
@@ -335,7 +336,7 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
     try:
         with Apart(model) as apart, counted:
             loss = sample(apart)
-            middle = _now(loss)
+            middle = now(loss)
             torch.autograd.backward(loss)
     finally:
         executor.remove()

@@ -89,8 +89,8 @@ def given_cut(
     starts = [0, *(list(names).index(point) for point in points), len(names)]
     if counts or len(points) != n_stages - 1 or any(a >= b for a, b in pairwise(starts)):
         raise ConfigError(
-            f"split points {list(split_points)} should name the parts with which stages 1 to {n_stages - 1} "
-            f"begin, each once, in order, {n_stages - 1} in all; a stage can begin with "
+            f"split points {list(split_points)} should name the parts with which the second stage "
+            f"begins, the third and so on, in order, {n_stages - 1} in all; a stage can begin with "
             f"{', '.join(names[1:])}"
         )
     return Cut(tuple(b - a for a, b in pairwise(starts)))

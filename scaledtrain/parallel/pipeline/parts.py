@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,7 +71,7 @@ class ModelParts:
         return inputs
 
 
-def call_part(part: nn.Module, inputs: Any, index: int) -> Any:
+def call_part(part: Callable[..., Any], inputs: Any, index: int) -> Any:
     """Call a part with what the one before it returned; the first one with the model's inputs."""
     if index and isinstance(inputs, tuple):
         return part(*inputs)

@@ -73,6 +73,9 @@ class _Splitter:
         assert isinstance(module, fx.GraphModule)
         self._module = module
         self._tensors = tensors
+        self._first_name: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            self._first_name.setdefault(id(tensor), name)
         self._in_spec, self._out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
         self._nodes = _cleaned(module.graph)
         self._order = {node: index for index, node in enumerate(self._nodes)}
@@ -105,7 +108,7 @@ class _Splitter:
         target = str(node.target)
         name = target.removeprefix("model.")
         if target != name and name in self._tensors:
-            return self._tensors[name], name
+            return self._tensors[name], self._first_name[id(self._tensors[name])]
         value: Any = self._module
         for attribute in target.split("."):
             value = getattr(value, attribute)

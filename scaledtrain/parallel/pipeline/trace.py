@@ -98,9 +98,9 @@ def _at_least_two(tensor: Tensor) -> Tensor:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, by their first names; what is tied has several."""
-    found = dict(model.named_parameters(remove_duplicate=False))
-    return {**dict(model.named_buffers(remove_duplicate=False)), **found}
+    """Parameters and buffers by all their names, the first one first."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 class _Called(nn.Module):
