@@ -1,9 +1,9 @@
 """A model cut into stages that run one after another on several ranks."""
 
 from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
-from scaledtrain.parallel.pipeline.cut import Cut, given_cut
 from scaledtrain.parallel.pipeline.partition import describe_cut, partition
 from scaledtrain.parallel.pipeline.parts import ModelParts, NamesParts, check_parts, find_parts
+from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
 from scaledtrain.parallel.pipeline.stage import Held, Stage, find_tied, make_stage
 
 __all__ = [

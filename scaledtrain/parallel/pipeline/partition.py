@@ -21,7 +21,7 @@ from functools import cache, partial
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline.costs import PartCost
-from scaledtrain.parallel.pipeline.cut import Cut
+from scaledtrain.parallel.pipeline.split_points import Cut
 
 __all__ = ["describe_cut", "partition", "stage_bytes", "stage_seconds"]
 

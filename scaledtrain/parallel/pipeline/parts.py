@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,7 +120,7 @@ def find_parts(
     """
     if blocks is None and not own_loss and isinstance(model, NamesParts):
         modules = tuple(model.pipeline_parts())
-    elif blocks is None and not own_loss and _is_plain_sequential(model):
+    elif blocks is None and not own_loss and isinstance(model, nn.Sequential) and _is_plain(model):
         modules = tuple(_of_sequential(model))
     elif inputs is not None:
         modules = tuple(trace_parts(model, inputs, own_loss, blocks))
@@ -143,13 +143,13 @@ def find_parts(
     return ModelParts(model, modules, tuple(_named(model, modules)))
 
 
-def _is_plain_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+def _is_plain(module: nn.Sequential) -> bool:
+    return type(module).forward is nn.Sequential.forward
 
 
-def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if _is_plain_sequential(child) and not has_hooks(child):
+def _flat(module: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for child in module:
+        if isinstance(child, nn.Sequential) and _is_plain(child) and not has_hooks(child):
             yield from _flat(child)
         else:
             yield child
@@ -165,7 +165,7 @@ class _Run(nn.Sequential):
         return output
 
 
-def _of_sequential(model: nn.Module) -> Iterator[nn.Module]:
+def _of_sequential(model: nn.Sequential) -> Iterator[nn.Module]:
     """A part for each module that has parameters.
 
     To cut anywhere else changes no stage's load by much, and a module that works in place cannot
@@ -186,12 +186,15 @@ def _of_sequential(model: nn.Module) -> Iterator[nn.Module]:
 
 def _named(model: nn.Module, parts: Sequence[nn.Module]) -> Iterator[str]:
     """Where each part begins in the model: its first submodule, or tensor."""
-    modules = {id(m): name for name, m in model.named_modules() if name}
+    modules: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            modules.setdefault(id(module), []).append(name)
     tensors = {id(p): name for name, p in model.named_parameters()}
     given: set[str] = set()
     for part in parts:
         found = [part.name] if isinstance(part, TracedPart) else []
-        found += [modules[id(m)] for m in part.modules() if id(m) in modules]
+        found += [name for m in part.modules() for name in modules.get(id(m), [])]
         found += [tensors[id(p)] for p in part.parameters() if id(p) in tensors]
         found += [type(part).__name__]
         free = (name for name in found if name not in given)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.parallel.pipeline.cut import Cut
 from scaledtrain.parallel.pipeline.parts import ModelParts, call_part
+from scaledtrain.parallel.pipeline.split_points import Cut
 from scaledtrain.parallel.pipeline.tree import all_tensors, fill
 
 __all__ = ["Held", "Stage", "find_tied", "make_stage"]

@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.parallel.pipeline.split import Piece, split
+from scaledtrain.parallel.pipeline.split_graph import Piece, split
 from scaledtrain.recompute.blocks import find_blocks, named_blocks
 from scaledtrain.schedule import call_model
 
