@@ -12,16 +12,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scaledtrain.memory.fake import Fakes, bytes_of, copied
 from scaledtrain.memory.measure import update_bytes
-from scaledtrain.parallel.pipeline.parts import ModelParts, call_part
+from scaledtrain.parallel.pipeline.parts import ModelParts, spread
+from scaledtrain.parallel.pipeline.trace import model_arguments
 from scaledtrain.recompute.apart import Apart
 from scaledtrain.recompute.live_bytes import LiveBytes
 from scaledtrain.recompute.measure import kind_of, now
 from scaledtrain.replica import MakeOptimizer, Replica
-from scaledtrain.schedule import LossFn
+from scaledtrain.schedule import LossFn, call_model
 
 __all__ = ["PartCost", "measure_parts"]
 
 _REPEATS = 5  # of what is timed
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,19 @@ def measure_parts(
         [320, 144]
     """
     inputs, targets = (batch, None) if loss_fn is None else batch
+    given: _Arguments = model_arguments(inputs, own_loss=loss_fn is None)
     measured: dict[Hashable, PartCost] = {}
     costs = []
     for index, part in enumerate(parts.modules):
         is_last = index == len(parts) - 1
-        run = _Run(part, index, is_last, loss_fn, targets)
-        kind = is_last, kind_of(part, (inputs,), {})
+        run = _Run(part, is_last, loss_fn, targets)
+        kind = is_last, kind_of(part, *given)
         if kind not in measured:
-            measured[kind] = run.measure(inputs, optimizer)
+            measured[kind] = run.measure(given, optimizer)
         costs.append(measured[kind])
         if not is_last:
             with Apart(part) as call:
-                inputs = tree_map_only(Tensor, _received, call_part(call, inputs, index))
+                given = tree_map_only(Tensor, _received, spread(call(*given[0], **given[1]))), {}
     return costs
 
 
@@ -97,37 +101,39 @@ class _Run:
     """Forward and backward pass of a part."""
 
     def __init__(
-        self, part: nn.Module, index: int, is_last: bool, loss_fn: LossFn | None, targets: Any
+        self, part: nn.Module, is_last: bool, loss_fn: LossFn | None, targets: Any
     ) -> None:
         self._part = part
-        self._index = index
         self._is_last = is_last
         self._loss_fn = loss_fn
         self._targets = targets
 
-    def measure(self, inputs: Any, optimizer: MakeOptimizer | None) -> PartCost:
+    def measure(self, given: _Arguments, optimizer: MakeOptimizer | None) -> PartCost:
         """What they cost."""
         times = []
         with Apart(self._part) as call, torch.enable_grad():
-            sent, kept, working = self._bytes(call, inputs)
+            sent, kept, working = self._bytes(call, given)
             for _ in range(_REPEATS + 1):
-                times.append(self._seconds(call, inputs))
+                times.append(self._seconds(call, given))
         # The first one warms up. Whatever else the machine does only adds to the others.
         ahead, back = map(min, zip(*times[1:], strict=True))
         state = _state_bytes(self._part, optimizer)
         return PartCost(ahead, back, kept, working, state, sent)
 
-    def _forward(self, call: Callable[..., Any], inputs: Any) -> list[Tensor]:
+    def _forward(self, call: Callable[..., Any], given: _Arguments) -> list[Tensor]:
         torch.clear_autocast_cache()
-        outputs = call_part(call, tree_map_only(Tensor, _received, inputs), self._index)
-        if self._is_last and self._loss_fn is not None:
-            outputs = self._loss_fn(outputs, self._targets)
+        args, kwargs = tree_map_only(Tensor, _received, given)
+        outputs = call(*args, **kwargs)
+        if self._is_last:
+            made = outputs
+            batch = (None, self._targets) if self._loss_fn is not None else ()
+            outputs = call_model(lambda *_: made, batch, self._loss_fn)[1]
         return [tensor for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor)]
 
-    def _bytes(self, call: Callable[..., Any], inputs: Any) -> tuple[int, int, int]:
+    def _bytes(self, call: Callable[..., Any], given: _Arguments) -> tuple[int, int, int]:
         """Of the output, kept, and at most beside that."""
         with LiveBytes() as counted:
-            outputs = self._forward(call, inputs)
+            outputs = self._forward(call, given)
             kept, most = counted.live, counted.peak
             sent = 0 if self._is_last else sum(t.numel() * t.element_size() for t in outputs)
             counted.peak = counted.live
@@ -135,10 +141,10 @@ class _Run:
             most = max(most, counted.peak)
         return sent, kept, most - kept
 
-    def _seconds(self, call: Callable[..., Any], inputs: Any) -> tuple[float, float]:
-        device = next(t for t in tree_leaves(inputs) if isinstance(t, Tensor))
+    def _seconds(self, call: Callable[..., Any], given: _Arguments) -> tuple[float, float]:
+        device = next(t for t in tree_leaves(given) if isinstance(t, Tensor))
         start = now(device)
-        outputs = self._forward(call, inputs)
+        outputs = self._forward(call, given)
         middle = now(device)
         _backward(outputs)
         return middle - start, now(device) - middle

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.parallel.pipeline.trace import TracedPart, trace_parts
+from scaledtrain.parallel.pipeline.trace import TracedPart, model_arguments, trace_parts
 from scaledtrain.recompute.blocks import has_hooks
 from scaledtrain.schedule import call_model
 
-__all__ = ["ModelParts", "NamesParts", "call_part", "check_parts", "find_parts"]
+__all__ = ["ModelParts", "NamesParts", "call_parts", "check_parts", "find_parts", "spread"]
 
 
 @runtime_checkable
@@ -64,18 +64,25 @@ class ModelParts:
     def __len__(self) -> int:
         return len(self.modules)
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's ``forward`` returns, by way of its parts."""
-        for index, part in enumerate(self.modules):
-            inputs = call_part(part, inputs, index)
-        return inputs
+        return call_parts(self.modules, args, kwargs)
 
 
-def call_part(part: Callable[..., Any], inputs: Any, index: int) -> Any:
-    """Call a part with what the one before it returned; the first one with the model's inputs."""
-    if index and isinstance(inputs, tuple):
-        return part(*inputs)
-    return part(inputs)
+def call_parts(
+    modules: Iterable[Callable[..., Any]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call parts one after another, the first with these arguments; what the last returns."""
+    output: Any = None
+    for module in modules:
+        output = module(*args, **kwargs)
+        args, kwargs = spread(output), {}
+    return output
+
+
+def spread(output: Any) -> tuple[Any, ...]:
+    """A part's output as arguments of the next part."""
+    return output if isinstance(output, tuple) else (output,)
 
 
 def find_parts(
@@ -99,8 +106,8 @@ def find_parts(
         model: on any device. It keeps its parameters, which the parts share.
         inputs: a microbatch, for tracing: what the model is called with, as the one argument. With
             ``own_loss`` a whole batch: a mapping of keyword arguments, or a tuple of arguments.
-        own_loss: the model computes its loss: ``model(**batch).loss``. It is what the last part
-            returns; labels go from part to part.
+        own_loss: the model computes its loss: ``model(**batch).loss``. Of a traced model it is what
+            the last part returns, and labels go from part to part.
         blocks: names of the submodules at which a traced model is cut; None: they are found, by
             `scaledtrain.recompute.blocks.find_blocks`.
 
@@ -118,7 +125,7 @@ def find_parts(
         >>> torch.equal(parts(x), model(x))
         True
     """
-    if blocks is None and not own_loss and isinstance(model, NamesParts):
+    if blocks is None and isinstance(model, NamesParts):
         modules = tuple(model.pipeline_parts())
     elif blocks is None and not own_loss and isinstance(model, nn.Sequential) and _is_plain(model):
         modules = tuple(_of_sequential(model))
@@ -221,8 +228,11 @@ def check_parts(parts: ModelParts, inputs: Any, own_loss: bool = False) -> None:
         for module in modes:
             module.training = False
         with torch.no_grad():
-            expected = call_model(parts.model, inputs, None)[1] if own_loss else parts.model(inputs)
-            found = parts(inputs)
+            args, kwargs = model_arguments(inputs, own_loss)
+            expected, found = parts.model(*args, **kwargs), parts(*args, **kwargs)
+            if own_loss:
+                expected = call_model(lambda *_, **__: expected, inputs, None)[1]
+                found = call_model(lambda *_, **__: found, inputs, None)[1]
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -33,7 +33,7 @@ class Piece:
     name: str
     """Of the first module in it."""
     graph: fx.GraphModule
-    unpack: Callable[[tuple[Any, ...]], Sequence[Any]]
+    unpack: Callable[[tuple[Any, ...], dict[str, Any]], Sequence[Any]]
     """The arguments of the graph, from those of the part."""
     pack: Callable[[Any], Any]
     """What the part returns, from what the graph returns."""
@@ -220,7 +220,7 @@ class _Splitter:
         return Piece(
             self._names[index] or (held[0].rpartition(".")[0] if held else f"operators {index}"),
             module,
-            _Unpack(self._in_spec) if index == 0 else tuple,
+            _Unpack(self._in_spec) if index == 0 else _positional,
             _Pack(self._out_spec) if last else _one_or_all,
         )
 
@@ -239,13 +239,14 @@ class _Splitter:
 
 
 class _Unpack:
-    """Leaves of the model's one argument."""
+    """Leaves of the model's arguments."""
 
     def __init__(self, spec: pytree.TreeSpec) -> None:
         self._spec = spec
 
-    def __call__(self, inputs: tuple[Any, ...]) -> Sequence[Any]:
-        leaves, spec = pytree.tree_flatten((inputs, {}))
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        arguments = args, dict(sorted(kwargs.items()))
+        leaves, spec = pytree.tree_flatten(((arguments,), {}))
         if spec != self._spec:
             raise ConfigError(
                 f"the model was traced with inputs of the form {self._spec}, but is given {spec}; "
@@ -262,6 +263,11 @@ class _Pack:
 
     def __call__(self, outputs: Sequence[Any]) -> Any:
         return pytree.tree_unflatten(outputs, self._spec)
+
+
+def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    assert not kwargs
+    return args
 
 
 def _one_or_all(outputs: tuple[Any, ...]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.parallel.pipeline.parts import ModelParts, call_part
+from scaledtrain.parallel.pipeline.parts import ModelParts, call_parts, spread
 from scaledtrain.parallel.pipeline.split_points import Cut
 from scaledtrain.parallel.pipeline.tree import all_tensors, fill
 
@@ -39,21 +39,20 @@ class Stage(nn.Module):
 
     def __init__(self, parts: ModelParts, of_stage: range, extra: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._first = of_stage.start
+        self._is_first = of_stage.start == 0
         self._parts = [parts.modules[index] for index in of_stage]
         fill(self, parts.model, self._parts, extra)
         self.training = parts.model.training
 
-    def forward(self, inputs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the next stage, or the loss, is given.
 
         Args:
-            inputs: what the stage before has returned, a tensor or a tuple of tensors; in the first
+            *args: what the stage before has returned, a tensor or a tuple of tensors; of the first
                 stage, what the model is given.
+            **kwargs: of the first stage, what the model is given.
         """
-        for index, part in enumerate(self._parts, self._first):
-            inputs = call_part(part, inputs, index)
-        return inputs
+        return call_parts(self._parts, args if self._is_first else spread(*args), kwargs)
 
     def train(self, mode: bool = True) -> Stage:
         """As every module's; parts that are no submodules of the model are told, too."""

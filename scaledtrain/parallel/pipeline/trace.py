@@ -21,7 +21,7 @@ from scaledtrain.parallel.pipeline.split_graph import Piece, split
 from scaledtrain.recompute.blocks import find_blocks, named_blocks
 from scaledtrain.schedule import call_model
 
-__all__ = ["TracedPart", "trace_parts"]
+__all__ = ["TracedPart", "model_arguments", "trace_parts"]
 
 
 def trace_parts(
@@ -42,12 +42,12 @@ def trace_parts(
     chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
     names = {module: name for name, module in model.named_modules()}
     block_names = [names[block] for block in chain]
-    inputs = pytree.tree_map_only(Tensor, _at_least_two, inputs)
+    arguments = pytree.tree_map_only(Tensor, _at_least_two, model_arguments(inputs, own_loss))
     modes = {module: module.training for module in model.modules()}
     pieces = []
     try:
         for training in (True, False):
-            exported = _export(model.train(training), inputs, own_loss)
+            exported = _export(model.train(training), arguments, own_loss)
             pieces.append(split(exported, _tensors(model), block_names))
     finally:
         for module, mode in modes.items():
@@ -70,10 +70,10 @@ class TracedPart(nn.Module):
         self._unpack = training.unpack, evaluation.unpack
         self._pack = training.pack, evaluation.pack
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the operators."""
         mode = 0 if self.training else 1
-        return self._pack[mode](self._graphs[mode](*self._unpack[mode](inputs)))
+        return self._pack[mode](self._graphs[mode](*self._unpack[mode](args, kwargs)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TracedPart:
         """Move what it holds, and what its operators make, to another device."""
@@ -103,27 +103,39 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
 
 
+def model_arguments(inputs: Any, own_loss: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """With which a model is called, as `scaledtrain.schedule.call_model` does it."""
+    if not own_loss:
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(sorted(inputs.items()))
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+
+
 class _Called(nn.Module):
-    """A model called as a `scaledtrain.schedule.Schedule` calls it."""
+    """A model with all its arguments in one, and nothing but the loss if it computes one."""
 
     def __init__(self, model: nn.Module, own_loss: bool) -> None:
         super().__init__()
         self.model = model
         self._own_loss = own_loss
 
-    def forward(self, inputs: Any) -> Any:
-        return call_model(self.model, inputs, None)[1] if self._own_loss else self.model(inputs)
+    def forward(self, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        args, kwargs = arguments
+        if self._own_loss:
+            return call_model(lambda *_, **__: self.model(*args, **kwargs), (), None)[1]
+        return self.model(*args, **kwargs)
 
 
-def _export(model: nn.Module, inputs: Any, own_loss: bool) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], own_loss: bool
+) -> torch.export.ExportedProgram:
     free = torch.export.Dim.AUTO
-    if isinstance(inputs, Mapping):
-        inputs = dict(inputs)  # Hugging Face's BatchEncoding has no flat form
     sizes = pytree.tree_map(
-        lambda t: dict.fromkeys(range(t.dim()), free) if isinstance(t, Tensor) else None, inputs
+        lambda t: dict.fromkeys(range(t.dim()), free) if isinstance(t, Tensor) else None, arguments
     )
     try:
-        return torch.export.export(_Called(model, own_loss), (inputs,), dynamic_shapes=(sizes,))
+        return torch.export.export(_Called(model, own_loss), (arguments,), dynamic_shapes=(sizes,))
     except ConfigError:
         raise
     except Exception as error:  # of any kind: it is the model's code that runs
