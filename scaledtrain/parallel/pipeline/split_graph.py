@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from scaledtrain.errors import ConfigError
@@ -31,7 +32,8 @@ class Piece:
     """Some consecutive operators."""
 
     name: str
-    """Of the first module in it."""
+    """The block's, or that of the first module in it."""
+    is_block: bool
     graph: fx.GraphModule
     unpack: Callable[[tuple[Any, ...], dict[str, Any]], Sequence[Any]]
     """The arguments of the graph, from those of the part."""
@@ -87,6 +89,11 @@ class _Splitter:
     def pieces(self) -> list[Piece]:
         """In order."""
         return [self._piece(index) for index in range(self._n_pieces)]
+
+    def _input_sizes(self) -> list[list[int | None]]:
+        values = [node.meta["val"] for node in self._nodes if node.op == "placeholder"]
+        shapes = [value.shape if isinstance(value, Tensor) else () for value in values]
+        return [[int(n) if is_concrete_int(n) else None for n in shape] for shape in shapes]
 
     def _find_from_sizes(self) -> set[fx.Node]:
         """What can be made again anywhere."""
@@ -219,8 +226,9 @@ class _Splitter:
         held = [t.removeprefix(f"{_MODEL}.") for t in root if t.startswith(_MODEL)]
         return Piece(
             self._names[index] or (held[0].rpartition(".")[0] if held else f"operators {index}"),
+            bool(self._names[index]),
             module,
-            _Unpack(self._in_spec) if index == 0 else _positional,
+            _Unpack(self._in_spec, self._input_sizes()) if index == 0 else _positional,
             _Pack(self._out_spec) if last else _one_or_all,
         )
 
@@ -239,10 +247,16 @@ class _Splitter:
 
 
 class _Unpack:
-    """Leaves of the model's arguments."""
+    """Leaves of the model's arguments.
 
-    def __init__(self, spec: pytree.TreeSpec) -> None:
+    Args:
+        spec: how they are nested.
+        sizes: of each, one for each dim; None where it is free.
+    """
+
+    def __init__(self, spec: pytree.TreeSpec, sizes: Sequence[Sequence[int | None]]) -> None:
         self._spec = spec
+        self._sizes = sizes
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         arguments = args, dict(sorted(kwargs.items()))
@@ -252,6 +266,17 @@ class _Unpack:
                 f"the model was traced with inputs of the form {self._spec}, but is given {spec}; "
                 "give it batches of one kind"
             )
+        for leaf, sizes in zip(leaves, self._sizes, strict=True):
+            shape = leaf.shape if isinstance(leaf, Tensor) else ()
+            if len(shape) != len(sizes) or any(
+                size not in (None, own) for size, own in zip(sizes, shape, strict=True)
+            ):
+                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise ConfigError(
+                    f"the model was traced for inputs of sizes [{wanted}], but is given "
+                    f"{list(shape)}; its code fixes what is not any (len(x) does; x.shape[0] does "
+                    "not): change it, or give it batches of one size"
+                )
         return leaves
 
 
@@ -304,14 +329,9 @@ def _places(
     for node in nodes:
         stack = node.meta.get("nn_module_stack") or {}
         for path, _ in stack.values():
-            if path.partition("@")[0] in of_block and node.op == "call_function":
-                inside[node] = of_block[path.partition("@")[0]]
-                if "@" in path:
-                    raise ConfigError(
-                        f"the model calls its block {blocks[inside[node]]} more than once; "
-                        "pipeline stages need blocks that are called once each: name others "
-                        "(blocks=[...])"
-                    )
+            block = of_block.get(path.partition("@")[0])  # what comes after counts calls
+            if block is not None and node.op == "call_function":
+                inside[node] = block
     missing = set(range(len(blocks))) - set(inside.values())
     if missing:
         raise ConfigError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline.parts import ModelParts, call_parts, spread
 from scaledtrain.parallel.pipeline.split_points import Cut
+from scaledtrain.parallel.pipeline.trace import TracedPart
 from scaledtrain.parallel.pipeline.tree import all_tensors, fill
 
 __all__ = ["Held", "Stage", "find_tied", "make_stage"]
@@ -42,6 +43,15 @@ class Stage(nn.Module):
         self._is_first = of_stage.start == 0
         self._parts = [parts.modules[index] for index in of_stage]
         fill(self, parts.model, self._parts, extra)
+        # A traced block is no submodule of the model; whoever looks for blocks finds these.
+        blocks: dict[nn.Module, nn.Module] = {
+            part: _Block(part)
+            for part in self._parts
+            if isinstance(part, TracedPart) and part.is_block
+        }
+        if blocks:
+            self.traced_blocks = nn.ModuleList(blocks.values())
+        self._called = [blocks.get(part, part) for part in self._parts]
         self.training = parts.model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +62,7 @@ class Stage(nn.Module):
                 stage, what the model is given.
             **kwargs: of the first stage, what the model is given.
         """
-        return call_parts(self._parts, args if self._is_first else spread(*args), kwargs)
+        return call_parts(self._called, args if self._is_first else spread(*args), kwargs)
 
     def train(self, mode: bool = True) -> Stage:
         """As every module's; parts that are no submodules of the model are told, too."""
@@ -66,6 +76,21 @@ class Stage(nn.Module):
         for part in self._parts:  # again for what they share, which has moved by now
             part._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class _Block(nn.Module):
+    """A traced part without its parameters, which the stage has where the model has them."""
+
+    def __init__(self, part: TracedPart) -> None:
+        super().__init__()
+        self._part = (part,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._part[0](*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Which is the same for no other block, that may cost something else."""
+        return self._part[0].name
 
 
 def make_stage(parts: ModelParts, cut: Cut, index: int) -> Stage:

@@ -66,6 +66,7 @@ class TracedPart(nn.Module):
     def __init__(self, training: Piece, evaluation: Piece) -> None:
         super().__init__()
         self.name = training.name
+        self.is_block = training.is_block
         self._graphs = nn.ModuleList([training.graph, evaluation.graph])
         self._unpack = training.unpack, evaluation.unpack
         self._pack = training.pack, evaluation.pack
