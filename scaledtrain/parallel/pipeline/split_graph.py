@@ -91,7 +91,7 @@ class _Splitter:
         return [self._piece(index) for index in range(self._n_pieces)]
 
     def _input_sizes(self) -> list[list[int | None]]:
-        values = [node.meta["val"] for node in self._nodes if node.op == "placeholder"]
+        values = [n.meta.get("val") for n in self._nodes if n.op == "placeholder"]
         shapes = [value.shape if isinstance(value, Tensor) else () for value in values]
         return [[int(n) if is_concrete_int(n) else None for n in shape] for shape in shapes]
 
