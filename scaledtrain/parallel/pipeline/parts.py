@@ -127,7 +127,7 @@ def find_parts(
     """
     if blocks is None and isinstance(model, NamesParts):
         modules = tuple(model.pipeline_parts())
-    elif blocks is None and not own_loss and isinstance(model, nn.Sequential) and _is_plain(model):
+    elif blocks is None and isinstance(model, nn.Sequential) and _is_plain(model):
         modules = tuple(_of_sequential(model))
     elif inputs is not None:
         modules = tuple(trace_parts(model, inputs, own_loss, blocks))

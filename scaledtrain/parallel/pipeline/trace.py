@@ -39,7 +39,14 @@ def trace_parts(
         ConfigError: it has no blocks, cannot be traced, or does not call its blocks one after
             another.
     """
-    chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
+    try:
+        chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be cut into stages: it has no pipeline_parts() "
+            "(scaledtrain.parallel.pipeline.NamesParts), is no nn.Sequential, and is not traced, "
+            f"since it is not known where to cut it: {error}"
+        ) from error
     names = {module: name for name, module in model.named_modules()}
     block_names = [names[block] for block in chain]
     arguments = pytree.tree_map_only(Tensor, _at_least_two, model_arguments(inputs, own_loss))
