@@ -280,9 +280,7 @@ def test_what_has_no_chain_is_told_what_was_tried() -> None:
         find_parts(Opaque())
     with pytest.raises(ConfigError, match=r"torch.export cannot trace it .*Give the model pipelin"):
         find_parts(Opaque(), torch.ones(2, 2))
-    with pytest.raises(
-        ConfigError, match=r"no pipeline_parts\(\).*not known where to cut it: Linear has"
-    ):
+    with pytest.raises(ConfigError, match="not known where to cut it: Linear has no"):
         find_parts(nn.Linear(2, 2), torch.ones(2, 2))
     with pytest.raises(ConfigError, match="only one part"):
         find_parts(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
