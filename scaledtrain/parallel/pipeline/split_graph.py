@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils import _pytree as pytree
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.pipeline.traced_arguments import Pack, Unpack, one_or_all, positional
 
 __all__ = ["Piece", "split"]
 
@@ -228,8 +228,8 @@ class _Splitter:
             self._names[index] or (held[0].rpartition(".")[0] if held else f"operators {index}"),
             bool(self._names[index]),
             module,
-            _Unpack(self._in_spec, self._input_sizes()) if index == 0 else _positional,
-            _Pack(self._out_spec) if last else _one_or_all,
+            Unpack(self._in_spec, self._input_sizes()) if index == 0 else positional,
+            Pack(self._out_spec) if last else one_or_all,
         )
 
     def _returned(self, last: int) -> list[Any]:
@@ -244,59 +244,6 @@ class _Splitter:
                 "(model.config.use_cache = False, no hidden states)"
             )
         return returned
-
-
-class _Unpack:
-    """Leaves of the model's arguments.
-
-    Args:
-        spec: how they are nested.
-        sizes: of each, one for each dim; None where it is free.
-    """
-
-    def __init__(self, spec: pytree.TreeSpec, sizes: Sequence[Sequence[int | None]]) -> None:
-        self._spec = spec
-        self._sizes = sizes
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-        arguments = args, dict(sorted(kwargs.items()))
-        leaves, spec = pytree.tree_flatten(((arguments,), {}))
-        if spec != self._spec:
-            raise ConfigError(
-                f"the model was traced with inputs of the form {self._spec}, but is given {spec}; "
-                "give it batches of one kind"
-            )
-        for leaf, sizes in zip(leaves, self._sizes, strict=True):
-            shape = leaf.shape if isinstance(leaf, Tensor) else ()
-            if len(shape) != len(sizes) or any(
-                size not in (None, own) for size, own in zip(sizes, shape, strict=True)
-            ):
-                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
-                raise ConfigError(
-                    f"the model was traced for inputs of sizes [{wanted}], but is given "
-                    f"{list(shape)}; its code fixes what is not any (len(x) does; x.shape[0] does "
-                    "not): change it, or give it batches of one size"
-                )
-        return leaves
-
-
-class _Pack:
-    """The model's outputs."""
-
-    def __init__(self, spec: pytree.TreeSpec) -> None:
-        self._spec = spec
-
-    def __call__(self, outputs: Sequence[Any]) -> Any:
-        return pytree.tree_unflatten(outputs, self._spec)
-
-
-def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-    assert not kwargs
-    return args
-
-
-def _one_or_all(outputs: tuple[Any, ...]) -> Any:
-    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def _cleaned(graph: fx.Graph) -> list[fx.Node]:
