@@ -76,12 +76,15 @@ def _tried(
         return policy.install(model, chain, sample)
     expected = loss_without_gradients(model, sample)
     executor = policy.install(model, chain, sample)
-    if not computes(model, sample, expected):
+    try:
+        if not computes(model, sample, expected):
+            raise ConfigError(
+                f"with activations that are computed again the model's loss is not {expected:g} "
+                "any more. Either it uses what blocks return for something else than the next "
+                "block: choose a policy that takes blocks one by one (full, selective). Or it does "
+                "not compute the same each time: only torch's default generators are rewound"
+            )
+    except BaseException:
         executor.remove()
-        raise ConfigError(
-            f"with activations that are computed again the model's loss is not {expected:g} any "
-            "more. Either it uses what blocks return for something else than the next block: "
-            "choose a policy that takes blocks one by one (full, selective). Or it does not "
-            "compute the same each time: only torch's default generators are rewound"
-        )
+        raise
     return executor
