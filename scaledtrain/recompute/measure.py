@@ -287,7 +287,7 @@ def _offload_seconds(store: Store, x: Tensor) -> float:
         start = _now(x)
         store.put(x)()
         found.append(_now(x) - start)
-    return min(found) / (x.numel() * x.element_size())
+    return min(found) / max(1, x.numel() * x.element_size())
 
 
 def _as_backward(like: Tensor) -> AbstractContextManager[Any]:
