@@ -134,7 +134,7 @@ class Selective(CheckpointPolicy):
         """Checkpoint each block by itself, and keep these operators' results.
 
         Raises:
-            ConfigError: the blocks are compiled.
+            ConfigError: the blocks are compiled, or have recurrent layers.
         """
         if any(map(is_compiled, blocks)):
             raise ConfigError(
@@ -142,6 +142,14 @@ class Selective(CheckpointPolicy):
                 "results can be kept: choose another policy (full, memory_budget), or do not "
                 "compile"
             )
+        for block in blocks:
+            for module in block.modules():
+                if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                    raise ConfigError(
+                        f"{type(block).__name__} has a {type(module).__name__}, which changes the "
+                        "results of its matrix products in place, so that they cannot be kept: "
+                        "choose another policy (full, memory_budget)"
+                    )
         n, contexts = len(blocks), contexts_of(self._overloads())
         told = f"activations: of each of {n} blocks only what is dear to compute is kept"
         return Executor(model, blocks, (Keep("dear"),) * n, {"dear": contexts}, told=told)
