@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,17 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
 class CheckpointPolicy(ABC):
-    """Decides for each block of a model what it keeps for its backward pass."""
+    """Decides for each block of a model what it keeps for its backward pass.
+
+    Args:
+        blocks: names of the submodules that are the chain, in the order in which the model calls
+            them; an ``nn.ModuleList`` stands for its modules. None: they are found. Every policy
+            takes it, by name.
+    """
+
+    blocks: Sequence[str] | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def install(
