@@ -28,7 +28,14 @@ MASK = torch.ones(2, 24, dtype=torch.long).index_fill(1, torch.arange(20, 24), 0
 
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=61, bos_token_id=0, eos_token_id=0, n_positions=24, n_embd=32, n_layer=4, n_head=2, use_cache=False
+        vocab_size=61,
+        bos_token_id=0,
+        eos_token_id=0,
+        n_positions=24,
+        n_embd=32,
+        n_layer=4,
+        n_head=2,
+        use_cache=False,
     )
     model: nn.Module = transformers.GPT2LMHeadModel(config)
     return model
