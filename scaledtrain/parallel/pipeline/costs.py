@@ -15,8 +15,9 @@ from scaledtrain.memory.measure import update_bytes
 from scaledtrain.parallel.pipeline.parts import ModelParts, spread
 from scaledtrain.parallel.pipeline.trace import model_arguments
 from scaledtrain.recompute.apart import Apart
+from scaledtrain.recompute.kinds import kind_of
 from scaledtrain.recompute.live_bytes import LiveBytes
-from scaledtrain.recompute.measure import kind_of, now
+from scaledtrain.recompute.measure import now
 from scaledtrain.replica import MakeOptimizer, Replica
 from scaledtrain.schedule import LossFn, call_model
 
