@@ -1,0 +1,1 @@
+"""A replica laid out over several ranks: each has a piece of it."""

@@ -1,0 +1,1 @@
+"""Pipelines: a model in stages, one after another on different ranks."""
