@@ -71,29 +71,33 @@ def form_of(tensors: Sequence[Tensor], is_tuple: bool = True) -> Form:
 
 
 def messages(
-    actions: Iterable[Action], rank_of: Sequence[int], forms: Callable[[int], Hashable]
-) -> Iterator[tuple[int, Message]]:
-    """What a rank sends while it does those actions, each with the rank that it goes to.
+    actions: Iterable[Action],
+    rank_of: Sequence[int],
+    forms: Callable[[int], Hashable],
+    to: int,
+) -> Iterator[Message]:
+    """What a rank sends to another one while it does those actions, in order.
 
     Args:
         actions: in order.
         rank_of: of each stage its rank.
         forms: microbatch -> its form.
+        to: the other rank.
     """
     actions = list(actions)
     last = len(rank_of) - 1
     computed = [a.microbatch for a in actions if a.kind == "F" and a.stage == last]
     left = len(computed)
     for kind, stage, i in actions:
-        if kind == "F" and stage < last and rank_of[stage + 1] != rank_of[stage]:
-            yield rank_of[stage + 1], Message("activations", stage, i, forms(i))
+        here = rank_of[stage]
+        if kind == "F" and stage < last and here != rank_of[stage + 1] == to:
+            yield Message("activations", stage, i, forms(i))
         if kind == "F" and stage == last:
             left -= 1
-            if left == 0:  # the loss of the step is known
-                for rank in sorted(set(rank_of) - {rank_of[stage]}):
-                    yield rank, Message("loss", last, max(computed))
-        if kind in ("B", "I") and stage > 0 and rank_of[stage - 1] != rank_of[stage]:
-            yield rank_of[stage - 1], Message("gradients", stage - 1, i, forms(i))
+            if left == 0 and to != here:  # the loss of the step is known
+                yield Message("loss", last, max(computed))
+        if kind in ("B", "I") and stage > 0 and here != rank_of[stage - 1] == to:
+            yield Message("gradients", stage - 1, i, forms(i))
 
 
 class Mailbox:

@@ -133,11 +133,11 @@ def pipeline_order(
     | `ZBVZeroBubble`         | 2, as a V       | any; at least 2p to be good  | (p-1)/(6m+p-1) |
     | `DualPipeV`             | 2, as a V       | at least 2p                  | (p-1)/(6m+p-1) |
 
-    p ranks, m microbatches; the idle share is that of equal stages whose F, I and W take equally
-    long, and B = I + W (with v dividing the work of a rank). `GPipe` keeps the activations of all m microbatches, `1F1B` on rank r
-    those of p - r. In a V the last rank has the two stages in the middle, and the first rank the
-    first and the last stage. Backward passes are in two parts in the last three. What `DualPipeV`
-    means to overlap runs one after the other, as in torch.
+    p ranks, m microbatches. The idle share is that of equal stages whose F, I and W take equally
+    long, and B = I + W. `GPipe` keeps the activations of all m microbatches, `1F1B` on rank r those
+    of p - r. In a V the last rank has the two stages in the middle, and the first rank the first
+    and the last stage. Backward passes are in two parts in the last three. What `DualPipeV` means
+    to overlap runs one after the other, as in torch.
 
     Args:
         name: of the schedule, as in the table.

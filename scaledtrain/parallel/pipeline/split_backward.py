@@ -75,6 +75,8 @@ class SplitBackward:
 
     def finish(self) -> None:
         """Add the parameters' gradients to their ``.grad``."""
+        # From one of several nodes to another the path is run again, through others' nodes.
+        keep = any(len(nodes) > 1 for nodes, _ in self._groups)
         while self._groups:
             nodes, parameters = self._groups.pop()
             came = {node: self._came.pop(node) for node in nodes if node in self._came}
@@ -93,6 +95,7 @@ class SplitBackward:
                 torch.autograd.backward(
                     [edge for edge, _ in edges],
                     [gradient for _, gradient in edges],
+                    retain_graph=keep,
                     inputs=parameters,
                 )
             finally:

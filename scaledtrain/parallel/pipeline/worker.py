@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +56,7 @@ class Worker:
         recomputed: the stages' activations are recomputed. The whole backward is then made in its
             first part: each branch of a second one would recompute them again.
         device: of the stages.
+        around: microbatch -> a context in which its passes run.
         timed: keep when each action was done; on CUDA each one then waits for the device.
 
     Attributes:
@@ -71,9 +73,10 @@ class Worker:
         precision: Precision,
         scaler: LossScaler,
         *,
-        recomputed: bool,
         device: torch.device,
-        timed: bool,
+        recomputed: bool = False,
+        around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+        timed: bool = False,
     ) -> None:
         rank = mailbox.rank
         own = [stage for stage, where in enumerate(rank_of) if where == rank]
@@ -91,6 +94,7 @@ class Worker:
         self._scaler = scaler
         self._recomputed = recomputed
         self._device = device
+        self._around = around
         self._timed = timed
         self._now = HostClock().now
         self._passes: dict[tuple[int, int], _Pass] = {}
@@ -109,8 +113,8 @@ class Worker:
         rank = self._mailbox.rank
         for source, actions in enumerate(ranks):
             if source != rank:
-                sent = messages(actions, self._rank_of, self._form)
-                self._mailbox.expect(source, [message for to, message in sent if to == rank])
+                sent = messages(actions, self._rank_of, self._form, rank)
+                self._mailbox.expect(source, sent)
         left = len(numbers)
         for action in ranks[rank]:
             self._do(action)
@@ -140,12 +144,13 @@ class Worker:
         elif kind in ("B", "I") and stage < self._last and self._passes[stage, i].roots:
             came = self._take("gradients", stage, i)
         start = self._now()
-        if kind == "F":
-            self._forward(stage, i, came)
-        elif kind == "W":
-            self._backward_weights(stage, i)
-        else:
-            self._backward(kind, stage, i, came[0] if came else [])
+        with self._around(i):
+            if kind == "F":
+                self._forward(stage, i, came)
+            elif kind == "W":
+                self._backward_weights(stage, i)
+            else:
+                self._backward(kind, stage, i, came[0] if came else [])
         if self._timed:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
