@@ -338,6 +338,39 @@ def test_a_model_with_its_own_loss() -> None:
     run_ranks(own_loss, 2)
 
 
+def predicting() -> None:
+    """Between steps, also while gradients of an asynchronous pipeline are on their way."""
+    rank, n_ranks = join()
+    ((x, y),) = batch(6).microbatches
+    two = StepBatch([(x[:4], y[:4]), (x[4:], y[4:])], [4, 2])
+    zbv = pipeline_order("ZBVZeroBubble", n_ranks, 4)
+    v = {s: parts(2 * n_ranks)[s] for s in zbv.stages(rank)}
+    one = parts(n_ranks)[rank]
+    for schedule, n_stages, last in (
+        (PipelineSchedule(zbv, v, 4, F.cross_entropy, dist.group.WORLD), 2 * n_ranks, 0),
+        (PipeDreamSchedule("PipeDream", one, 1, F.cross_entropy, dist.group.WORLD), n_ranks, 1),
+    ):
+        whole = nn.Sequential(*parts(n_stages))
+        for _ in range(2):
+            schedule.run(batch(16))
+            outputs, loss = schedule.predict(two)
+            torch.testing.assert_close(loss, F.cross_entropy(whole(x), y).detach())
+            if rank == last:
+                assert torch.equal(outputs[0], whole(x[:4]))
+                assert torch.equal(outputs[1], whole(x[4:]))
+            else:
+                assert outputs is None
+        with pytest.raises(ConfigError, match="no microbatch"):
+            schedule.predict(StepBatch([], []))
+    while schedule.pending:
+        schedule.run(StepBatch([], []))
+    dist.destroy_process_group()
+
+
+def test_forward_passes_alone() -> None:
+    run_ranks(predicting, 2)
+
+
 def refused() -> None:
     rank, _ = join()
     stages, _ = own_stages("1F1B", 4)
@@ -387,6 +420,7 @@ def changing() -> None:
             )
             with pytest.raises(ConfigError, match=message):
                 schedule.run(batch(16))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -46,6 +46,7 @@ def cut_step(batch: StepBatch, pieces: int) -> list[Microbatch]:
         [[0, 1, 2], [3, 4]]
     """
     microbatches = []
+    mean = batch.samples if batch.mean_samples is None else batch.mean_samples
     for whole, counted in zip(batch.microbatches, batch.sizes, strict=True):
         samples = count_samples(whole)
         n = max(1, min(pieces, samples))
@@ -53,9 +54,8 @@ def cut_step(batch: StepBatch, pieces: int) -> list[Microbatch]:
         for i in range(n):
             stop = start + samples // n + (i < samples % n)
             part = whole if n == 1 else _map(whole, _between(start, stop, samples))
-            size = stop - start if counted else 0
-            share = size / batch.samples if batch.samples else 0.0
-            microbatches.append(Microbatch(part, size, share, _form(part)))
+            size = stop - start if counted else 0  # one that only keeps others company
+            microbatches.append(Microbatch(part, size, size / mean if mean else 0.0, _form(part)))
             start = stop
     return microbatches
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,19 @@ class PipelineSchedule:
 
     Raises:
         ConfigError: the schedule cannot be run so; before anything is sent.
+
+    Example:
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> stages = {0: nn.Linear(2, 4), 1: nn.Linear(4, 1)}  # on two ranks: one on each
+        >>> schedule = PipelineSchedule("Interleaved1F1B", stages, 2, nn.functional.mse_loss,
+        ...                             dist.group.WORLD)
+        >>> print(schedule.order)
+        Interleaved1F1B
+        rank 0: 0F0 1F0 1B0 0F1 0B0 1F1 1B1 0B1
+        >>> computed = schedule.run(StepBatch([(torch.ones(6, 2), torch.ones(6, 1))], [6]))
+        >>> computed.samples, stages[0].weight.grad is not None
+        (6, True)
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -119,6 +133,18 @@ class PipelineSchedule:
         """Of the tensors that this rank has handed to the transport so far."""
         return self._mailbox.bytes_sent
 
+    def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
+        """Forward passes alone, without gradients, of a batch's microbatches as they are.
+
+        Returns:
+            Their outputs, on the rank of the last stage, None elsewhere; and their mean loss, the
+            same on all ranks.
+
+        Raises:
+            ConfigError: there is no microbatch.
+        """
+        return predict(self._worker, batch)
+
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """Run forward and backward; ``abandon`` is not asked: the other ranks go on, too.
 
@@ -142,6 +168,13 @@ class PipelineSchedule:
         self._mailbox.finish()
         self.times = worker.times
         return Computed(loss, sum(m.samples for m in microbatches))
+
+
+def predict(worker: Worker, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
+    """See `PipelineSchedule.predict`."""
+    if not batch.microbatches:
+        raise ConfigError("a pipeline was given no microbatch to predict for")
+    return worker.predict(batch)
 
 
 def stages_per_rank(n_stages: int | None, n_ranks: int) -> int | None:

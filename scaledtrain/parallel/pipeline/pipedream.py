@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import NoScaler
 from scaledtrain.parallel.pipeline.cut import cut_step
-from scaledtrain.parallel.pipeline.execute import device_of
+from scaledtrain.parallel.pipeline.execute import device_of, predict
 from scaledtrain.parallel.pipeline.mailbox import Mailbox
 from scaledtrain.parallel.pipeline.places import Places
 from scaledtrain.parallel.pipeline.schedules import Action, PipelineOrder
@@ -251,6 +251,10 @@ class PipeDreamSchedule:
         """Steps without microbatches that drain the pipeline; the same on all ranks."""
         return self._pending
 
+    def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
+        """Forward passes alone, with the weights of now; as `PipelineSchedule.predict`."""
+        return predict(self._worker, batch)
+
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """Run one step; ``abandon`` is not asked.
 
@@ -278,7 +282,7 @@ class PipeDreamSchedule:
         return self._deliver(self._steps.pop(0)) if len(self._steps) > self.delay else _nothing()
 
     def _weights_of(self, microbatch: int) -> AbstractContextManager[None]:
-        if not self.delay:
+        if not self.delay or microbatch < 0:  # which is not trained on
             return nullcontext()
         step = next(s for s in reversed(self._steps) if microbatch in s.numbers)
         return self._places.holding(step.weights)

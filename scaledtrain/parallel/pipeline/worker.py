@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from scaledtrain.clock import HostClock
+from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
-from scaledtrain.parallel.pipeline.cut import Microbatch
+from scaledtrain.parallel.pipeline.cut import Microbatch, cut_step
 from scaledtrain.parallel.pipeline.mailbox import Mailbox, Message, messages
-from scaledtrain.parallel.pipeline.schedules import Action, Kind
+from scaledtrain.parallel.pipeline.schedules import Action, Kind, breadth_first
 from scaledtrain.parallel.pipeline.simulate import Timed
 from scaledtrain.parallel.pipeline.split_backward import SplitBackward
 from scaledtrain.precision import Precision
@@ -100,6 +101,7 @@ class Worker:
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._here: dict[Message, tuple[list[Tensor], bool]] = {}
         self._losses: dict[int, Tensor] = {}
+        self._outputs: dict[int, Any] = {}
         self.microbatches: dict[int, Microbatch] = {}
         self.times: list[Timed] = []
 
@@ -122,6 +124,25 @@ class Worker:
                 left -= 1
                 if left == 0:
                     self._tell_loss(numbers)
+
+    @torch.no_grad()
+    def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
+        """Forward passes alone, of the batch's microbatches as they are; between steps.
+
+        Returns:
+            Their outputs, on the rank of the last stage; and their mean loss.
+        """
+        microbatches = cut_step(batch, 1)
+        numbers = range(-len(microbatches), 0)  # no others have these
+        self.microbatches.update(zip(numbers, microbatches, strict=True))
+        order = breadth_first(self._rank_of, len(numbers), backward=False)
+        ranks = [[a._replace(microbatch=numbers[a.microbatch]) for a in own] for own in order.ranks]
+        self.run(ranks, numbers)
+        for number in numbers:
+            del self.microbatches[number]
+        is_last = self._mailbox.rank == self._rank_of[self._last]
+        outputs = [self._outputs.pop(number) for number in numbers] if is_last else None
+        return outputs, self.loss(numbers)
 
     def loss(self, numbers: Sequence[int]) -> Tensor:
         """The mean loss of some microbatches, once; on every rank, and the same on all."""
@@ -186,13 +207,17 @@ class Worker:
         inputs = [] if came is None else [t for t in came[0] if t.requires_grad]
         if stage < self._last:
             tensors, is_tuple = _as_tensors(stage, outputs)
-            roots = [get_gradient_edge(t) for t in tensors if t.requires_grad]
-            self._passes[stage, i] = _Pass(inputs, roots, None)
+            if torch.is_grad_enabled():
+                roots = [get_gradient_edge(t) for t in tensors if t.requires_grad]
+                self._passes[stage, i] = _Pass(inputs, roots, None)
             self._give("activations", stage, i, stage + 1, tensors, is_tuple)
             return
         loss = outputs[1]
-        roots = [get_gradient_edge(loss)] if loss.requires_grad else []
-        self._passes[stage, i] = _Pass(inputs, roots, torch.full_like(loss, share))
+        if torch.is_grad_enabled():
+            roots = [get_gradient_edge(loss)] if loss.requires_grad else []
+            self._passes[stage, i] = _Pass(inputs, roots, torch.full_like(loss, share))
+        else:
+            self._outputs[i] = outputs[0]
         loss = loss.detach()
         self._losses[i] = loss if share == 1.0 else loss * share
 
