@@ -102,18 +102,16 @@ def every_schedule(precision: str) -> None:
             computed = schedule.run(batch(samples))
             assert torch.equal(computed.loss, loss)
             assert computed.samples == samples
+            assert schedule.backward_passes(batch(samples)) == n
             check(stages, whole)
             assert set(fired.values()) == {n}
         assert schedule.run(StepBatch([], [])).samples == 0
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+@pytest.mark.parametrize("n_ranks", [2, 4])
 def test_every_schedule_has_the_gradients_of_the_plain_model(n_ranks: int) -> None:
-    if n_ranks == 1:
-        run_ranks(few_microbatches, 1)
-    else:
-        run_ranks(every_schedule, n_ranks, "fp32")
+    run_ranks(every_schedule, n_ranks, "fp32")
 
 
 def test_under_autocast_too() -> None:
@@ -133,8 +131,9 @@ def few_microbatches() -> None:
     dist.destroy_process_group()
 
 
-def test_fewer_microbatches_than_ranks() -> None:
-    run_ranks(few_microbatches, 4)
+@pytest.mark.parametrize("n_ranks", [1, 4])
+def test_fewer_microbatches_than_ranks_and_a_single_rank(n_ranks: int) -> None:
+    run_ranks(few_microbatches, n_ranks)
 
 
 class Head(nn.Module):
@@ -237,7 +236,7 @@ def recompute() -> None:
     for name, recomputed, calls in (
         ("1F1B", False, 2),
         ("ZBVZeroBubble", True, 2),  # forward, and once more
-        ("ZBVZeroBubble", False, 3),  # and for each branch of the second part
+        ("ZBVZeroBubble", False, 4),  # and for each of the two branches, Linear and LayerNorm
     ):
         stages, whole = own_stages(name, 4)
         for number, stage in stages.items():
@@ -250,8 +249,8 @@ def recompute() -> None:
         schedule.run(batch(16))
         check(stages, whole)
         for number, stage in stages.items():
-            if 0 < number < len(whole) - 1:
-                assert stage.calls >= 4 * calls if calls == 3 else stage.calls == 4 * calls
+            if 0 < number < len(whole) - 1:  # the first stage has no inputs to be first with
+                assert stage.calls == 4 * calls
     dist.destroy_process_group()
 
 
@@ -275,14 +274,14 @@ class Several(nn.Module):
         return h, mask, skip, h * 2
 
 
-def tuples() -> None:
+def tuples(frozen: int) -> None:
     rank, n_ranks = join()
     torch.manual_seed(0)
     mine = [Several(i == n_ranks - 1) for i in range(n_ranks)]
-    mine[1].linear.requires_grad_(False)
     torch.manual_seed(0)
     whole = [Several(i == n_ranks - 1) for i in range(n_ranks)]
-    whole[1].linear.requires_grad_(False)
+    for module in (mine[frozen], whole[frozen]):
+        module.requires_grad_(False)
     schedule = PipelineSchedule("1F1B", {rank: mine[rank]}, 4, F.mse_loss, dist.group.WORLD)
     for rows in (2, 3):  # another form of microbatches after the first
         x = torch.randn(8, rows, 8, generator=torch.Generator().manual_seed(rows))
@@ -297,8 +296,9 @@ def tuples() -> None:
     dist.destroy_process_group()
 
 
-def test_stages_hand_on_tuples_and_parts_are_frozen() -> None:
-    run_ranks(tuples, 3)
+@pytest.mark.parametrize("frozen", [0, 1])  # nothing goes back to stage 0 if it is frozen
+def test_stages_hand_on_tuples_and_parts_are_frozen(frozen: int) -> None:
+    run_ranks(tuples, 3, frozen)
 
 
 class Wants(nn.Module):
@@ -384,6 +384,8 @@ def refused() -> None:
         make("Interleaved1F1B", 4)
     with pytest.raises(ConfigError, match="is for 2 ranks and 4 microbatches, but"):
         make(pipeline_order("1F1B", 2, 4), 8)
+    with pytest.raises(ConfigError, match="has 2 microbatches, but the schedule 1F1B was made for"):
+        make("1F1B", 1).run(StepBatch(batch(4).microbatches * 2, [4, 4]))
     with pytest.raises(ConfigError, match="has no parameter 'nothing'"):
         make("1F1B", 4, tied=[[(0, "nothing"), (1, "nothing")]])
     with pytest.raises(ConfigError, match="fp16-mixed: stages of an asynchronous"):

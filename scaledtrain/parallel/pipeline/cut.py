@@ -13,7 +13,7 @@ from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 
-__all__ = ["Microbatch", "cut_step"]
+__all__ = ["Microbatch", "count_pieces", "cut_step"]
 
 
 class Microbatch(NamedTuple):
@@ -49,7 +49,7 @@ def cut_step(batch: StepBatch, pieces: int) -> list[Microbatch]:
     mean = batch.samples if batch.mean_samples is None else batch.mean_samples
     for whole, counted in zip(batch.microbatches, batch.sizes, strict=True):
         samples = count_samples(whole)
-        n = max(1, min(pieces, samples))
+        n = count_pieces(whole, pieces)
         start = 0
         for i in range(n):
             stop = start + samples // n + (i < samples % n)
@@ -58,6 +58,11 @@ def cut_step(batch: StepBatch, pieces: int) -> list[Microbatch]:
             microbatches.append(Microbatch(part, size, size / mean if mean else 0.0, _form(part)))
             start = stop
     return microbatches
+
+
+def count_pieces(batch: Any, pieces: int) -> int:
+    """Into how many microbatches a batch is cut."""
+    return max(1, min(pieces, count_samples(batch)))
 
 
 def _between(start: int, stop: int, samples: int) -> Callable[[Any], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler, NoScaler
-from scaledtrain.parallel.pipeline.cut import cut_step
+from scaledtrain.parallel.pipeline.cut import count_pieces, cut_step
 from scaledtrain.parallel.pipeline.mailbox import Mailbox
 from scaledtrain.parallel.pipeline.schedules import PipelineOrder, breadth_first, pipeline_order
 from scaledtrain.parallel.pipeline.simulate import Timed, check_order
@@ -31,8 +32,9 @@ class PipelineSchedule:
     Every rank of the pipeline is given the same batch; the first stage uses its inputs, the last
     one its targets. The gradient is that of the mean loss over all samples of the step, whatever
     the sizes of the microbatches; it adds up in ``.grad`` of each rank's own parameters, whose
-    hooks run once for each microbatch, also where a backward pass is in two parts. Stages draw
-    random numbers (dropout) from the generators of their rank, in the order of its actions.
+    hooks run once for each microbatch, also where a backward pass is in two parts (those of tied
+    weights once in a step, when their gradient is complete). Stages draw random numbers (dropout)
+    from the generators of their rank, in the order of its actions.
 
     Nothing is copied but what cannot be sent as it is. Sends are not waited for before the end of a
     step, receives are posted before they are needed, and what a stage has sent is let go of unless
@@ -40,7 +42,9 @@ class PipelineSchedule:
     by those that wait for it.
 
     Args:
-        order: the name of a schedule, or an order of your own.
+        order: the name of a schedule, or an order of your own. In a step of fewer microbatches, at
+            the end of an epoch, it is that schedule for these if there is one, else all forwards
+            and then all backwards.
         stages: of this rank, by number: modules that take what the one before returned, a tensor or
             a tuple of tensors.
         n_microbatches: into how many each batch of a step is cut.
@@ -98,6 +102,7 @@ class PipelineSchedule:
         timed: bool = False,
     ) -> None:
         n_ranks = dist.get_world_size(group)
+        self._is_named = isinstance(order, str)
         if isinstance(order, str):
             order = pipeline_order(
                 order, n_ranks, batches * n_microbatches, stages_per_rank(n_stages, n_ranks)
@@ -110,6 +115,7 @@ class PipelineSchedule:
             )
         check_order(order)
         self.order = order
+        self._orders = {order.n_microbatches: order}
         self.times: list[Timed] = []
         self._pieces = n_microbatches
         device = device_of(stages)
@@ -155,9 +161,7 @@ class PipelineSchedule:
         if not microbatches:  # the epoch left nothing to this replica
             return Computed(torch.zeros(()), 0)
         worker, numbers = self._worker, range(len(microbatches))
-        order = self.order
-        if len(numbers) != order.n_microbatches:  # fewer, where an epoch ends
-            order = breadth_first(order.rank_of, len(numbers))
+        order = self._order_for(len(numbers))
         worker.microbatches = dict(enumerate(microbatches))
         worker.times = []
         with self._tied.apart():
@@ -168,6 +172,28 @@ class PipelineSchedule:
         self._mailbox.finish()
         self.times = worker.times
         return Computed(loss, sum(m.samples for m in microbatches))
+
+    def backward_passes(self, batch: StepBatch) -> int:
+        """How many add up in a step's gradients; what a strategy wants to know beforehand."""
+        return sum(count_pieces(whole, self._pieces) for whole in batch.microbatches)
+
+    def _order_for(self, n_microbatches: int) -> PipelineOrder:
+        nominal = self.order
+        if n_microbatches > nominal.n_microbatches:
+            raise ConfigError(
+                f"a step has {n_microbatches} microbatches, but the schedule {nominal.name} was "
+                f"made for {nominal.n_microbatches}; say how many batches a step has (batches=...)"
+            )
+        if n_microbatches not in self._orders:
+            order = breadth_first(nominal.rank_of, n_microbatches)
+            if self._is_named:
+                n_ranks = len(nominal.ranks)
+                with suppress(ConfigError):
+                    order = pipeline_order(
+                        nominal.name, n_ranks, n_microbatches, nominal.n_stages // n_ranks
+                    )
+            self._orders[n_microbatches] = order
+        return self._orders[n_microbatches]
 
 
 def predict(worker: Worker, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import NoScaler
-from scaledtrain.parallel.pipeline.cut import cut_step
+from scaledtrain.parallel.pipeline.cut import count_pieces, cut_step
 from scaledtrain.parallel.pipeline.execute import device_of, predict
 from scaledtrain.parallel.pipeline.mailbox import Mailbox
 from scaledtrain.parallel.pipeline.places import Places
@@ -214,7 +214,7 @@ class PipeDreamSchedule:
         self._pieces = n_microbatches
         self._parameters = [p for p in stage.parameters() if p.requires_grad]
         self._places = Places([stage], self._parameters)
-        n_versions = self.delay + 1 if self.delay else 0
+        n_versions = self.delay + 1 if self.delay and self._parameters else 0
         self._free = [
             {p: nn.Parameter(p.detach().clone()) for p in self._parameters}
             for _ in range(n_versions)
@@ -251,6 +251,12 @@ class PipeDreamSchedule:
         """Steps without microbatches that drain the pipeline; the same on all ranks."""
         return self._pending
 
+    def backward_passes(self, batch: StepBatch) -> int:
+        """How often gradients are added to ``.grad`` in a step: a late one is handed over whole."""
+        if self.delay:
+            return 1
+        return sum(count_pieces(whole, self._pieces) for whole in batch.microbatches)
+
     def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
         """Forward passes alone, with the weights of now; as `PipelineSchedule.predict`."""
         return predict(self._worker, batch)
@@ -270,7 +276,7 @@ class PipeDreamSchedule:
         self._count = numbers.stop
         self._worker.microbatches.update(zip(numbers, microbatches, strict=True))
         step = _Step(numbers, sum(m.samples for m in microbatches))
-        if self.delay:
+        if self._free:
             step.weights = self._free.pop()
             with torch.no_grad():
                 torch._foreach_copy_([*step.weights.values()], [*self._parameters])
@@ -282,7 +288,7 @@ class PipeDreamSchedule:
         return self._deliver(self._steps.pop(0)) if len(self._steps) > self.delay else _nothing()
 
     def _weights_of(self, microbatch: int) -> AbstractContextManager[None]:
-        if not self.delay or microbatch < 0:  # which is not trained on
+        if not self._parameters or not self.delay or microbatch < 0:  # which is not trained on
             return nullcontext()
         step = next(s for s in reversed(self._steps) if microbatch in s.numbers)
         return self._places.holding(step.weights)

@@ -162,7 +162,7 @@ class Worker:
         came: tuple[list[Tensor], bool] | None = None
         if kind == "F" and stage > 0:
             came = self._take("activations", stage - 1, i)
-        elif kind in ("B", "I") and stage < self._last and self._passes[stage, i].roots:
+        elif kind in ("B", "I") and stage < self._last:
             came = self._take("gradients", stage, i)
         start = self._now()
         with self._around(i):
@@ -246,10 +246,9 @@ class Worker:
                 kept.split = SplitBackward(kept.roots, gradients, kept.inputs, parameters)
             elif kept.roots:
                 torch.autograd.backward(kept.roots, gradients)
-        if kept.inputs:
-            found = (
-                [t.grad for t in kept.inputs] if kept.split is None else kept.split.input_gradients
-            )
+        if stage > 0:  # also where nothing below learns: who expects a message gets it, empty
+            split = kept.split
+            found = [t.grad for t in kept.inputs] if split is None else split.input_gradients
             given = [
                 torch.zeros_like(x) if g is None else g
                 for x, g in zip(kept.inputs, found, strict=True)
