@@ -26,7 +26,9 @@ __all__ = [
     "Pace",
     "Schedule",
     "Slowdown",
+    "as_arguments",
     "call_model",
+    "inputs_and_targets",
 ]
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -61,7 +63,7 @@ class Schedule(Protocol):
 def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> tuple[Any, Tensor]:
     """Outputs and loss of one microbatch: ``model(**batch).loss``, or ``loss_fn(model(x), y)``."""
     if loss_fn is None:
-        outputs = model(**batch) if isinstance(batch, Mapping) else model(*_as_tuple(batch))
+        outputs = model(**batch) if isinstance(batch, Mapping) else model(*as_arguments(batch))
         loss = _own_loss(outputs)
         if loss is None:
             raise ConfigError(
@@ -70,13 +72,7 @@ def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) ->
                 "put the labels into the batch so that the model computes its loss"
             )
     else:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ConfigError(
-                f"with a loss_fn each batch must be (inputs, targets); the loader gave "
-                f"{_describe(batch)}. For a dict batch leave out loss_fn and let the model return "
-                "its loss"
-            )
-        inputs, targets = batch
+        inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
         loss = loss_fn(outputs, targets)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -96,7 +92,23 @@ def _own_loss(outputs: Any) -> Any:
     return getattr(outputs, "loss", None)
 
 
-def _as_tuple(batch: Any) -> tuple[Any, ...]:
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """The two parts of a batch for a ``loss_fn``.
+
+    Raises:
+        ConfigError: it has not two.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigError(
+            f"with a loss_fn each batch must be (inputs, targets); the loader gave "
+            f"{_describe(batch)}. For a dict batch leave out loss_fn and let the model return "
+            "its loss"
+        )
+    return batch[0], batch[1]
+
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """With which a model is called that returns its own loss; a mapping gives keywords instead."""
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
