@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
+from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Kind, Misfit, Node, parse
@@ -104,6 +105,7 @@ class TrainConfig:
     activation_checkpointing: Node | None
     mesh: Mesh
     engine: Node | None
+    pipeline: Pipeline
     max_steps: int | None
     max_epochs: int | None
     max_seconds: float | None

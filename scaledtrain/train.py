@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -314,6 +314,7 @@ def _assemble(
         strategy=strategy,
         mesh=config.mesh,
         engine=None if config.engine is None else make(config.engine),
+        pipeline=None if config.mesh.pipe == 1 else replace(config.pipeline, example=_first(train)),
         precision=config.precision,
         activation_checkpointing=(
             None
@@ -336,6 +337,13 @@ def _assemble(
         link=link,
     )
     return trainer, train, test
+
+
+def _first(loader: Iterable[Any]) -> Any:
+    """A batch, the same on every rank."""
+    steps = ReplicaLoader(loader).epoch(0)
+    with closing(steps):
+        return next(steps).microbatches[0]
 
 
 def batch_sizes(config: TrainConfig) -> BatchSizes:

@@ -24,7 +24,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
-from scaledtrain.parallel import FullyShard, lay_out
+from scaledtrain.parallel import FullyShard, Pipeline, lay_out
 from scaledtrain.parallel.layout import Steps
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
@@ -72,6 +72,7 @@ class Trainer:
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
         engine: what divides parameters among the ranks of ``mesh.shard``; default `FullyShard`.
+        pipeline: how the ranks of ``mesh.pipe`` run their stages; default `Pipeline`, 1F1B.
         precision: the number formats, or their name (``"bf16-mixed"``); default fp32.
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
@@ -120,6 +121,7 @@ class Trainer:
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
         engine: FullyShard | None = None,
+        pipeline: Pipeline | None = None,
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
@@ -153,17 +155,28 @@ class Trainer:
         self.link: Link = link
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
-        self.layout = lay_out(converted, self.link, mesh or Mesh(), self.precision, engine)
+        self.layout = lay_out(
+            converted,
+            self.link,
+            mesh or Mesh(),
+            self.precision,
+            engine,
+            pipeline,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            accumulation=gradient_accumulation_steps,
+        )
         self.model = self.layout.model
         self.strategy: Strategy = strategy or Sync()
-        self._check_layout(drop_compute)
+        self._check_layout(drop_compute, slowdown if self._paces(slowdown, seed) else None)
         self.replica = Replica(
             self.model,
             optimizer,
-            lr_scheduler,
+            self.layout.scheduler(lr_scheduler),
             partial(self.precision.rounding, seed),
             named_parameters=self.layout.named_parameters(),
-            pieces=self.layout.pieces,
+            pieces=self.layout.updated_together,
+            counted_elsewhere=self.layout.counted_elsewhere(),
         )
         self.scaler = self.precision.scaler(self.replica)
         self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
@@ -178,12 +191,14 @@ class Trainer:
             loss_fn,
             self.precision,
             self.replica.parameters,
+            evaluated=self.model,
             scaler=self.scaler,
             drop_compute=drop_compute,
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
         )
-        self.schedule = self.layout.schedule(loop, self.scaler)
+        recomputed = activation_checkpointing is not None
+        self.schedule = self.layout.schedule(loop, self.scaler, recomputed)
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(
@@ -210,7 +225,7 @@ class Trainer:
         self._unplanned = activation_checkpointing  # until there is a batch
         self._checkpointing: Executor | None = None
 
-    def _check_layout(self, drop_compute: DropCompute | None) -> None:
+    def _check_layout(self, drop_compute: DropCompute | None, slowdown: Slowdown | None) -> None:
         """Ranks that have a replica together begin and end all microbatches together."""
         if self.layout.pieces.size == 1:
             return
@@ -218,6 +233,11 @@ class Trainer:
             raise ConfigError(
                 "drop_compute lets each rank end a step by itself, but with mesh.shard or "
                 "mesh.pipe ranks compute each microbatch together; leave one of them out"
+            )
+        if slowdown is not None and self.layout.has_stages:
+            raise ConfigError(
+                "slowdown makes a rank compute slower, but with mesh.pipe a schedule decides what "
+                "it computes when; leave one of them out"
             )
         if self.strategy.may_abandon:
             raise ConfigError(
@@ -231,19 +251,25 @@ class Trainer:
         policy = self._unplanned
         if policy is None or not batch.microbatches:
             return
-        largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
+        if self.layout.pieces.size > 1:  # nothing is tried out apart from the step that all make
+            self._checkpointing = self.layout.checkpoint(policy, self._compile)
+        else:
+            largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
 
-        def sample(called: Callable[..., Any]) -> Tensor:
-            with self.precision.autocast(self.link.device):
-                return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
+            def sample(called: Callable[..., Any]) -> Tensor:
+                with self.precision.autocast(self.link.device):
+                    return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
 
-        # Pieces cannot be tried out apart from the step that all ranks make together.
-        whole = self.layout.pieces.size == 1
-        self._checkpointing = checkpoint_activations(
-            self.model, policy, sample if whole else None, compile=self._compile
-        )
+            self._checkpointing = checkpoint_activations(
+                self.model, policy, sample, compile=self._compile
+            )
         self._unplanned = None
         self.metrics.say(self._checkpointing.told)
+
+    @property
+    def _in_lockstep(self) -> bool:
+        """Whether all replicas make the same steps at the same time."""
+        return self.strategy.lockstep.size == self.layout.link.group.size
 
     @property
     def step_count(self) -> int:
@@ -260,16 +286,18 @@ class Trainer:
         computed = None
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
-            going = self.strategy.before_forward(len(batch.microbatches), batch.weight)
+            going = self.strategy.before_forward(self.schedule.backward_passes(batch), batch.weight)
             self.metrics.saw_staleness(self.strategy.staleness)
-            if self.layout.agree(not going):
+            if not self._in_lockstep:  # else its other pieces come to the same
+                going = not self.layout.agree(not going)
+            if not going:
                 return False
             start = self.timeline.now()
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
         self._call("on_gradients")
-        self.strategy.reduce_gradients(batch.weight * _share(computed.samples, batch.samples))
+        self.strategy.reduce_gradients(batch.weight * computed.share)
         finite, norm = self.scaler.check_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
@@ -278,6 +306,18 @@ class Trainer:
         self.strategy.after_step()
         self.metrics.record(self.strategy, computed.loss, computed.samples, norm)
         return True
+
+    def _drain(self) -> None:
+        """Let the gradients that are still under way make their updates."""
+        while self.schedule.pending:
+            self.replica.zero_grad()
+            self.schedule.run(StepBatch([], []))
+            here = any(p.grad is not None for p in self.replica.parameters)
+            if here:
+                self.strategy.reduce_gradients()
+            self.scaler.check_and_clip(self.replica, self._max_grad_norm, False)
+            if here:
+                self.strategy.apply_gradients()
 
     def fit(
         self,
@@ -331,7 +371,7 @@ class Trainer:
             replicas.size,
             accumulation=self._accumulation,
             seed=self._seed,
-            alone=self.strategy.lockstep.size < replicas.size,
+            alone=not self._in_lockstep,
         )
         self._introduce(loader)
         run = self._loop = FitLoop(
@@ -361,6 +401,7 @@ class Trainer:
         try:
             self._call("on_fit_start")
             stopped_by = run.run()
+            self._drain()
             self.strategy.settle()
             self.layout.refresh()
             run.evaluate_at_end()
@@ -408,24 +449,27 @@ class Trainer:
             self.layout.refresh()
             for step in steps:
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
-                    values = self._measure(batch)
-                    sums[:-1] += torch.stack([v.double() for v in values]) * size
-                    sums[-1] += size
+                    values = self._measure(batch, size)
+                    if values:  # else another rank has them
+                        sums[:-1] += torch.stack([v.double() for v in values]) * size
+                        sums[-1] += size
         self.timeline.add("evaluation", start)
         group.all_reduce([sums], "sum").wait()
         self.layout.sum(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         return dict(zip(names, means, strict=True))
 
-    def _measure(self, batch: Any) -> list[Tensor]:
-        with self.precision.autocast(self.link.device):
-            outputs, loss = call_model(self.model, batch, self._loss_fn)
+    def _measure(self, batch: Any, size: int) -> list[Tensor]:
+        outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
+        if outputs is None:
+            return []
         if self._eval_metrics and not isinstance(batch, (tuple, list)):
             raise ConfigError(
                 f"eval_metrics ({', '.join(self._eval_metrics)}) compare outputs with targets, but "
                 f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
             )
-        return [loss, *(metric(outputs, batch[1]) for metric in self._eval_metrics.values())]
+        metrics = self._eval_metrics.values()
+        return [loss, *(metric(outputs[0], batch[1]) for metric in metrics)]
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
         """The model's outputs for each batch of a loader, in its order, in eval mode.
@@ -515,11 +559,8 @@ class Trainer:
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
         )
-
-
-def _share(computed: int, planned: int) -> float:
-    """Exactly 1 for all of them, so that equal weights stay equal."""
-    return 1.0 if computed == planned else computed / planned
+        if self.layout.told:
+            self.metrics.say(self.layout.told)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Strategy(ABC):
         """Whether to go on with this step.
 
         Args:
-            microbatches: how many backward passes will add up in the gradients.
+            microbatches: how many backward passes will add up in the gradients; 0: not known.
             weight: as ``reduce_gradients`` will be given it, unless computing is cut short.
         """
         return self._max_steps is None or self.step < self._max_steps

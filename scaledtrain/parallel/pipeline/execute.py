@@ -173,6 +173,8 @@ class PipelineSchedule:
         self.times = worker.times
         return Computed(loss, sum(m.samples for m in microbatches))
 
+    pending = 0
+
     def backward_passes(self, batch: StepBatch) -> int:
         """How many add up in a step's gradients; what a strategy wants to know beforehand."""
         return sum(count_pieces(whole, self._pieces) for whole in batch.microbatches)

@@ -16,13 +16,13 @@ from scaledtrain.comm.protocols import Group
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
-from scaledtrain.parallel.pipeline.cut import Cut, given_cut
-from scaledtrain.parallel.pipeline.microbatches import cut_step
+from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.partition import describe_cut, partition
 from scaledtrain.parallel.pipeline.parts import ModelParts, find_parts
 from scaledtrain.parallel.pipeline.pipedream import AsynchronousName
 from scaledtrain.parallel.pipeline.schedules import SCHEDULES, pipeline_order
 from scaledtrain.parallel.pipeline.simulate import peak_live
+from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
 from scaledtrain.parallel.pipeline.stage import Held, Stage, find_tied, make_stage
 from scaledtrain.recompute.blocks import find_blocks
 from scaledtrain.replica import MakeOptimizer

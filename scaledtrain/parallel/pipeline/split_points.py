@@ -50,9 +50,7 @@ class Cut:
         return range(ends[stage] - self.counts[stage], ends[stage])
 
 
-def given_cut(
-    names: Sequence[str], split_points: Sequence[str] | Sequence[int], n_stages: int
-) -> Cut:
+def given_cut(names: Sequence[str], split_points: Sequence[str | int], n_stages: int) -> Cut:
     """A cut as the user wants it.
 
     Args:

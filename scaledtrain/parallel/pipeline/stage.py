@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -53,6 +53,11 @@ class Stage(nn.Module):
             self.traced_blocks = nn.ModuleList(blocks.values())
         self._called = [blocks.get(part, part) for part in self._parts]
         self.training = parts.model.training
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """In the order in which they are called."""
+        return self._called
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the next stage, or the loss, is given.
