@@ -1,0 +1,257 @@
+"""What one rank writes into a checkpoint, and the reader with which torch's DCP loads it anywhere.
+
+The tensors of a rank are planned by ``torch.distributed.checkpoint``: of a DTensor a rank writes
+its own chunk, and who reads takes from all chunks what its own layout needs. Of DCP's two formats
+the one would be pickle; here a rank's tensors are safetensors, and all else is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from scaledtrain.checkpoint.folder import Manifest
+from scaledtrain.checkpoint.tensor_file import DTYPES, Written, write_bytes, write_tensors
+from scaledtrain.checkpoint.tree import flatten, restore, tensor_names
+from scaledtrain.errors import CheckpointError
+
+__all__ = ["CheckpointReader", "Part", "load_rank", "own_name"]
+
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def _stem(rank: int) -> str:
+    return f"rank-{rank:05d}"
+
+
+def own_name(rank: int, name: str) -> str:
+    """Of a tensor that is not the same on all ranks."""
+    return f"{_stem(rank)}/{name}"
+
+
+class Part:
+    """The state of one rank, ready to be written by any thread.
+
+    Args:
+        rank: this one.
+        ranks: how many there are.
+        state: of this rank; its tensors must not change any more.
+        is_shared: whether a tensor is the same on all ranks, by its name in the state: it is
+            written by one of them.
+    """
+
+    def __init__(self, rank: int, ranks: int, state: Any, is_shared: Callable[[str], bool]) -> None:
+        self._rank = rank
+        self._skeleton, tensors = flatten(state)
+        shared = [name for name in tensors if is_shared(name)]
+        kept = _share_out({name: tensors[name].nbytes for name in shared}, ranks)[rank]
+        names = {name: name if name in shared else own_name(rank, name) for name in tensors}
+        _rename(self._skeleton, names)
+        self._tensors = {
+            names[name]: tensor
+            for name, tensor in tensors.items()
+            if name not in shared or name in kept
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write two files; they are on the disk when this returns.
+
+        Raises:
+            OSError: the disk is full, or the folder is not there.
+        """
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(self._tensors, is_coordinator=True)
+        items = planner.create_local_plan().items
+        table: dict[str, Any] = {}
+        chunks: list[tuple[str, Tensor]] = []
+        for item in items:
+            about, name = item.tensor_data, item.index.fqn
+            assert about is not None
+            key = f"{name}@{len(chunks)}"
+            value = planner.resolve_data(item)
+            assert isinstance(value, Tensor)
+            entry = {"dtype": DTYPES.get(value.dtype), "shape": list(about.size), "chunks": []}
+            place = [list(about.chunk.offsets), list(about.chunk.sizes), key]
+            table.setdefault(name, entry)["chunks"].append(place)
+            chunks.append((key, value.contiguous()))
+        chunks.sort(key=lambda chunk: -chunk[1].element_size())  # so that each is aligned
+        file = f"{_stem(self._rank)}.safetensors"
+        written = write_tensors(folder / file, chunks)
+        index = {
+            "files": {file: written._asdict()},
+            "state": self._skeleton,
+            "tensors": table,
+        }
+        write_bytes(folder / f"{_stem(self._rank)}.json", json.dumps(index).encode())
+
+
+def _share_out(sizes: Mapping[str, int], ranks: int) -> list[set[str]]:
+    """Who writes what of that which all have: the largest first, to who has least."""
+    loads, shares = [0] * ranks, [set[str]() for _ in range(ranks)]
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += size
+        shares[rank].add(name)
+    return shares
+
+
+def _rename(skeleton: Any, names: Mapping[str, str]) -> None:
+    if isinstance(skeleton, dict):
+        for kind, content in skeleton.items():
+            if kind in ("tensor", "array"):
+                skeleton[kind] = names[content]
+            else:
+                _rename(content, names)
+    elif isinstance(skeleton, list):
+        for item in skeleton:
+            _rename(item, names)
+
+
+def files_of(folder: Path, rank: int) -> dict[str, Written]:
+    """What `Part.write` wrote for that rank."""
+    path = folder / f"{_stem(rank)}.json"
+    content = path.read_bytes()
+    files = {name: Written(**file) for name, file in json.loads(content)["files"].items()}
+    return {**files, path.name: Written(len(content), hashlib.sha256(content).hexdigest())}
+
+
+class _Place(NamedTuple):
+    file: str
+    key: str
+
+
+class CheckpointReader(dcp.StorageReader):
+    """Lets ``torch.distributed.checkpoint.load`` read a checkpoint, into any layout of the tensors.
+
+    Nothing in it is unpickled, and no name in it is used as that of a file.
+
+    Args:
+        path: of the checkpoint, the folder of one step.
+
+    Raises:
+        CheckpointError: it is damaged.
+
+    Example: the parameters of a model, sharded or not::
+
+        weights = {f"model/{name}": p for name, p in model.state_dict().items()}
+        dcp.load(weights, storage_reader=CheckpointReader("runs/mine/checkpoints/step-000000120"))
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self.manifest = Manifest.read(self._path)
+        self._places: dict[MetadataIndex, _Place] = {}
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self._skeletons: dict[int, Any] = {}
+        for rank in self.manifest.ranks:
+            file = self._path / f"{_stem(rank)}.json"
+            try:
+                index = json.loads(file.read_bytes())
+                self._skeletons[rank] = index["state"]
+                for name, entry in index["tensors"].items():
+                    self._add(name, entry, f"{_stem(rank)}.safetensors")
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise CheckpointError(f"{file} is damaged: {error!r}") from error
+
+    def _add(self, name: str, entry: Mapping[str, Any], file: str) -> None:
+        size = torch.Size(entry["shape"])
+        about = self.tensors.setdefault(
+            name, TensorStorageMetadata(TensorProperties(_DTYPES[entry["dtype"]]), size, [])
+        )
+        for offsets, sizes, key in entry["chunks"]:
+            about.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            self._places[MetadataIndex(name, offsets)] = _Place(file, key)
+
+    def skeleton(self, rank: int) -> Any:
+        """Of the state of that rank, or of the first one if that took no part."""
+        return self._skeletons.get(rank, self._skeletons[self.manifest.ranks[0]])
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing to do: a reader is of one checkpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Names, shapes and chunks of all tensors."""
+        return Metadata(dict(self.tensors))
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to do."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Whether it is a folder."""
+        return Path(checkpoint_id).is_dir()
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy what is asked for out of the files."""
+        with ExitStack() as stack:
+            open_files: dict[str, Any] = {}
+            for item in plan.items:
+                file, key = self._places[item.storage_index]
+                try:
+                    if file not in open_files:
+                        opened = safe_open(str(self._path / file), framework="pt")
+                        open_files[file] = stack.enter_context(opened)
+                    if item.lengths:
+                        box = zip(item.storage_offsets, item.lengths, strict=True)
+                        part = open_files[file].get_slice(key)[
+                            tuple(slice(at, at + n) for at, n in box)
+                        ]
+                    else:
+                        part = open_files[file].get_tensor(key)
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(f"{self._path / file} is damaged: {error}") from error
+                planner.resolve_tensor(item).detach().copy_(part)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def read_tensors(reader: CheckpointReader, names: Sequence[str]) -> dict[str, Tensor]:
+    """Whole tensors by name."""
+    lacking = [name for name in names if name not in reader.tensors]
+    if lacking:
+        raise CheckpointError(f"the checkpoint has no tensor {lacking[0]!r}")
+    into: dict[str, Tensor] = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in ((name, reader.tensors[name]) for name in names)
+    }
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(into, reader.read_metadata(), is_coordinator=True)
+    reader.read_data(planner.create_local_plan(), planner).wait()
+    return into
+
+
+def load_rank(reader: CheckpointReader, rank: int) -> Any:
+    """The state that a rank saved; of one that took no part, the first rank's."""
+    skeleton = reader.skeleton(rank)
+    return restore(skeleton, read_tensors(reader, tensor_names(skeleton)))
