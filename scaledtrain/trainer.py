@@ -211,7 +211,12 @@ class Trainer:
         self._checkpointing: Executor | None = None
         self._loader: ReplicaLoader | None = None
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
-        self._saver = self._resume_and_save(checkpointing, resume, run_dir)
+        self._saver: Saver | None = None
+        try:
+            self._saver = self._resume_and_save(checkpointing, resume, run_dir)
+        except BaseException:
+            self._release()
+            raise
 
     def _resume_and_save(
         self, options: Checkpointing | None, resume: str | Path | None, run_dir: str | Path | None

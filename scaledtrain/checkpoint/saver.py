@@ -190,7 +190,10 @@ class Saver:
         late = self._options.is_due_by_time(now - self._last_time)
         if self._link.group.size > 1:
             late, caught = self._vote(late, caught, now)
-        if late or caught or self._options.is_due_by_steps(step, self._last_step):
+        # The last step's state is taken before another batch is read, which may draw at random.
+        is_last = self._max_steps is not None and step >= self._max_steps
+        by_steps = self._options.is_due_by_steps(step, self._last_step)
+        if late or caught or by_steps or is_last:
             self._save()
         if caught:
             self._leave(caught)

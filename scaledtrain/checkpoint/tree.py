@@ -137,7 +137,18 @@ def _restore(node: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def tensor_names(skeleton: Any) -> list[str]:
-    """Of all tensors that a skeleton refers to."""
+    """Of all tensors that a skeleton refers to.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        return _tensor_names(skeleton)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"this is no saved state: {error!r}") from error
+
+
+def _tensor_names(skeleton: Any) -> list[str]:
     if not isinstance(skeleton, dict):
         return []
     names = []
@@ -145,7 +156,7 @@ def tensor_names(skeleton: Any) -> list[str]:
         if kind in ("tensor", "array"):
             names.append(str(content))
         elif kind in ("dict", "counter"):
-            names += [name for _, value in content for name in tensor_names(value)]
+            names += [name for _, value in content for name in _tensor_names(value)]
         elif isinstance(content, list):
-            names += [name for item in content for name in tensor_names(item)]
+            names += [name for item in content for name in _tensor_names(item)]
     return names
