@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
+from scaledtrain.parallel import FullyShard, lay_out
+from scaledtrain.parallel.layout import Steps
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.rendezvous import Connection, connect
@@ -76,6 +79,7 @@ class Trainer:
         lr_scheduler: a factory from optimizer to ``LRScheduler``; one step per update.
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
+        engine: what divides parameters among the ranks of ``mesh.shard``; default `FullyShard`.
         precision: the number formats, or their name (``"bf16-mixed"``); default fp32.
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
@@ -127,6 +131,7 @@ class Trainer:
         lr_scheduler: MakeScheduler | None = None,
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
+        engine: FullyShard | None = None,
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
@@ -160,22 +165,29 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
-        (mesh or Mesh()).check(self.link.group.size)
         self.precision = Precision(precision) if isinstance(precision, str) else precision
-        self.model = self.precision.convert(model.to(self.link.device))
+        converted = self.precision.convert(model.to(self.link.device))
+        self.layout = lay_out(converted, self.link, mesh or Mesh(), self.precision, engine)
+        self.model = self.layout.model
         self.strategy: Strategy = strategy or Sync()
+        self._check_layout(drop_compute)
         self.replica = Replica(
-            self.model, optimizer, lr_scheduler, partial(self.precision.rounding, seed)
+            self.model,
+            optimizer,
+            lr_scheduler,
+            partial(self.precision.rounding, seed),
+            named_parameters=self.layout.named_parameters(),
+            pieces=self.layout.pieces,
         )
         self.scaler = self.precision.scaler(self.replica)
-        self.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
-        self.strategy.attach(self.replica, self.link)
+        self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
+        self.strategy.attach(self.replica, self.layout.link)
         seed_everything(seed, self.link.group.rank)
         self._compile = compile
         called: Callable[..., Any] = self.model
         if compile is not None and activation_checkpointing is None:
             called = torch.compile(self.model, backend=compile)
-        self.schedule = MicrobatchLoop(
+        loop = MicrobatchLoop(
             called,
             loss_fn,
             self.precision,
@@ -185,6 +197,7 @@ class Trainer:
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
         )
+        self.schedule = self.layout.schedule(loop, self.scaler)
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(
@@ -194,6 +207,7 @@ class Trainer:
             device=self.link.device,
             bytes_sent=lambda: self.link.bytes_sent,
             scaling=self.scaler.metrics,
+            data_ranks=self.layout.data_ranks,
             log_every=log_every,
             console=console,
         )
@@ -209,7 +223,7 @@ class Trainer:
         self._introduced = False
         self._unplanned = activation_checkpointing  # until there is a batch
         self._checkpointing: Executor | None = None
-        self._loader: ReplicaLoader | None = None
+        self._loader: Steps | None = None
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
         self._saver: Saver | None = None
         try:
@@ -224,12 +238,29 @@ class Trainer:
         """Go on from a checkpoint, and get ready to write others."""
         if self.link.returned:  # to a job that has gone on: the server has the state
             return None
-        folder = Path(run_dir) / CHECKPOINTS if run_dir is not None else None
+        if options is None and resume is None:
+            return None
+        from scaledtrain.checkpoint.part import Owner  # with DCP, which takes a second to import
+
+        folder = None if run_dir is None else Path(run_dir) / CHECKPOINTS
         if options is not None and options.folder is not None:
             folder = Path(options.folder)
+        owner = Owner(
+            self.link.group.rank,
+            self.link.group.size,
+            self.layout.link.group.rank,
+            self.layout.pieces.size,
+            dict(self.model.named_parameters()),
+            self.strategy.replicas_equal,
+            self.layout.whole,
+        )
         saver = None
         if options is not None:
-            saver = Saver.make(
+            if folder is None:
+                raise ConfigError(
+                    "checkpointing needs a folder: set run_dir, or checkpointing.folder"
+                )
+            saver = Saver(
                 options,
                 folder,
                 self.link,
@@ -237,7 +268,8 @@ class Trainer:
                 is_resumed=resume is not None,
                 state=self.state_dict,
                 evaluation=lambda: self._loop.evaluation if self._loop is not None else {},
-                parameters=[name for name, _ in self.model.named_parameters()],
+                owner=owner,
+                agree=self.layout.agree,
                 facts={
                     "model": type(self.model).__name__,
                     "strategy": str(self.strategy),
@@ -246,11 +278,27 @@ class Trainer:
             )
         saved = None if resume is None else find(resume, folder, self.link)
         if saved is not None:
-            self.load_state_dict(load(saved, self.link, self.strategy.replicas_equal))
+            self.load_state_dict(load(saved, owner))
             self.metrics.say(f"resumed at step {saved.step} from {saved.path}")
             if saver is not None:
                 saver.resumed(saved)
         return saver
+
+    def _check_layout(self, drop_compute: DropCompute | None) -> None:
+        """Ranks that have a replica together begin and end all microbatches together."""
+        if self.layout.pieces.size == 1:
+            return
+        if drop_compute is not None and math.isfinite(drop_compute.threshold_seconds):
+            raise ConfigError(
+                "drop_compute lets each rank end a step by itself, but with mesh.shard or "
+                "mesh.pipe ranks compute each microbatch together; leave one of them out"
+            )
+        if self.strategy.may_abandon:
+            raise ConfigError(
+                f"{self.strategy} lets each rank abandon a step by itself, but with mesh.shard or "
+                "mesh.pipe ranks compute it together; choose a policy that does not stop work "
+                "under way, or replicas of one rank"
+            )
 
     def _plan_activations(self, batch: StepBatch) -> None:
         """With a batch it can be seen what activations take, and that the loss stays; once."""
@@ -264,8 +312,10 @@ class Trainer:
             with self.precision.autocast(self.link.device):
                 return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
 
+        # Pieces cannot be tried out apart from the step that all ranks make together.
+        whole = self.layout.pieces.size == 1
         self._checkpointing = checkpoint_activations(
-            self.model, policy, sample, compile=self._compile
+            self.model, policy, sample if whole else None, compile=self._compile
         )
         self.metrics.say(self._checkpointing.told)
 
@@ -286,7 +336,7 @@ class Trainer:
             self.replica.zero_grad()
             going = self.strategy.before_forward(len(batch.microbatches), batch.weight)
             self.metrics.saw_staleness(self.strategy.staleness)
-            if not going:
+            if self.layout.agree(not going):
                 return False
             start = self.timeline.now()
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
@@ -348,14 +398,14 @@ class Trainer:
             must_end(train, f"the first of max_epochs={max_epochs} epochs")
         if eval is not None:
             must_end(eval, "an evaluation")
-        loader = ReplicaLoader(
+        replicas = self.layout.link.group
+        loader = self.layout.steps(
             train,
-            rank=self.link.group.rank,
-            replicas=self.link.group.size,
+            replicas.rank,
+            replicas.size,
             accumulation=self._accumulation,
             seed=self._seed,
-            device=self.link.device,
-            alone=self.strategy.lockstep.size < self.link.group.size,
+            alone=self.strategy.lockstep.size < replicas.size,
         )
         self._loader = loader
         self._find_place(loader)
@@ -377,10 +427,10 @@ class Trainer:
         total = max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
             left = (max_epochs - self.epoch) * loader.steps_per_epoch - self.steps_in_epoch
-            gradients = left * self.link.group.size
+            gradients = left * replicas.size
             total = self.step_count + gradients // self.strategy.gradients_per_step
         # If one of those in lockstep may want to stop early, all must be ready to be asked.
-        early = torch.tensor([int(run.may_stop)], device=self.link.device)
+        early = torch.tensor([int(self.layout.agree(run.may_stop))], device=self.link.device)
         self.strategy.lockstep.all_reduce([early], "max").wait()
         run.may_stop = bool(early.item())
         # All begin at once, so times of different ranks are seconds since the same moment.
@@ -397,6 +447,7 @@ class Trainer:
                 else:
                     self.strategy.settle()
             self._resumed = {}
+            self.layout.refresh()
             run.evaluate_at_end()
             self.metrics.flush(self.strategy)
             self._call("on_fit_end")
@@ -431,7 +482,7 @@ class Trainer:
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
         start = self.timeline.now()
-        share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
+        share = self.layout.steps(loader, group.rank, group.size)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (
@@ -439,6 +490,7 @@ class Trainer:
             eval_mode(self.model),
             closing(share.epoch(0)) as steps,
         ):
+            self.layout.refresh()
             for step in steps:
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch)
@@ -446,6 +498,7 @@ class Trainer:
                     sums[-1] += size
         self.timeline.add("evaluation", start)
         group.all_reduce([sums], "sum").wait()
+        self.layout.sum(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         return dict(zip(names, means, strict=True))
 
@@ -481,6 +534,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """A copy of what this rank needs to go on: also its place in the data, and generators."""
         loader = self._loader
+        self.layout.refresh()
         return {
             "model": copy.deepcopy(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),
@@ -523,7 +577,7 @@ class Trainer:
         if self._resumed.get("generators") is not None:
             set_generator_states(self._resumed["generators"])
 
-    def _find_place(self, loader: ReplicaLoader) -> None:
+    def _find_place(self, loader: Steps) -> None:
         """Go on in the epoch where a resumed run was, also if steps have another size now."""
         then = self._resumed.get("step_size")
         if then is not None:
@@ -567,16 +621,18 @@ class Trainer:
         for callback in self._callbacks:
             getattr(callback, moment)(self, *arguments)
 
-    def _introduce(self, loader: ReplicaLoader) -> None:
+    def _introduce(self, loader: Steps) -> None:
         """Say once what will run."""
         if self._introduced:
             return
         self._introduced = True
-        n_parameters = sum(p.numel() for p in self.replica.parameters)
+        n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        replicas, each = self.layout.link.group.size, self.layout.pieces.size
+        pieces = f" of {each} ranks" if each > 1 else ""
         local = "as loaded" if loader.batch_size is None else loader.batch_size
         self.metrics.say(
             f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
-            f"{self.link.group.size} replica{'s' if self.link.group.size > 1 else ''} on "
+            f"{replicas} replica{'s' if replicas > 1 else ''}{pieces} on "
             f"{self.link.device.type} over {self.link.transport}; strategy "
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"

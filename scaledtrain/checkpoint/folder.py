@@ -54,6 +54,7 @@ class Manifest:
         step: updates that the parameters had received.
         ranks: that have a state in it.
         files: name -> size and checksum.
+        pieces: ranks that each replica has.
         evaluation: values of the last evaluation before it.
         facts: for people: what was trained how.
     """
@@ -61,6 +62,7 @@ class Manifest:
     step: int
     ranks: Sequence[int]
     files: Mapping[str, Written]
+    pieces: int = 1
     evaluation: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,6 +102,7 @@ class Manifest:
                 int(content["step"]),
                 [int(rank) for rank in content["ranks"]],
                 files,
+                int(content["pieces"]),
                 dict(content["evaluation"]),
                 dict(content["facts"]),
             )

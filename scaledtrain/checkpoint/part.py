@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from scaledtrain.checkpoint.folder import Manifest
@@ -33,7 +35,10 @@ from scaledtrain.checkpoint.tensor_file import DTYPES, Written, write_bytes, wri
 from scaledtrain.checkpoint.tree import flatten, restore, tensor_names
 from scaledtrain.errors import CheckpointError
 
-__all__ = ["CheckpointReader", "Part", "load_rank", "own_name"]
+__all__ = ["CheckpointReader", "Owner", "Part", "files_of", "load_rank", "read_tensors"]
+
+_MODEL, _UPDATER = "model/", "strategy/updater/"
+_OPTIMIZER_STATE = "strategy/updater/optimizer/state/"
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -42,28 +47,84 @@ def _stem(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def own_name(rank: int, name: str) -> str:
-    """Of a tensor that is not the same on all ranks."""
-    return f"{_stem(rank)}/{name}"
+class Owner(NamedTuple):
+    """Whose state it is, and what others have the same.
+
+    Args:
+        rank: of all.
+        ranks: how many there are.
+        replica: of this rank.
+        pieces: ranks that a replica has.
+        parameters: the model's, by name.
+        is_equal: whether all replicas have the same parameters and optimizer.
+        whole: from the name of a parameter and a tensor that is divided as it is to a DTensor.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    replica: int = 0
+    pieces: int = 1
+    parameters: Mapping[str, Tensor] = MappingProxyType({})
+    is_equal: bool = False
+    whole: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+
+    def placed(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the state as a part of a whole one, if it is one."""
+        parameter = _parameter_of(name)
+        return tensor if parameter is None else self.whole(parameter, tensor)
+
+    def shares(self, name: str, tensor: Tensor) -> bool:
+        """Whether all replicas have the same, of which this rank has all or a chunk."""
+        if not self.is_equal:
+            return False
+        if name.startswith(_MODEL):
+            return name.removeprefix(_MODEL) in self.parameters
+        if self.pieces == 1:
+            return name.startswith(_UPDATER)
+        is_known = isinstance(tensor, DTensor) or tensor.dim() == 0
+        return _parameter_of(name) is not None and is_known
+
+    def part(self, parameter: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Memory for this rank's part of a tensor of that size; None: it is not divided."""
+        whole = self.parameters[parameter]
+        if not isinstance(whole, DTensor) or whole.shape != size:
+            return None
+        return self.whole(parameter, torch.empty_like(whole.to_local(), dtype=dtype))
+
+    def name(self, name: str, tensor: Tensor) -> str:
+        """Under which it is written."""
+        if self.shares(name, tensor):
+            return name
+        if isinstance(tensor, DTensor):  # a chunk of what the ranks of this replica have together
+            return f"replica-{self.replica:05d}/{name}"
+        return f"{_stem(self.rank)}/{name}"
+
+
+def _parameter_of(name: str) -> str | None:
+    """Of which a tensor is the state, in the optimizer on the replica."""
+    if not name.startswith(_OPTIMIZER_STATE):
+        return None
+    return name.removeprefix(_OPTIMIZER_STATE).rpartition("/")[0]
 
 
 class Part:
     """The state of one rank, ready to be written by any thread.
 
     Args:
-        rank: this one.
-        ranks: how many there are.
-        state: of this rank; its tensors must not change any more.
-        is_shared: whether a tensor is the same on all ranks, by its name in the state: it is
-            written by one of them.
+        owner: whose it is.
+        state: its tensors must not change any more.
     """
 
-    def __init__(self, rank: int, ranks: int, state: Any, is_shared: Callable[[str], bool]) -> None:
-        self._rank = rank
-        self._skeleton, tensors = flatten(state)
-        shared = [name for name in tensors if is_shared(name)]
-        kept = _share_out({name: tensors[name].nbytes for name in shared}, ranks)[rank]
-        names = {name: name if name in shared else own_name(rank, name) for name in tensors}
+    def __init__(self, owner: Owner, state: Any) -> None:
+        self._rank = owner.rank
+        self._skeleton, flat = flatten(state)
+        tensors = {name: owner.placed(name, tensor) for name, tensor in flat.items()}
+        shared = {name for name, tensor in tensors.items() if owner.shares(name, tensor)}
+        plain = {name for name in shared if not isinstance(tensors[name], DTensor)}
+        kept = _share_out({name: tensors[name].nbytes for name in plain}, owner.ranks)[self._rank]
+        if owner.replica == 0:  # of what is divided its ranks have all chunks
+            kept |= shared - plain
+        names = {name: owner.name(name, tensor) for name, tensor in tensors.items()}
         _rename(self._skeleton, names)
         self._tensors = {
             names[name]: tensor
@@ -236,22 +297,56 @@ class CheckpointReader(dcp.StorageReader):
         return done
 
 
-def read_tensors(reader: CheckpointReader, names: Sequence[str]) -> dict[str, Tensor]:
-    """Whole tensors by name."""
+def read_tensors(
+    reader: CheckpointReader, names: Sequence[str], owner: Owner | None = None
+) -> dict[str, Tensor]:
+    """Tensors by name: whole, or the chunks that a rank has of them in its layout.
+
+    Args:
+        reader: of the checkpoint.
+        names: as they were written.
+        owner: whose layout it is; None: all tensors are whole.
+
+    Raises:
+        CheckpointError: there is no such tensor, or a file is damaged.
+    """
     lacking = [name for name in names if name not in reader.tensors]
     if lacking:
         raise CheckpointError(f"the checkpoint has no tensor {lacking[0]!r}")
-    into: dict[str, Tensor] = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in ((name, reader.tensors[name]) for name in names)
-    }
+    into: dict[str, Tensor] = {}
+    for name in names:
+        about = reader.tensors[name]
+        parameter = _parameter_in(name)
+        part = None
+        if owner is not None and parameter is not None and parameter in owner.parameters:
+            part = owner.part(parameter, about.size, about.properties.dtype)
+        into[name] = torch.empty(about.size, dtype=about.properties.dtype) if part is None else part
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(into, reader.read_metadata(), is_coordinator=True)
     reader.read_data(planner.create_local_plan(), planner).wait()
     return into
 
 
-def load_rank(reader: CheckpointReader, rank: int) -> Any:
-    """The state that a rank saved; of one that took no part, the first rank's."""
+def load_rank(reader: CheckpointReader, rank: int, owner: Owner | None = None) -> Any:
+    """The state that a rank saved; of one that took no part, the first rank's.
+
+    Args:
+        reader: of the checkpoint.
+        rank: that saved it.
+        owner: in whose layout its tensors are wanted; None: all are whole.
+    """
     skeleton = reader.skeleton(rank)
-    return restore(skeleton, read_tensors(reader, tensor_names(skeleton)))
+    tensors = read_tensors(reader, tensor_names(skeleton), owner)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and _OPTIMIZER_STATE in name:
+            tensors[name] = tensor.to_local()  # as the optimizer of this rank has it
+    return restore(skeleton, tensors)
+
+
+def _parameter_in(name: str) -> str | None:
+    """The parameter that a tensor in a file is, or that it is divided like."""
+    for prefix in (_MODEL, _OPTIMIZER_STATE):
+        _, found, rest = name.partition(prefix)
+        if found:
+            return rest if prefix == _MODEL else rest.rpartition("/")[0]
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from scaledtrain.checkpoint.folder import (
 )
 from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from scaledtrain.checkpoint.part import Owner
 
 __all__ = ["CHECKPOINTS", "find", "load"]
 
@@ -101,30 +104,41 @@ def _damage(saved: SavedStep, link: Link) -> str | None:
     return own or "another rank found it damaged, and says how"
 
 
-def load(saved: SavedStep, link: Link, is_equal: bool) -> dict[str, Any]:
+def load(saved: SavedStep, owner: Owner) -> dict[str, Any]:
     """The state for this rank.
 
-    Where the number of ranks is another one now, those that have none of their own begin with the
-    first one's; generators, of which each rank had its own, are left out then.
+    Where the ranks are others now, those that have none of their own begin with the first one's;
+    generators, of which each rank had its own, are left out then.
 
     Args:
         saved: intact.
-        link: to the other ranks.
-        is_equal: whether all replicas have the same parameters and optimizer.
+        owner: this rank, as it would save.
+
+    Raises:
+        ConfigError: replicas whose states differ have other pieces now.
     """
     from scaledtrain.checkpoint.part import CheckpointReader, load_rank
 
     reader = CheckpointReader(saved.path)
-    state: dict[str, Any] = load_rank(reader, link.group.rank)
-    then, now = len(reader.manifest.ranks), link.group.size
-    if then != now:
-        del state["generators"]
-        if link.group.rank == 0 and not is_equal:
-            _logger.warning(
-                "%s was saved by %d replicas, each with a state of its own, and is resumed by %d: "
-                "it goes on from them, but not as it would have",
-                saved.path,
-                then,
-                now,
-            )
+    ranks, pieces = len(reader.manifest.ranks), reader.manifest.pieces
+    if (ranks, pieces) == (owner.ranks, owner.pieces):
+        state: dict[str, Any] = load_rank(reader, owner.rank, owner)
+        return state
+    then = f"{ranks // pieces} replicas of {pieces} ranks"
+    now = f"{owner.ranks // owner.pieces} of {owner.pieces}"
+    if pieces != owner.pieces and not owner.is_equal:
+        raise ConfigError(
+            f"{saved.path} is of {then}, each with a state of its own, which only replicas of as "
+            f"many ranks can take over; here are {now}: set mesh as it was"
+        )
+    state = load_rank(reader, min(owner.replica, ranks // pieces - 1) * pieces, owner)
+    del state["generators"]
+    if owner.rank == 0 and not owner.is_equal:
+        _logger.warning(
+            "%s is of %s, each with a state of its own; here are %s: the run goes on from them, "
+            "but not as it would have",
+            saved.path,
+            then,
+            now,
+        )
     return state

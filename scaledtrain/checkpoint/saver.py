@@ -6,7 +6,7 @@ import secrets
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted, tell
 from scaledtrain.strategies import Strategy
+
+if TYPE_CHECKING:
+    from scaledtrain.checkpoint.part import Owner
 
 __all__ = ["Saver"]
 
@@ -40,10 +43,15 @@ class Saver:
         folder: of the checkpoints.
         link: to the other ranks.
         strategy: attached.
+        is_resumed: whether the run goes on from what may be in the folder.
         state: makes a copy of this rank's state.
         evaluation: tells the last evaluation's values.
-        is_shared: see `Writer`.
-        facts: see `Writer`.
+        owner: this rank.
+        agree: whether a rank of this replica says so; all of them ask together.
+        facts: for the manifest.
+
+    Raises:
+        ConfigError: the folder has another run's checkpoints, or cannot be made.
     """
 
     def __init__(
@@ -52,13 +60,22 @@ class Saver:
         folder: Path,
         link: Link,
         strategy: Strategy,
+        *,
+        is_resumed: bool,
         state: Callable[[], Mapping[str, Any]],
         evaluation: Callable[[], Mapping[str, float]],
-        is_shared: Callable[[str], bool],
+        owner: Owner,
+        agree: Callable[[bool], bool],
         facts: Mapping[str, Any],
     ) -> None:
         self._options = options
+        if not is_resumed and saved_steps(folder):
+            raise ConfigError(
+                f"{folder} holds the checkpoints of a run already; go on from them with "
+                "resume='auto', or give this run another folder"
+            )
         self._link = link
+        self._agree = agree
         self._folder = folder
         self._strategy = strategy
         self._state = state
@@ -75,9 +92,7 @@ class Saver:
             clean(folder)
         session = torch.tensor([secrets.randbits(62)], device=link.device)
         link.group.broadcast([session])
-        self._writer = Writer(
-            options, folder, f"{session.item():x}", self._rank, link.board(), is_shared, facts
-        )
+        self._writer = Writer(options, folder, f"{session.item():x}", link.board(), owner, facts)
         self._apart = strategy.settles_to_save
         self._board = link.board()
         self._word = 0
@@ -85,52 +100,6 @@ class Saver:
         self._saved_step: int | None = None
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
-
-    @classmethod
-    def make(
-        cls,
-        options: Checkpointing,
-        folder: Path | None,
-        link: Link,
-        strategy: Strategy,
-        *,
-        is_resumed: bool,
-        state: Callable[[], Mapping[str, Any]],
-        evaluation: Callable[[], Mapping[str, float]],
-        parameters: Sequence[str],
-        facts: Mapping[str, Any],
-    ) -> Saver:
-        """The saver of a Trainer.
-
-        Args:
-            options: when, and what is kept.
-            folder: of the checkpoints.
-            link: to the other ranks.
-            strategy: attached.
-            is_resumed: whether the run goes on from what may be in the folder.
-            state: see `Saver`.
-            evaluation: see `Saver`.
-            parameters: names of the model's.
-            facts: for the manifest.
-
-        Raises:
-            ConfigError: there is no folder, or it has another run's checkpoints.
-        """
-        if folder is None:
-            raise ConfigError("checkpointing needs a folder: set run_dir, or checkpointing.folder")
-        if not is_resumed and saved_steps(folder):
-            raise ConfigError(
-                f"{folder} holds the checkpoints of a run already; go on from them with "
-                "resume='auto', or give this run another folder"
-            )
-        shared = {f"model/{name}" for name in parameters}
-
-        def is_shared(name: str) -> bool:
-            return strategy.replicas_equal and (
-                name in shared or name.startswith("strategy/updater/")
-            )
-
-        return cls(options, folder, link, strategy, state, evaluation, is_shared, facts)
 
     def resumed(self, saved: SavedStep) -> None:
         """What the run has now is this checkpoint; later ones in the same folder are set aside."""
@@ -209,7 +178,7 @@ class Saver:
             dtype=torch.float64,
             device=self._link.device,
         )
-        self._strategy.lockstep.all_reduce([votes], "max").wait()
+        self._link.group.all_reduce([votes], "max").wait()
         any_late, any_caught, slowest = votes.tolist()
         steps = int(_VOTE_SECONDS / max(slowest, 1e-9))
         self._next_vote = min(max(steps, 1), _MAX_STEPS_BETWEEN_VOTES)
@@ -230,7 +199,7 @@ class Saver:
                 self._strategy.step, self._last_step
             ) or self._options.is_due_by_time(seconds):
                 self._write(_ASKED)
-        if self._word & _ASKED or any(self._asks(word) for word in words):
+        if self._agree(bool(self._word & _ASKED) or any(self._asks(word) for word in words)):
             self._settle()
             self._go_on()
 

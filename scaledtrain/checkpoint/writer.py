@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaledtrain.checkpoint.folder import Manifest, name_of, prune, seal
 from scaledtrain.checkpoint.policy import Checkpointing
 from scaledtrain.comm.protocols import Board
 from scaledtrain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from scaledtrain.checkpoint.part import Owner
 
 __all__ = ["Writer"]
 
@@ -45,9 +48,8 @@ class Writer:
         options: what is kept, and whether training waits.
         folder: where they go; the same on all ranks.
         session: a word that no other run in this folder has.
-        rank: this one.
         board: where the ranks say what they have written; nobody else writes on it.
-        is_shared: whether a tensor of the state is the same on all ranks, by its name.
+        owner: of the state: this rank.
         facts: for the manifest.
     """
 
@@ -56,17 +58,16 @@ class Writer:
         options: Checkpointing,
         folder: Path,
         session: str,
-        rank: int,
         board: Board,
-        is_shared: Callable[[str], bool],
+        owner: Owner,
         facts: Mapping[str, Any],
     ) -> None:
         self._options = options
         self._folder = folder
         self._session = session
-        self._rank = rank
+        self._rank = owner.rank
         self._board = board
-        self._is_shared = is_shared
+        self._owner = owner
         self._facts = facts
         self._number = 0
         self._saving: _Saving | None = None
@@ -88,7 +89,7 @@ class Writer:
         self._number += 1
         from scaledtrain.checkpoint.part import Part  # DCP takes a second to import
 
-        part = Part(self._rank, len(self._board.read()), state, self._is_shared)
+        part = Part(self._owner, state)
         folder = self._folder / f".writing-{self._session}-{self._number}"
 
         def write() -> None:
@@ -171,7 +172,9 @@ class Writer:
             files = {name: f for rank in ranks for name, f in files_of(saving.folder, rank).items()}
             seal(
                 saving.folder,
-                Manifest(saving.step, ranks, files, saving.evaluation, self._facts),
+                Manifest(
+                    saving.step, ranks, files, self._owner.pieces, saving.evaluation, self._facts
+                ),
             )
         except BaseException:
             shutil.rmtree(saving.folder, ignore_errors=True)

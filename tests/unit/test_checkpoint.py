@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import Callback, CheckpointError, Checkpointing, ConfigError, Preempted, Trainer
 from scaledtrain.checkpoint.folder import MANIFEST, Manifest, clean, prune, saved_steps
-from scaledtrain.checkpoint.part import CheckpointReader, Part, load_rank
+from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, load_rank
 from scaledtrain.checkpoint.tensor_file import DTYPES, write_tensors
 from scaledtrain.checkpoint.tree import flatten, restore
 from scaledtrain.launching import Interrupted
@@ -132,7 +132,8 @@ def test_what_all_ranks_have_is_written_once(tmp_path: Path) -> None:
     state = {"model": {"a": torch.ones(4), "b": torch.ones(3), "c": torch.ones(1)}}
     for rank in (0, 1):
         own = {**state, "own": torch.full((2,), float(rank))}
-        Part(rank, 2, own, lambda name: name.startswith("model/")).write(tmp_path)
+        owner = Owner(rank, 2, rank, parameters=state["model"], is_equal=True)
+        Part(owner, own).write(tmp_path)
     keys = []
     for rank in (0, 1):
         with safe_open(str(tmp_path / f"rank-0000{rank}.safetensors"), framework="pt") as file:
@@ -367,10 +368,16 @@ def test_a_pickle_is_never_loaded(
     monkeypatch.chdir(tmp_path)
     fit(tmp_path)
     seal_again(newest(tmp_path), name, pickle.dumps(Bomb()))
-    with patch("pickle.load") as load, patch("pickle.loads") as loads:
-        with patch("torch.load") as torch_load, pytest.raises(CheckpointError, match="damaged"):
-            trainer(tmp_path, resume=newest(tmp_path))
-    assert not (load.called or loads.called or torch_load.called)
+    with (
+        patch("pickle.load") as load,
+        patch("pickle.loads") as loads,
+        patch("torch.load") as torch_load,
+        pytest.raises(CheckpointError, match="damaged"),
+    ):
+        trainer(tmp_path, resume=newest(tmp_path))
+    assert not (load.called)
+    assert not (loads.called)
+    assert not (torch_load.called)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -427,9 +434,7 @@ def full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_leaves_what_there_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_leaves_what_there_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = fit(tmp_path / "whole")
     with trainer(tmp_path / "run") as one:
         one.fit(loader(), max_steps=5)
@@ -446,9 +451,9 @@ def test_a_full_disk_leaves_what_there_is(
 
 def test_a_full_disk_can_end_the_run(tmp_path: Path) -> None:
     options = Checkpointing(every_steps=5, on_failure="end")
-    with pytest.raises(CheckpointError, match="step 5 could not be written"):
-        with patch("scaledtrain.checkpoint.part.write_tensors", full):
-            fit(tmp_path, saved=options)
+    write = patch("scaledtrain.checkpoint.part.write_tensors", full)
+    with write, pytest.raises(CheckpointError, match="step 5 could not be written"):
+        fit(tmp_path, saved=options)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -464,7 +469,10 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
 
 def test_what_is_removed_loses_its_name_first(tmp_path: Path) -> None:
     fit(tmp_path)
-    with patch("scaledtrain.checkpoint.folder.shutil.rmtree", full), pytest.raises(OSError):
+    with (
+        patch("scaledtrain.checkpoint.folder.shutil.rmtree", full),
+        pytest.raises(OSError, match="No space"),
+    ):
         prune(tmp_path / "checkpoints", lambda _: {12})
     assert steps(tmp_path) == [12]
 
