@@ -240,6 +240,7 @@ class Trainer:
             return None
         if options is None and resume is None:
             return None
+        from scaledtrain.checkpoint.export import config_of
         from scaledtrain.checkpoint.part import Owner  # with DCP, which takes a second to import
 
         folder = None if run_dir is None else Path(run_dir) / CHECKPOINTS
@@ -274,6 +275,7 @@ class Trainer:
                     "model": type(self.model).__name__,
                     "strategy": str(self.strategy),
                     "precision": str(self.precision),
+                    "config": config_of(self.model),
                 },
             )
         saved = None if resume is None else find(resume, folder, self.link)

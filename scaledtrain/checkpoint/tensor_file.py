@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,18 +47,22 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_tensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> Written:
+def write_tensors(
+    path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
+) -> Written:
     """Write tensors in order; the file is on the disk when this returns.
 
     Args:
         path: of the new file.
         tensors: names, each once, and contiguous tensors on the CPU.
+        metadata: for the file's header.
 
     Raises:
         ConfigError: a tensor is of a dtype that the format does not have.
         OSError: the disk is full, or the file cannot be written.
     """
-    header, begin = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    begin = 0
     for name, tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise ConfigError(

@@ -47,10 +47,12 @@ def train(
             link=link,
             **options,
         )
-        loader = DataLoader(data(50), batch_size=GLOBAL_BATCH // data_ranks, shuffle=True)
-        trainer.fit(loader, max_steps=max_steps)
-    state = trainer.model.state_dict()
-    trainer._release()
+        try:
+            loader = DataLoader(data(50), batch_size=GLOBAL_BATCH // data_ranks, shuffle=True)
+            trainer.fit(loader, max_steps=max_steps)
+            state = trainer.model.state_dict()
+        finally:
+            trainer._release()
     return {k: v.full_tensor() if isinstance(v, DTensor) else v.clone() for k, v in state.items()}
 
 
