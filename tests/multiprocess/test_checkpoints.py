@@ -107,7 +107,7 @@ class KillAtSave:
 
 
 def killed_while_saving(folder: Path) -> str:
-    link = connect(timeout_seconds=20)
+    link = connect(timeout_seconds=60)
     kill = KillAtSave(2 if link.group.rank == 1 else 99)
     with patch("scaledtrain.checkpoint.part.write_tensors", kill), pytest.raises(PeerLostError):
         train(folder, link, 2, STEPS)
@@ -116,17 +116,17 @@ def killed_while_saving(folder: Path) -> str:
 
 
 def straight_and_resumed(folder: Path) -> list[dict[str, Tensor]]:
-    with connect(timeout_seconds=20) as link:
+    with connect(timeout_seconds=60) as link:
         resumed = train(folder / "killed", link, 2, STEPS, resume="auto")
         return [train(folder / "straight", link, 2, STEPS), resumed]
 
 
 def test_a_kill_during_saving_leaves_the_last_one(tmp_path: Path) -> None:
-    run_ranks(killed_while_saving, 2, tmp_path / "killed", killed=[1])
+    run_ranks(killed_while_saving, 2, tmp_path / "killed", timeout_seconds=100, killed=[1])
     checkpoints = tmp_path / "killed" / "checkpoints"
     assert [saved.step for saved in saved_steps(checkpoints)] == [SAVED]
     assert len(list(checkpoints.glob(".writing-*"))) == 1
-    for straight, resumed in run_ranks(straight_and_resumed, 2, tmp_path):
+    for straight, resumed in run_ranks(straight_and_resumed, 2, tmp_path, timeout_seconds=100):
         assert all(torch.equal(resumed[key], value) for key, value in straight.items())
     assert not list(checkpoints.glob(".*"))
 
@@ -139,7 +139,7 @@ class SendAt(Callback):
 
 def preempted(folder: Path) -> tuple[object, int]:
     """The signal comes to one rank only; all save and end."""
-    link = connect(timeout_seconds=20)
+    link = connect(timeout_seconds=60)
     callbacks = [SendAt()] if link.group.rank == 1 else []
     with pytest.raises(Preempted) as caught:
         train(folder, link, 2, 10_000, callbacks=callbacks)
@@ -148,7 +148,7 @@ def preempted(folder: Path) -> tuple[object, int]:
 
 
 def test_a_signal_to_one_rank_saves_all(tmp_path: Path) -> None:
-    (code, step), other = run_ranks(preempted, 2, tmp_path)
+    (code, step), other = run_ranks(preempted, 2, tmp_path, timeout_seconds=100)
     assert (code, step) == other
     assert code == 75
     assert saved_steps(tmp_path / "checkpoints")[-1].step == step >= 8
