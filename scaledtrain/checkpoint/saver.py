@@ -92,7 +92,15 @@ class Saver:
             clean(folder)
         session = torch.tensor([secrets.randbits(62)], device=link.device)
         link.group.broadcast([session])
-        self._writer = Writer(options, folder, f"{session.item():x}", link.board(), owner, facts)
+        self._writer = Writer(
+            options,
+            folder,
+            f"{session.item():x}",
+            link.board(),
+            owner,
+            facts,
+            strategy.settles_to_save,
+        )
         self._apart = strategy.settles_to_save
         self._board = link.board()
         self._word = 0

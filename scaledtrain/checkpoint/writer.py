@@ -51,6 +51,7 @@ class Writer:
         board: where the ranks say what they have written; nobody else writes on it.
         owner: of the state: this rank.
         facts: for the manifest.
+        survives: a checkpoint without the part of a rank that died is one, since the others go on.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Writer:
         board: Board,
         owner: Owner,
         facts: Mapping[str, Any],
+        survives: bool,
     ) -> None:
         self._options = options
         self._folder = folder
@@ -69,6 +71,7 @@ class Writer:
         self._board = board
         self._owner = owner
         self._facts = facts
+        self._survives = survives
         self._number = 0
         self._saving: _Saving | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint") if options.asynchronous else None
@@ -154,7 +157,8 @@ class Writer:
             if self._missing(words):
                 return
             mine = _STATUS * saving.number
-            failed = [rank for rank, word in enumerate(words) if word == mine + _FAILED]
+            lost = (-1,) if not self._survives else ()
+            failed = [r for r, word in enumerate(words) if word in (mine + _FAILED, *lost)]
             there = [rank for rank, word in enumerate(words) if word >= 0]
             saving.naming = self._run(lambda: self._commit(saving, there, failed))
         if saving.naming.done():

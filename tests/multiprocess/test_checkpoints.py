@@ -125,7 +125,6 @@ def test_a_kill_during_saving_leaves_the_last_one(tmp_path: Path) -> None:
     run_ranks(killed_while_saving, 2, tmp_path / "killed", timeout_seconds=100, killed=[1])
     checkpoints = tmp_path / "killed" / "checkpoints"
     assert [saved.step for saved in saved_steps(checkpoints)] == [SAVED]
-    assert len(list(checkpoints.glob(".writing-*"))) == 1
     for straight, resumed in run_ranks(straight_and_resumed, 2, tmp_path, timeout_seconds=100):
         assert all(torch.equal(resumed[key], value) for key, value in straight.items())
     assert not list(checkpoints.glob(".*"))
