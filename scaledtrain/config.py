@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
@@ -126,6 +127,8 @@ class TrainConfig:
     log_every: int
     console: bool
     trace: bool
+    checkpointing: Checkpointing | None = None
+    resume: str | None = None
 
 
 def check(config: TrainConfig | DictConfig | Mapping[str, Any]) -> TrainConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.callbacks import Callback
+from scaledtrain.checkpoint import Checkpointing
+from scaledtrain.checkpoint.resume import CHECKPOINTS, find, load
+from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, must_end
@@ -31,7 +34,12 @@ from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activat
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
-from scaledtrain.seeding import be_deterministic, seed_everything
+from scaledtrain.seeding import (
+    be_deterministic,
+    generator_states,
+    seed_everything,
+    set_generator_states,
+)
 from scaledtrain.strategies import Strategy, Sync
 
 __all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
@@ -91,14 +99,18 @@ class Trainer:
         log_every: steps between records.
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
+        checkpointing: when the run is saved; None: never.
+        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir`` (none:
+            it begins), or the path of a checkpoint or of a run.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
 
     Raises:
         ConfigError: something asked for cannot be; the message says what to change.
+        CheckpointError: the checkpoint to resume from is damaged.
         ClusterError: the ranks did not meet.
 
-    A crash loses what was not saved: see ``state_dict``.
+    A crash loses what was not saved: see ``checkpointing``, and ``state_dict``.
 
     Example:
         >>> from functools import partial
@@ -137,6 +149,8 @@ class Trainer:
         log_every: int = 50,
         console: bool = True,
         trace: bool = False,
+        checkpointing: Checkpointing | None = None,
+        resume: str | Path | None = None,
         link: Link | None = None,
     ) -> None:
         if gradient_accumulation_steps < 1:
@@ -224,6 +238,70 @@ class Trainer:
         self._introduced = False
         self._unplanned = activation_checkpointing  # until there is a batch
         self._checkpointing: Executor | None = None
+        self._loader: Steps | None = None
+        self._resumed: dict[str, Any] = {}  # what only the next fit can restore
+        self._saver: Saver | None = None
+        try:
+            self._saver = self._resume_and_save(checkpointing, resume, run_dir)
+        except BaseException:
+            self._release()
+            raise
+
+    def _resume_and_save(
+        self, options: Checkpointing | None, resume: str | Path | None, run_dir: str | Path | None
+    ) -> Saver | None:
+        """Go on from a checkpoint, and get ready to write others."""
+        if self.link.returned:  # to a job that has gone on: the server has the state
+            return None
+        if options is None and resume is None:
+            return None
+        from scaledtrain.checkpoint.export import config_of
+        from scaledtrain.checkpoint.part import Owner  # with DCP, which takes a second to import
+
+        folder = None if run_dir is None else Path(run_dir) / CHECKPOINTS
+        if options is not None and options.folder is not None:
+            folder = Path(options.folder)
+        owner = Owner(
+            self.link.group.rank,
+            self.link.group.size,
+            self.layout.link.group.rank,
+            self.layout.pieces.size,
+            self.layout.stage_ranks,
+            dict(self.model.named_parameters()),
+            self.strategy.replicas_equal,
+            self.layout.whole,
+            self.layout.counted_elsewhere(),
+        )
+        saver = None
+        if options is not None:
+            if folder is None:
+                raise ConfigError(
+                    "checkpointing needs a folder: set run_dir, or checkpointing.folder"
+                )
+            saver = Saver(
+                options,
+                folder,
+                self.link,
+                self.strategy,
+                is_resumed=resume is not None,
+                state=self.state_dict,
+                evaluation=lambda: self._loop.evaluation if self._loop is not None else {},
+                owner=owner,
+                agree=self.layout.agree,
+                facts={
+                    "model": type(self.model).__name__,
+                    "strategy": str(self.strategy),
+                    "precision": str(self.precision),
+                    "config": config_of(self.model),
+                },
+            )
+        saved = None if resume is None else find(resume, folder, self.link)
+        if saved is not None:
+            self.load_state_dict(load(saved, owner))
+            self.metrics.say(f"resumed at step {saved.step} from {saved.path}")
+            if saver is not None:
+                saver.resumed(saved)
+        return saver
 
     def _check_layout(self, drop_compute: DropCompute | None, slowdown: Slowdown | None) -> None:
         """Ranks that have a replica together begin and end all microbatches together."""
@@ -234,7 +312,7 @@ class Trainer:
                 "drop_compute lets each rank end a step by itself, but with mesh.shard or "
                 "mesh.pipe ranks compute each microbatch together; leave one of them out"
             )
-        if slowdown is not None and self.layout.has_stages:
+        if slowdown is not None and self.layout.stage_ranks > 1:
             raise ConfigError(
                 "slowdown makes a rank compute slower, but with mesh.pipe a schedule decides what "
                 "it computes when; leave one of them out"
@@ -373,6 +451,8 @@ class Trainer:
             seed=self._seed,
             alone=not self._in_lockstep,
         )
+        self._loader = loader
+        self._find_place(loader)
         self._introduce(loader)
         run = self._loop = FitLoop(
             self,
@@ -385,6 +465,8 @@ class Trainer:
             eval_every=eval_every,
             # Without these nobody can want to stop, and replicas need not ask each other.
             may_stop=max_seconds is not None or bool(self._callbacks),
+            after_step=self._saver.after_step if self._saver is not None else lambda: None,
+            ready=self._ready,
         )
         total = max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
@@ -398,11 +480,18 @@ class Trainer:
         # All begin at once, so times of different ranks are seconds since the same moment.
         self.strategy.start(max_steps)
         self.metrics.start(self.step_count, total)
+        if self._saver is not None:
+            self._saver.start(max_steps)
         try:
-            self._call("on_fit_start")
-            stopped_by = run.run()
-            self._drain()
-            self.strategy.settle()
+            with self._saver.stop_request if self._saver is not None else nullcontext():
+                self._call("on_fit_start")
+                stopped_by = run.run()
+                self._drain()
+                if self._saver is not None:
+                    self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
+                else:
+                    self.strategy.settle()
+            self._resumed = {}
             self.layout.refresh()
             run.evaluate_at_end()
             self.metrics.flush(self.strategy)
@@ -491,7 +580,8 @@ class Trainer:
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of this rank's model, strategy (optimizer, server), scaler, place in the data."""
+        """A copy of what this rank needs to go on: also its place in the data, and generators."""
+        loader = self._loader
         self.layout.refresh()
         return {
             "model": copy.deepcopy(self.model.state_dict()),
@@ -499,15 +589,49 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "steps_in_epoch": self.steps_in_epoch,
+            "seed": self._seed,
+            "loader": None if loader is None else copy.deepcopy(loader.state_dict()),
+            "step_size": None if loader is None else loader.step_size,
+            "generators": generator_states(),
+            "metrics": self.metrics.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, on every rank, before ``fit``."""
+        """Restore what ``state_dict`` returned, on every rank, before ``fit``.
+
+        Raises:
+            ConfigError: it is of a run with another seed, whose data have another order.
+        """
+        if state["seed"] != self._seed:
+            raise ConfigError(
+                f"the state is of a run with seed {state['seed']}, this one has {self._seed}, by "
+                "which the samples come in another order; give it the same seed"
+            )
         self.model.load_state_dict(state["model"])
         self.strategy.load_state_dict(state["strategy"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
         self.steps_in_epoch = state["steps_in_epoch"]
+        self.metrics.load_state_dict(state["metrics"], self.step_count)
+        self._resumed = {
+            "loader": state["loader"],
+            "step_size": state["step_size"],
+            "generators": state.get("generators"),
+        }
+        self._ready()
+
+    def _ready(self) -> None:
+        """All is as it was, and nothing random has happened since: so are the generators."""
+        if self._resumed.get("generators") is not None:
+            set_generator_states(self._resumed["generators"])
+
+    def _find_place(self, loader: Steps) -> None:
+        """Go on in the epoch where a resumed run was, also if steps have another size now."""
+        then = self._resumed.get("step_size")
+        if then is not None:
+            self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
+        if self._resumed.get("loader") is not None:
+            loader.load_state_dict(self._resumed["loader"])
 
     def close(self) -> None:
         """Close files, and the connection if the Trainer made it; all ranks call it."""
@@ -534,6 +658,8 @@ class Trainer:
 
     def _release(self) -> None:
         """Close files; the model is the user's again."""
+        if self._saver is not None:
+            self._saver.close()
         self.metrics.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()

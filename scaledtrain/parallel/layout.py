@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -39,7 +39,22 @@ class Steps(Protocol):
     def steps_per_epoch(self) -> int | None:
         """Steps of an epoch; None if only the end will tell."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[StepBatch, None, None]:
+    @property
+    def step_size(self) -> tuple[int, int | None]:
+        """See `ReplicaLoader`, as for the rest."""
+
+    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
+        """How many steps are as many samples as those of another loader."""
+
+    def state_dict(self) -> Any:
+        """That of a loader which keeps its own place."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """The next epoch goes on where ``state_dict`` was called."""
+
+    def epoch(
+        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
+    ) -> Generator[StepBatch, None, None]:
         """The steps of one epoch, from step ``start`` on."""
 
 
@@ -90,9 +105,9 @@ class Layout:
         return self.pieces
 
     @property
-    def has_stages(self) -> bool:
-        """Whether other ranks of this replica have other stages of the model."""
-        return self._pipe is not None
+    def stage_ranks(self) -> int:
+        """How many ranks of this replica have different stages of the model."""
+        return 1 if self._pipe is None else self._pipe.links[0].group.size
 
     @property
     def told(self) -> str:
@@ -108,8 +123,6 @@ class Layout:
         """This rank's tensors, also frozen ones, in the model's order."""
         if self._shards is not None:
             return self._shards[0].named_parameters
-        if self._pipe is not None:
-            return self._pipe.stages.own_named_parameters()
         return list(self.model.named_parameters())
 
     def counted_elsewhere(self) -> set[str]:
@@ -191,6 +204,15 @@ class Layout:
         """Let the model compute with the values that `named_parameters` have now."""
         if self._shards is not None:
             self._shards[0].refresh()
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole of a tensor of which this rank has the part that it has of that parameter.
+
+        Args:
+            name: of the parameter.
+            tensor: of the same shape as this rank's part, or it is returned as it is.
+        """
+        return tensor if self._shards is None else self._shards[0].whole(name, tensor)
 
     def agree(self, vote: bool) -> bool:
         """Whether a rank of this replica says so; all of them ask together."""

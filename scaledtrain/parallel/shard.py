@@ -123,10 +123,32 @@ class Shards:
         self._modules = [m for m in modules if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
         self.named_parameters: list[tuple[str, nn.Parameter]] = []
+        self._by_name: dict[str, DTensor] = {}
         for name, parameter in (named for root in roots for named in root.named_parameters()):
             shard = nn.Parameter(_local(parameter.detach()), parameter.requires_grad)
+            assert isinstance(parameter, DTensor)
+            self._by_name[name] = parameter
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
+
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """The whole of a tensor that is divided as that parameter is, of which this is the shard.
+
+        One of another shape than the parameter's shard is returned as it is.
+        """
+        if name not in self._by_name:
+            return shard
+        parameter = self._by_name[name]
+        if not shard.dim() or shard.shape != _local(parameter).shape:
+            return shard
+        return DTensor.from_local(
+            shard,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -37,10 +37,14 @@ class Strategy(ABC):
         staleness: of this replica's last gradient that was judged; None where there is no such
             thing.
         may_abandon: whether ``abandons`` is worth asking.
+        settles_to_save: ``state_dict`` is exact only when all replicas have settled.
+        replicas_equal: parameters and optimizer are the same on all replicas after every step.
     """
 
     staleness: int | None = None
     may_abandon = False
+    settles_to_save = False
+    replicas_equal = False
 
     def __init__(self) -> None:
         self.step = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any, get_args
@@ -265,13 +265,14 @@ class OwnStages(nn.Module):
         """Of these stages, in order; the parts where no other blocks are known."""
         return self._blocks or self._parts
 
-    def own_named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """As ``named_parameters``, with the whole model's names, and each once."""
-        found: dict[nn.Parameter, str] = {}
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """With the whole model's names; those of several stages here come once."""
+        found: dict[str, nn.Parameter] = {}
         for stage in self._stages.values():
-            for name, parameter in stage.named_parameters():
-                found.setdefault(parameter, name)
-        return [(name, parameter) for parameter, name in found.items()]
+            found |= stage.named_parameters(prefix, recurse, remove_duplicate)
+        yield from found.items()
 
     def counted_elsewhere(self) -> set[str]:
         """Names of parameters that an earlier stage on another rank has, too."""
