@@ -103,6 +103,7 @@ class TrainConfig:
     precision: Precision
     activation_checkpointing: Node | None
     mesh: Mesh
+    engine: Node | None
     max_steps: int | None
     max_epochs: int | None
     max_seconds: float | None

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from scaledtrain.data.replica_loader import ReplicaLoader
-
 if TYPE_CHECKING:
+    from scaledtrain.parallel.layout import Steps
     from scaledtrain.trainer import Trainer
 
 __all__ = ["FitLoop"]
@@ -36,7 +35,7 @@ class FitLoop:
     def __init__(
         self,
         trainer: Trainer,
-        loader: ReplicaLoader,
+        loader: Steps,
         tell: Callable[..., None],
         *,
         max_steps: int | None,
@@ -92,7 +91,8 @@ class FitLoop:
         if self._eval_loader is None:
             return
         # Where each makes its own steps, the others' may have come since, up to the end.
-        own_steps = self._steps > 0 and trainer.strategy.lockstep.size < trainer.link.group.size
+        apart = trainer.strategy.lockstep.size < trainer.layout.link.group.size
+        own_steps = self._steps > 0 and apart
         if own_steps or trainer.step_count > self._evaluated_at:
             self._evaluate()
 
@@ -111,8 +111,9 @@ class FitLoop:
         """Evaluate, if this rank is one that does; returns whether it did."""
         trainer = self._trainer
         self._evaluated_at = trainer.step_count
-        everyone = trainer.strategy.lockstep.size == trainer.link.group.size
-        if self._eval_loader is None or not (everyone or trainer.link.group.rank == 0):
+        replicas = trainer.layout.link.group
+        everyone = trainer.strategy.lockstep.size == replicas.size
+        if self._eval_loader is None or not (everyone or replicas.rank == 0):
             return False
         self.evaluation = trainer.evaluate(self._eval_loader)
         trainer.metrics.evaluated(trainer.step_count, self.evaluation)
@@ -128,11 +129,11 @@ class FitLoop:
         trainer = self._trainer
         late = self._max_seconds is not None and trainer.metrics.seconds >= self._max_seconds
         vote = self.stopping or late
-        if trainer.strategy.lockstep.size == 1:
+        if trainer.strategy.lockstep.size == 1 and trainer.layout.pieces.size == 1:
             ask = vote
         else:
             ask = self.may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
-        if not ask or not trainer.strategy.agree_to_stop(vote):
+        if not ask or not trainer.strategy.agree_to_stop(trainer.layout.agree(vote)):
             return None
         if self.stopping:
             return "callback"

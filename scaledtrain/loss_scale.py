@@ -35,6 +35,15 @@ class LossScaler(ABC):
         """Add the gradients of a loss, a scalar, to the parameters' ``.grad``."""
 
     @abstractmethod
+    def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Set the parameters' ``.grad`` to what backward passes have left somewhere else.
+
+        Args:
+            parameters: without a gradient.
+            gradients: of the losses that ``backward`` was given; not used by anybody else.
+        """
+
+    @abstractmethod
     def check_and_clip(
         self, replica: Replica, max_norm: float | None, measure: bool
     ) -> tuple[bool, Tensor | None]:
@@ -67,6 +76,11 @@ class NoScaler(LossScaler):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to the parameters' ``.grad``."""
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """As they are."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def check_and_clip(
         self, replica: Replica, max_norm: float | None, measure: bool
@@ -181,6 +195,11 @@ class DynamicScaler(LossScaler):
             (loss * self.scale).backward()  # type: ignore[no-untyped-call]
         finally:
             self._under_way = False
+
+    def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Divided by S."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.to(parameter.grad_dtype) * (1.0 / self.scale)
 
     def check_and_clip(
         self, replica: Replica, max_norm: float | None, measure: bool

@@ -75,6 +75,7 @@ class Metrics:
         timeline: where the time parts come from.
         device: whose memory is reported.
         bytes_sent: tells how much this rank has sent so far; None: nothing is.
+        data_ranks: how many ranks train a replica together, each on samples of its own.
         scaling: tells scale and overflows by name; None: there are none.
         log_every: steps between records, at least 1.
         console: whether rank 0 shows progress on stderr.
@@ -89,6 +90,7 @@ class Metrics:
         timeline: Timeline,
         device: torch.device,
         bytes_sent: Callable[[], int] | None = None,
+        data_ranks: int = 1,
         scaling: Callable[[], Mapping[str, float]] | None = None,
         log_every: int = 50,
         console: bool = True,
@@ -101,6 +103,7 @@ class Metrics:
         self._timeline = timeline
         self._device = device
         self._bytes_sent = bytes_sent or (lambda: 0)
+        self._data_ranks = data_ranks
         self._scaling = scaling or dict
         self._show = console and rank == 0
         self._console = Console(None, False)
@@ -180,7 +183,7 @@ class Metrics:
         now = self._timeline.now()
         elapsed = max(now - self._since, 1e-9)
         phases, spans = self._timeline.drain()
-        gradients = (step - self._first_step) * strategy.gradients_per_step
+        gradients = (step - self._first_step) * strategy.gradients_per_step * self._data_ranks
         values: dict[str, float] = {
             "learning_rate": strategy.learning_rate,
             "samples_per_second": gradients * (self._samples / self._steps) / elapsed,

@@ -173,9 +173,14 @@ class Precision:
         model.register_forward_hook(_widen_outputs)
         return model.to(formats.parameters)
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """In which matrix products are computed, of parameters of another; None: in theirs."""
+        return _FORMATS[self.name].autocast
+
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Context in which the forward pass runs."""
-        dtype = _FORMATS[self.name].autocast
+        dtype = self.autocast_dtype
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
     def scaler(self, replica: Replica) -> LossScaler:

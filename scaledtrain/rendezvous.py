@@ -81,34 +81,44 @@ class Connection:
     """
 
     def __init__(
-        self, info: RankInfo, device: torch.device, timeout_seconds: float, transport: Transport
+        self,
+        info: RankInfo,
+        device: torch.device,
+        timeout_seconds: float,
+        transport: Transport,
+        whole: tuple[Connection, Sequence[int]] | None = None,
     ) -> None:
         self.info = info
+        self._whole = whole
         self.device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         self.clock = HostClock()
-        self.timeline = Timeline(device, clock=self.clock)
+        self.timeline: Timeline = whole[0].timeline if whole else Timeline(device, clock=self.clock)
         self.timeout_seconds = timeout_seconds
         self.store: dist.Store | None = None
         # For threads, which only look: whoever waits in a client of the store keeps them out of it.
         self._store_of_threads: dist.Store | None = None
         self.transport = "local"
         self.group: Group = LocalGroup()
+        self._wanted = transport
+        self._process_group: dist.ProcessGroup | None = None
         self._owns_process_group = False
         self._shared: SharedMemoryGroup | None = None
         self._shares_memory = transport not in _OVER_TORCH and device.type == "cpu"
         self._serving: list[Serving] = []
         self._made: dict[str, int] = {}
         self._peers: list[WirePeers] = []
+        self._parts: list[Connection] = []
         self._closing: list[Callable[[], None]] = []
         self.event_log: Path | None = None
         self.attempt = 0
-        if info.size > 1 or dist.is_initialized():
-            self._connect(transport)
 
-    def _connect(self, transport: Transport) -> None:
-        info, timeout = self.info, timedelta(seconds=self.timeout_seconds)
+    def join(self) -> None:
+        """Meet the other ranks of the job; once."""
+        info = self.info
+        if info.size == 1 and not dist.is_initialized():
+            return
         atexit.register(self.abandon)
         if dist.is_initialized():
             self.store = dist.PrefixStore("scaledtrain", dist.distributed_c10d._get_default_store())
@@ -126,33 +136,71 @@ class Connection:
                 store=dist.PrefixStore("process_group", self.store),
                 rank=info.rank,
                 world_size=info.size,
-                timeout=timeout,
+                timeout=timedelta(seconds=self.timeout_seconds),
                 device_id=self.device if cuda else None,
             )
             self._owns_process_group = True
-        world = dist.group.WORLD
-        assert world is not None
+        self._open_group()
+
+    def part(self, name: str, ranks: Sequence[int]) -> Connection:
+        """The link among some of the ranks, who call this together; it ends with this one.
+
+        Args:
+            name: of the part, the same on its ranks, and no other part's.
+            ranks: of this connection, in the order of their ranks in the part.
+        """
+        place = list(ranks).index(self.group.rank)
+        info = replace(self.info, rank=place, size=len(ranks))
+        part = Connection(
+            info, self.device, self.timeout_seconds, self._wanted, (self, list(ranks))
+        )
+        self._parts.append(part)
+        if self.store is not None and len(ranks) > 1:
+            part.store = dist.PrefixStore(f"part/{name}", self.store)
+            part._open_group()
+        return part
+
+    def process_group(self) -> dist.ProcessGroup:
+        """torch.distributed's own group of these ranks, who call this together the first time."""
+        if self._process_group is None:
+            if self._whole is None:
+                self._process_group = dist.group.WORLD
+            else:
+                group = self._process_group = dist.new_group(
+                    self._whole[1],
+                    timeout=timedelta(seconds=self.timeout_seconds),
+                    use_local_synchronization=True,
+                )
+                self._closing.append(lambda: dist.destroy_process_group(group))
+        assert self._process_group is not None
+        return self._process_group
+
+    def _open_group(self) -> None:
+        """Memory that all ranks share, if that is wanted and possible, else torch.distributed."""
+        assert self.store is not None
         if self._shares_memory:
             self._shared = SharedMemoryGroup.connect(
-                info.rank,
-                info.size,
+                self.info.rank,
+                self.info.size,
                 dist.PrefixStore("shared_memory", self.store),
                 self.timeout_seconds,
             )
         if self._shared is not None:
             self._shared.observe = self.timeline.add
             self.group, self.transport = self._shared, "shared_memory"
-        elif transport == "shared_memory":
+        elif self._wanted == "shared_memory":
             raise ConfigError(
                 "transport is 'shared_memory', but the ranks are not all on one Linux host (or in "
                 "one container) with CPU tensors; use 'auto' or 'torch'"
             )
         else:
-            group = TorchGroup(world, self.store, self.timeline, self.timeout_seconds)
+            group = TorchGroup(
+                self.process_group(), self.store, self.timeline, self.timeout_seconds
+            )
             self._closing.append(group.close)
-            ordered = transport == "torch_ordered"
+            ordered = self._wanted == "torch_ordered"
             self.group = OrderedGroup(group) if ordered else group
-            self.transport = transport if ordered else "torch"
+            self.transport = self._wanted if ordered else "torch"
 
     def pace(self, seed: int) -> None:
         """Computing takes as long as it takes."""
@@ -160,7 +208,8 @@ class Connection:
     @property
     def bytes_sent(self) -> int:
         """Of the tensors that this rank has handed to a transport so far."""
-        return self.group.bytes_sent + sum(wire.bytes_sent for wire in self._wires())
+        groups = sum(connection.group.bytes_sent for connection in (self, *self._parts))
+        return groups + sum(wire.bytes_sent for wire in self._wires())
 
     @property
     def bytes_received(self) -> int:
@@ -168,6 +217,8 @@ class Connection:
         return sum(wire.bytes_received for wire in self._wires())
 
     def _wires(self) -> Iterator[Wire]:
+        for part in self._parts:
+            yield from part._wires()
         for serving in self._serving:
             yield from serving.wires
         for peers in self._peers:
@@ -272,26 +323,30 @@ class Connection:
 
     def close(self) -> None:
         """Leave the job: end servers, give back memory and connections. All ranks call it."""
-        for serving in self._serving:
-            assert serving.store is not None
-            serving.store.close()
+        for connection in (*self._parts, self):
+            for serving in connection._serving:
+                assert serving.store is not None
+                serving.store.close()
         self._leave(self.timeout_seconds)
 
     def _leave(self, seconds: float) -> None:
         atexit.unregister(self.abandon)
+        for part in self._parts:
+            part._leave(seconds)
         deadline = time.monotonic() + seconds
         for serving in self._serving:
             serving.end(deadline)
         for peers in self._peers:
             peers.close()
-        for close in self._closing:
+        for close in reversed(self._closing):
             close()
-        self._serving, self._peers, self._closing = [], [], []
+        self._serving, self._peers, self._closing, self._parts = [], [], [], []
         if self._shared is not None:
             self._shared.close()
             self._shared = None
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
+        self._process_group = None
         self.group, self.store, self._store_of_threads = LocalGroup(), None, None
 
     def __enter__(self) -> Connection:
@@ -355,4 +410,6 @@ def connect(
     info = RankInfo.from_environment()
     if dist.is_initialized():
         info = replace(info, rank=dist.get_rank(), size=dist.get_world_size())
-    return Connection(info, _choose_device(info, device), timeout_seconds, transport)
+    connection = Connection(info, _choose_device(info, device), timeout_seconds, transport)
+    connection.join()
+    return connection

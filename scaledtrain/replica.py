@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from scaledtrain.comm.local import LocalGroup
+from scaledtrain.comm.protocols import Group
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim.narrow import Rounding, WideStep
 
@@ -95,12 +97,17 @@ class Updater:
 class Replica:
     """The trainable tensors of one copy of a model, and the recipe of their optimizer.
 
+    Where several ranks have a copy together, they are this rank's plain tensors, and norms are
+    those of all ranks'.
+
     Args:
         model: any module with at least one parameter that requires a gradient.
         make_optimizer: makes the optimizer from (name, parameter) pairs; it is called where the
             updates are made, so pass a factory: ``functools.partial(torch.optim.SGD, lr=0.1)``.
         make_scheduler: makes the learning-rate schedule from the optimizer; one step per update.
         make_rounding: makes what updates of 16-bit parameters go through; None: nothing.
+        named_parameters: this rank's tensors of the model; None: the model's own parameters.
+        pieces: the ranks that have the copy together; None: this one.
 
     Raises:
         ConfigError: the model has nothing to train, or ``make_optimizer`` is an optimizer.
@@ -118,6 +125,9 @@ class Replica:
         make_optimizer: MakeOptimizer,
         make_scheduler: MakeScheduler | None = None,
         make_rounding: MakeRounding | None = None,
+        *,
+        named_parameters: Sequence[tuple[str, nn.Parameter]] | None = None,
+        pieces: Group | None = None,
     ) -> None:
         if isinstance(make_optimizer, Optimizer):
             name = type(make_optimizer).__name__
@@ -126,7 +136,8 @@ class Replica:
                 "are updated elsewhere (on a server); pass a factory instead: "
                 f"functools.partial(torch.optim.{name}, lr=...)"
             )
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        everything = named_parameters or list(model.named_parameters())
+        named = [(name, p) for name, p in everything if p.requires_grad]
         if not named:
             raise ConfigError(
                 f"{type(model).__name__} has no parameter with requires_grad=True, so there is "
@@ -135,7 +146,8 @@ class Replica:
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         # Frozen parameters are not trained but must be equal everywhere like all other state.
-        self.frozen = [p for p in model.parameters() if not p.requires_grad]
+        self.frozen = [p for _, p in everything if not p.requires_grad]
+        self._pieces: Group = pieces or LocalGroup()
         self._model = model
         self._make_optimizer = make_optimizer
         self._make_scheduler = make_scheduler
@@ -187,7 +199,18 @@ class Replica:
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of all gradients together, a scalar on the replica's device; float32 at least."""
+        """2-norm of all gradients together, a scalar on the replica's device; float32 at least.
+
+        Ranks that have pieces of the replica call this together.
+        """
+        norm = self._norm_here()
+        if self._pieces.size == 1:
+            return norm
+        squared = norm.double().square()
+        self._pieces.all_reduce([squared], "sum").wait()
+        return squared.sqrt().to(norm.dtype)
+
+    def _norm_here(self) -> Tensor:
         present = [p.grad for p in self.parameters if p.grad is not None]
         if any(g.dtype in _HALF for g in present):
             # Of float16 it would be infinite where it is above 65504, of bfloat16 8 bits.

@@ -19,6 +19,7 @@ from scaledtrain.loss_scale import LossScaler, NoScaler
 from scaledtrain.precision import Precision
 
 __all__ = [
+    "Abandon",
     "Computed",
     "LossFn",
     "MicrobatchLoop",
@@ -171,6 +172,7 @@ class MicrobatchLoop:
         """Run forward and backward for each microbatch; asks ``abandon`` between the two."""
         total: Tensor | None = None
         samples = batch.samples
+        mean = samples if batch.mean_samples is None else batch.mean_samples
         computed = 0
         self.microbatch_seconds = []
         for pace in self._paces:
@@ -184,21 +186,22 @@ class MicrobatchLoop:
                 loss = call_model(self.model, microbatch, self._loss_fn)[1]
             if abandon is not None and abandon():
                 return None
-            if size != samples:
-                loss = loss * (size / samples)
+            if size != mean:
+                loss = loss * (size / mean)
             self._scaler.backward(loss)
             loss = loss.detach()
             total = loss if total is None else total + loss
             computed += size
             if self._waits_for_device and loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
-            if self._paces and not self._take_time(start, size / samples, abandon):
+            if self._paces and not self._take_time(start, size / mean, abandon):
                 return None
             self.microbatch_seconds.append(self._clock.now() - start)
         if total is None:  # this replica has no samples left in a step that others still make
             total = torch.zeros(())
+        if computed and computed != mean:
+            total = total * (mean / computed)
         if computed < samples:
-            total = total * (samples / computed)
             gradients = [p.grad for p in self._parameters if p.grad is not None]
             torch._foreach_mul_(gradients, samples / computed)
         return Computed(total, computed)

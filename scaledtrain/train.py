@@ -72,7 +72,8 @@ def _main() -> None:
     config = check(composed)
     if workers := workers_to_start(config.workers):
         config.mesh.check(workers)  # rather here, once, than on every rank
-        batch_sizes(config).local(workers, config.gradient_accumulation_steps)
+        data_ranks = config.mesh.replicas(workers) * config.mesh.shard
+        batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps)
         start_workers("scaledtrain.train", sys.argv[1:], workers)
         return
     with join(config) as link:
@@ -269,8 +270,12 @@ def _assemble(
     callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, Loader, Loader | None]:
     sizes = batch_sizes(config)
-    replicas, accumulation = link.group.size, config.gradient_accumulation_steps
-    batch_size = sizes.local(replicas, accumulation)
+    replicas, accumulation = (
+        config.mesh.replicas(link.group.size),
+        config.gradient_accumulation_steps,
+    )
+    data_ranks = replicas * config.mesh.shard
+    batch_size = sizes.local(data_ranks, accumulation)
     train = task.train_loader(batch_size)
     test = task.test_loader(sizes.eval_batch_size or batch_size)
     seed_everything(config.seed)
@@ -288,7 +293,7 @@ def _assemble(
     def make_scheduler(optimizer: Optimizer) -> LRScheduler:
         """Called once the strategy is attached, and so knows how many gradients make an update."""
         assert config.lr_schedule is not None
-        steps = ReplicaLoader(train, replicas=replicas, accumulation=accumulation).steps_per_epoch
+        steps = ReplicaLoader(train, replicas=data_ranks, accumulation=accumulation).steps_per_epoch
         limits = [config.max_steps] if config.max_steps is not None else []
         if config.max_epochs is not None and steps is not None:
             limits.append(config.max_epochs * steps * replicas // strategy.gradients_per_step)
@@ -308,6 +313,7 @@ def _assemble(
         lr_scheduler=make_scheduler if config.lr_schedule is not None else None,
         strategy=strategy,
         mesh=config.mesh,
+        engine=None if config.engine is None else make(config.engine),
         precision=config.precision,
         activation_checkpointing=(
             None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
+from scaledtrain.parallel import FullyShard, lay_out
+from scaledtrain.parallel.layout import Steps
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.rendezvous import Connection, connect
@@ -68,6 +71,7 @@ class Trainer:
         lr_scheduler: a factory from optimizer to ``LRScheduler``; one step per update.
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
+        engine: what divides parameters among the ranks of ``mesh.shard``; default `FullyShard`.
         precision: the number formats, or their name (``"bf16-mixed"``); default fp32.
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
@@ -115,6 +119,7 @@ class Trainer:
         lr_scheduler: MakeScheduler | None = None,
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
+        engine: FullyShard | None = None,
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
@@ -146,22 +151,29 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
-        (mesh or Mesh()).check(self.link.group.size)
         self.precision = Precision(precision) if isinstance(precision, str) else precision
-        self.model = self.precision.convert(model.to(self.link.device))
+        converted = self.precision.convert(model.to(self.link.device))
+        self.layout = lay_out(converted, self.link, mesh or Mesh(), self.precision, engine)
+        self.model = self.layout.model
         self.strategy: Strategy = strategy or Sync()
+        self._check_layout(drop_compute)
         self.replica = Replica(
-            self.model, optimizer, lr_scheduler, partial(self.precision.rounding, seed)
+            self.model,
+            optimizer,
+            lr_scheduler,
+            partial(self.precision.rounding, seed),
+            named_parameters=self.layout.named_parameters(),
+            pieces=self.layout.pieces,
         )
         self.scaler = self.precision.scaler(self.replica)
-        self.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
-        self.strategy.attach(self.replica, self.link)
+        self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
+        self.strategy.attach(self.replica, self.layout.link)
         seed_everything(seed, self.link.group.rank)
         self._compile = compile
         called: Callable[..., Any] = self.model
         if compile is not None and activation_checkpointing is None:
             called = torch.compile(self.model, backend=compile)
-        self.schedule = MicrobatchLoop(
+        loop = MicrobatchLoop(
             called,
             loss_fn,
             self.precision,
@@ -171,6 +183,7 @@ class Trainer:
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
         )
+        self.schedule = self.layout.schedule(loop, self.scaler)
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(
@@ -180,6 +193,7 @@ class Trainer:
             device=self.link.device,
             bytes_sent=lambda: self.link.bytes_sent,
             scaling=self.scaler.metrics,
+            data_ranks=self.layout.data_ranks,
             log_every=log_every,
             console=console,
         )
@@ -195,6 +209,22 @@ class Trainer:
         self._introduced = False
         self._unplanned = activation_checkpointing  # until there is a batch
         self._checkpointing: Executor | None = None
+
+    def _check_layout(self, drop_compute: DropCompute | None) -> None:
+        """Ranks that have a replica together begin and end all microbatches together."""
+        if self.layout.pieces.size == 1:
+            return
+        if drop_compute is not None and math.isfinite(drop_compute.threshold_seconds):
+            raise ConfigError(
+                "drop_compute lets each rank end a step by itself, but with mesh.shard or "
+                "mesh.pipe ranks compute each microbatch together; leave one of them out"
+            )
+        if self.strategy.may_abandon:
+            raise ConfigError(
+                f"{self.strategy} lets each rank abandon a step by itself, but with mesh.shard or "
+                "mesh.pipe ranks compute it together; choose a policy that does not stop work "
+                "under way, or replicas of one rank"
+            )
 
     def _plan_activations(self, batch: StepBatch) -> None:
         """With a batch it can be seen what activations take, and that the loss stays; once."""
@@ -230,7 +260,7 @@ class Trainer:
             self.replica.zero_grad()
             going = self.strategy.before_forward(len(batch.microbatches), batch.weight)
             self.metrics.saw_staleness(self.strategy.staleness)
-            if not going:
+            if self.layout.agree(not going):
                 return False
             start = self.timeline.now()
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
@@ -292,14 +322,14 @@ class Trainer:
             must_end(train, f"the first of max_epochs={max_epochs} epochs")
         if eval is not None:
             must_end(eval, "an evaluation")
-        loader = ReplicaLoader(
+        replicas = self.layout.link.group
+        loader = self.layout.steps(
             train,
-            rank=self.link.group.rank,
-            replicas=self.link.group.size,
+            replicas.rank,
+            replicas.size,
             accumulation=self._accumulation,
             seed=self._seed,
-            device=self.link.device,
-            alone=self.strategy.lockstep.size < self.link.group.size,
+            alone=self.strategy.lockstep.size < replicas.size,
         )
         self._introduce(loader)
         run = self._loop = FitLoop(
@@ -317,10 +347,10 @@ class Trainer:
         total = max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
             left = (max_epochs - self.epoch) * loader.steps_per_epoch - self.steps_in_epoch
-            gradients = left * self.link.group.size
+            gradients = left * replicas.size
             total = self.step_count + gradients // self.strategy.gradients_per_step
         # If one of those in lockstep may want to stop early, all must be ready to be asked.
-        early = torch.tensor([int(run.may_stop)], device=self.link.device)
+        early = torch.tensor([int(self.layout.agree(run.may_stop))], device=self.link.device)
         self.strategy.lockstep.all_reduce([early], "max").wait()
         run.may_stop = bool(early.item())
         # All begin at once, so times of different ranks are seconds since the same moment.
@@ -364,7 +394,7 @@ class Trainer:
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
         start = self.timeline.now()
-        share = ReplicaLoader(loader, rank=group.rank, replicas=group.size, device=self.link.device)
+        share = self.layout.steps(loader, group.rank, group.size)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (
@@ -379,6 +409,7 @@ class Trainer:
                     sums[-1] += size
         self.timeline.add("evaluation", start)
         group.all_reduce([sums], "sum").wait()
+        self.layout.sum(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         return dict(zip(names, means, strict=True))
 
@@ -463,16 +494,18 @@ class Trainer:
         for callback in self._callbacks:
             getattr(callback, moment)(self, *arguments)
 
-    def _introduce(self, loader: ReplicaLoader) -> None:
+    def _introduce(self, loader: Steps) -> None:
         """Say once what will run."""
         if self._introduced:
             return
         self._introduced = True
-        n_parameters = sum(p.numel() for p in self.replica.parameters)
+        n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        replicas, each = self.layout.link.group.size, self.layout.pieces.size
+        pieces = f" of {each} ranks" if each > 1 else ""
         local = "as loaded" if loader.batch_size is None else loader.batch_size
         self.metrics.say(
             f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
-            f"{self.link.group.size} replica{'s' if self.link.group.size > 1 else ''} on "
+            f"{replicas} replica{'s' if replicas > 1 else ''}{pieces} on "
             f"{self.link.device.type} over {self.link.transport}; strategy "
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"

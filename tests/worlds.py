@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scaledtrain import Replica, Strategy
 from scaledtrain.clock import HostClock
-from scaledtrain.comm.local import Done
+from scaledtrain.comm.local import Done, Undivided
 from scaledtrain.comm.protocols import Handle, MakeServer, Peer, ReduceOp, ServeOptions
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Piece
@@ -70,7 +70,7 @@ class World:
         return values
 
 
-class WorldLink:
+class WorldLink(Undivided):
     """One rank's link; also its group."""
 
     transport = "threads"

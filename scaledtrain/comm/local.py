@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
 from scaledtrain.comm.protocols import Handle, ReduceOp
-from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
+from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTimeoutError
 
-__all__ = ["AbsentGroup", "Done", "LocalBoard", "LocalGroup", "LocalPeers"]
+__all__ = ["AbsentGroup", "Done", "LocalBoard", "LocalGroup", "LocalPeers", "Undivided"]
+
+
+class Undivided:
+    """What a link lacks whose ranks are always whole replicas."""
+
+    def part(self, name: str, ranks: Sequence[int]) -> Any:
+        """Raise ConfigError."""
+        raise self._error()
+
+    def process_group(self) -> Any:
+        """Raise ConfigError."""
+        raise self._error()
+
+    def _error(self) -> ConfigError:
+        return ConfigError(
+            "mesh.pipe and mesh.shard are for real ranks: here, in a simulation, a replay or an "
+            "estimate of memory, each rank is a whole replica; set both to 1"
+        )
 
 
 class Done:

@@ -89,7 +89,7 @@ class TorchGroup:
         with clear_errors("broadcast", self.rank, self.size, self._store, self._timeout_seconds):
             for tensor in tensors:
                 value = tensor.detach().contiguous()
-                dist.broadcast(value, src, group=self._process_group)
+                dist.broadcast(value, group=self._process_group, group_src=src)
                 if value.data_ptr() != tensor.data_ptr():
                     tensor.detach().copy_(value)
         self._timeline.add("communication", start)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from scaledtrain.clock import Clock
     from scaledtrain.comm.compress import Codec
     from scaledtrain.comm.serving.partition import Piece
@@ -286,6 +288,24 @@ class Link(Protocol):
     @property
     def clock(self) -> Clock:
         """By which this rank computes and waits."""
+
+    def part(self, name: str, ranks: Sequence[int]) -> Link:
+        """The link among some of the ranks, who call this together; it ends with this one.
+
+        Args:
+            name: of the part, the same on its ranks, and no other part's.
+            ranks: of this link, in the order of their ranks in the part.
+
+        Raises:
+            ConfigError: ranks here are never divided.
+        """
+
+    def process_group(self) -> ProcessGroup:
+        """torch.distributed's own group of these ranks, who call this together the first time.
+
+        Raises:
+            ConfigError: there is none here.
+        """
 
     def pace(self, seed: int) -> Pace | None:
         """How long computing takes on this rank's device; None: as long as it really does.

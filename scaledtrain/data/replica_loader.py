@@ -76,6 +76,9 @@ class StepBatch(NamedTuple):
     """Samples in each microbatch."""
     weight: float = 1.0
     """Samples here relative to a full step's: this replica's weight in a mean over replicas."""
+    mean_samples: float | None = None
+    """Samples per rank, where several make the gradient of one replica as the mean of theirs; None:
+    this one makes it, from ``samples``."""
 
     @property
     def samples(self) -> int:
@@ -197,6 +200,8 @@ class ReplicaLoader:
         seed: of the order of the samples and of the loader's workers.
         device: where the batches go.
         alone: this replica is in step with no other.
+        share: (i, n): of each n batches that fall to the replica this rank takes the i-th, and
+            others the rest; ``accumulation`` is that of one rank.
 
     Attributes:
         batch_size: samples in a full batch; None until the first one of a plain iterable.
@@ -221,11 +226,13 @@ class ReplicaLoader:
         seed: int = 0,
         device: torch.device | None = None,
         alone: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._rank = rank
         self._alone = alone
         self._replicas = replicas
-        self._accumulation = accumulation
+        self._share = share
+        self._accumulation = accumulation * share[1]
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
         self._order: _EveryNth | _Strided | None = None
@@ -314,7 +321,7 @@ class ReplicaLoader:
                 "DataLoader)"
             )
         while window is not None:
-            yield self._step(window)
+            yield self._step(window[self._share[0] :: self._share[1]])
             window = next(windows, None)
 
     def _own_only(self, first: int, rank: int) -> Iterator[list[Any]]:
@@ -358,7 +365,7 @@ class ReplicaLoader:
         if self._device is not None:
             microbatches = [_to(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.
-        weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
+        weight = sum(sizes) * self._share[1] / ((self.batch_size or 1) * self._accumulation)
         return StepBatch(microbatches, sizes, weight)
 
 

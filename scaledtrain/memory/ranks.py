@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaledtrain.comm.ambient import ambient_link
+from scaledtrain.comm.local import Undivided
 from scaledtrain.comm.protocols import Link, MakeServer, Peer, Peers, ServeOptions, Store
 from scaledtrain.precision import Precision
 from scaledtrain.recompute.live_bytes import LiveBytes
@@ -179,7 +180,7 @@ class _ByRank(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._named.pop()
 
 
-class _WatchedLink:
+class _WatchedLink(Undivided):
     """A link of whose server and peers it is known on which rank they are, whoever calls them.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.local import AbsentGroup
+from scaledtrain.comm.local import AbsentGroup, Undivided
 from scaledtrain.comm.protocols import Board, Group, MakeServer, Peer, Peers, Pulled, ServeOptions
 from scaledtrain.comm.serving.encoding import RoundTrip
 from scaledtrain.comm.serving.partition import Partition
@@ -142,7 +142,7 @@ class ReplayStore:
         return ahead.pulled
 
 
-class ReplayLink:
+class ReplayLink(Undivided):
     """A `Link` of a replay.
 
     Args:

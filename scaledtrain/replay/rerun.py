@@ -22,7 +22,7 @@ from scaledtrain.replay.link import ReplayLink
 from scaledtrain.replay.player import Arrived, Player
 from scaledtrain.replay.recorded import Recorded, read_run
 from scaledtrain.replay.results import Push, Replayed
-from scaledtrain.schedule import Computed, MicrobatchLoop, call_model
+from scaledtrain.schedule import Computed, call_model
 from scaledtrain.seeding import kept_generators
 from scaledtrain.server.operations import Kind
 from scaledtrain.sim.group import Collectives
@@ -228,10 +228,11 @@ class _Witness(Callback):
         """Look at what it computes with, too."""
         self.trainer = trainer
         schedule = trainer.schedule  # nothing else sees the batch of a step
+        run_step = schedule.run
 
         def run(batch: StepBatch, abandon: Callable[[], bool] | None = None) -> Computed | None:
             self.batches = batch.microbatches
-            return MicrobatchLoop.run(schedule, batch, abandon)
+            return run_step(batch, abandon)
 
         schedule.run = run  # type: ignore[method-assign]
 

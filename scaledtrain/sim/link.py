@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.local import AbsentGroup
+from scaledtrain.comm.local import AbsentGroup, Undivided
 from scaledtrain.comm.protocols import Group, MakeServer, Peer, ServeOptions
 from scaledtrain.comm.serving.event_log import EventLog
 from scaledtrain.comm.serving.host import ServerHost
@@ -191,7 +191,7 @@ class VirtualClock:
 _NAP_SECONDS = 0.005  # as a real one
 
 
-class VirtualLink:
+class VirtualLink(Undivided):
     """A `Link` of a virtual cluster; `simulate` makes one for each rank.
 
     Attributes:

@@ -1,0 +1,68 @@
+"""Batches for ranks that train one replica together, each on a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from scaledtrain.comm.protocols import Group
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.errors import ConfigError
+
+__all__ = ["AgreedBatches"]
+
+
+class AgreedBatches:
+    """Steps of a `ReplicaLoader` in which all ranks of a group run equally many microbatches.
+
+    They run the model together, so one that has fewer microbatches, or none, where the data end
+    runs one that it has had before; it counts as one of no samples. The weight of a step is that of
+    all ranks' samples.
+
+    Args:
+        loader: of this rank.
+        group: the ranks.
+    """
+
+    def __init__(self, loader: ReplicaLoader, group: Group) -> None:
+        self._loader = loader
+        self._group = group
+        self._spare: Any = None
+        self._has_spare = False
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a full batch."""
+        return self._loader.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; None if only the end will tell."""
+        return self._loader.steps_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Generator[StepBatch, None, None]:
+        """The steps of one epoch, from step ``start`` on."""
+        for step in self._loader.epoch(epoch, start):
+            yield self._agree(step)
+
+    def _agree(self, step: StepBatch) -> StepBatch:
+        if step.microbatches and not self._has_spare:
+            self._spare, self._has_spare = step.microbatches[0], True
+        own = [len(step.microbatches), step.samples, step.weight]
+        told = self._group.all_gather([torch.tensor(own, dtype=torch.float64)])
+        lengths, samples, weights = torch.stack([of_rank[0] for of_rank in told]).T.tolist()
+        lacking = int(max(lengths)) - len(step.microbatches)
+        if lacking and not self._has_spare:
+            raise ConfigError(
+                f"{self._group.size} ranks train a replica together, but the first step has no "
+                f"batch for rank {self._group.rank} of them; take a smaller batch, more data or "
+                "a smaller mesh.shard"
+            )
+        return StepBatch(
+            step.microbatches + [self._spare] * lacking,
+            step.sizes + [0] * lacking,
+            sum(weights) / self._group.size,
+            sum(samples) / self._group.size,
+        )

@@ -1,0 +1,140 @@
+"""Replicas whose every parameter is divided among ranks: torch's ``fully_shard``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import fully_shard as _fully_shard
+from torch.distributed.tensor import DeviceMesh, DTensor
+
+from scaledtrain.errors import ConfigError
+from scaledtrain.recompute.blocks import find_blocks
+
+if TYPE_CHECKING:
+    from scaledtrain.precision import Precision
+
+__all__ = ["FullyShard", "Shards"]
+
+
+@dataclass(frozen=True)
+class FullyShard:
+    """Each rank keeps 1/n of every parameter, gradient and optimizer state: ZeRO-3, FSDP.
+
+    A block's parameters are gathered before it runs, and given up after it (and again around its
+    backward pass); its gradients are averaged over the ranks, each of which gets its shard of them.
+    Each tensor is cut along its first dim, into pieces as equal as they can be.
+
+    Sent, by each rank of n, for P bytes of parameters: about (n - 1) / n P three times in a step
+    (gathered forward and backward, reduced); two times without ``reshard_after_forward``. Waits:
+    for all ranks of its replica at each block. A crash of one of them ends the run for all.
+
+    With mixed precision parameters are gathered in the 16-bit format, and gradients reduced in
+    float32.
+
+    Args:
+        reshard_after_forward: give up the parameters of a block after its forward pass; they are
+            gathered once more for the backward pass. False: less is sent, more is kept.
+        offload: keep the shards in the host's memory and step the optimizer there; for GPUs.
+        blocks: names of classes whose modules are gathered one by one
+            (``["GPT2Block"]``). None: the modules of the model's longest chain, as
+            `scaledtrain.recompute.blocks.find_blocks` has it. What is in no block is one more.
+
+    References:
+        Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054; Zhao et al. 2023, PyTorch FSDP, arXiv
+        2304.11277.
+    """
+
+    reshard_after_forward: bool = True
+    offload: bool = False
+    blocks: Sequence[str] | None = None
+
+    def apply(self, model: nn.Module, group: ProcessGroup, precision: Precision) -> Shards:
+        """Shard a model, in place, over the ranks of a group. Collective.
+
+        Args:
+            model: on the device on which it computes, the same on every rank.
+            group: the ranks.
+            precision: its format for computing.
+
+        Raises:
+            ConfigError: no such blocks, or offloading from a CPU.
+        """
+        device = next(model.parameters()).device
+        if self.offload and device.type == "cpu":
+            raise ConfigError(
+                "engine.offload is true, but the model is in the host's memory already; leave it "
+                "out, or train on GPUs"
+            )
+        computes = precision.autocast_dtype
+        mixed = computes is not None
+        policy = MixedPrecisionPolicy(
+            param_dtype=computes,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # autocast does
+        )
+        mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
+        for module in (*self._blocks_of(model), model):
+            _fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=self.reshard_after_forward,
+                mp_policy=policy if mixed else MixedPrecisionPolicy(),
+                offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy(),
+            )
+        return Shards(model)
+
+    def _blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        if self.blocks is None:
+            try:
+                return [block for block in find_blocks(model) if list(block.parameters())]
+            except ConfigError:  # it has no chain: it is gathered as a whole
+                return []
+        kinds = {type(module).__name__ for module in model.modules()}
+        for name in self.blocks:
+            if name not in kinds:
+                raise ConfigError(
+                    f"engine.blocks has {name!r}, but {type(model).__name__} has no module of that "
+                    f"class; it has {', '.join(sorted(kinds))}"
+                )
+        return [m for m in model.modules() if m is not model and type(m).__name__ in self.blocks]
+
+
+class Shards:
+    """This rank's shard of every parameter, as plain tensors that the model's own refer to.
+
+    Args:
+        model: sharded.
+
+    Attributes:
+        named_parameters: (name, shard), in the model's order; some may have no element.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sharded: list[nn.Parameter] = []
+        self.named_parameters: list[tuple[str, nn.Parameter]] = []
+        for name, parameter in model.named_parameters():
+            shard = nn.Parameter(_local(parameter.detach()), parameter.requires_grad)
+            self._sharded.append(parameter)
+            self.named_parameters.append((name, shard))
+
+    def take_gradients(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """Shards that have got a gradient since the last time, and it; the model forgets it."""
+        shards, gradients = [], []
+        for parameter, (_, shard) in zip(self._sharded, self.named_parameters, strict=True):
+            if parameter.grad is not None:
+                shards.append(shard)
+                gradients.append(_local(parameter.grad))
+                parameter.grad = None
+        return shards, gradients
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    local: Tensor = tensor.to_local()
+    return local
