@@ -41,7 +41,7 @@ class Partition(ABC):
     def __init__(self, optimizer: Any, names: dict[nn.Parameter, str]) -> None:
         self._zero = optimizer
         places = list(self._places(names))
-        parts = [self._flats[p.flat].detach().narrow(0, p.start, p.numel) for p in places]
+        parts = [self.flats[p.flat].detach().narrow(0, p.start, p.numel) for p in places]
         self._all_places = places
         self.named_parameters = [
             (place.name, nn.Parameter(part)) for place, part in zip(places, parts, strict=True)
@@ -51,7 +51,7 @@ class Partition(ABC):
 
     @property
     @abstractmethod
-    def _flats(self) -> Sequence[Tensor]:
+    def flats(self) -> Sequence[Tensor]:
         """The float32 parameters of this rank, that the optimizer works on."""
 
     @abstractmethod
@@ -72,13 +72,13 @@ class Partition(ABC):
         In float32 it is ZeRO's own memory.
         """
         scale = self._zero.loss_scale
-        found = [self._gradients(flat) for flat in range(len(self._flats))]
+        found = [self._gradients(flat) for flat in range(len(self.flats))]
         for index, place in enumerate(self._all_places):
             self._take(index, found[place.flat](place), scale)
 
     def _gradients(self, flat: int) -> Callable[[_Place], Tensor]:
         if self._is_offloaded:
-            whole = self._flats[flat].grad
+            whole = self.flats[flat].grad
             assert whole is not None
             return lambda place: whole.narrow(0, place.start, place.numel)
         pieces: list[Tensor] = self._zero.averaged_gradients[flat]
@@ -117,14 +117,14 @@ class Partition(ABC):
             self.remember()
 
     def _now(self) -> list[int]:
-        return [flat._version for flat in self._flats]
+        return [flat._version for flat in self.flats]
 
 
 class FlatPartition(Partition):
     """Of stages 1 and 2: all parameters of a group in a row, cut into as many parts as ranks."""
 
     @property
-    def _flats(self) -> Sequence[Tensor]:
+    def flats(self) -> Sequence[Tensor]:
         flats: list[Tensor] = self._zero.single_partition_of_fp32_groups
         return flats
 
@@ -148,7 +148,7 @@ class ParameterPartition(Partition):
     """Of stage 3: each parameter is cut by itself."""
 
     @property
-    def _flats(self) -> Sequence[Tensor]:
+    def flats(self) -> Sequence[Tensor]:
         flats: list[Tensor] = self._zero.fp32_partitioned_groups_flat
         return flats
 
@@ -167,7 +167,7 @@ class ParameterPartition(Partition):
     def _spread(self) -> None:
         zero = self._zero
         zero._partition_all_parameters()  # those that are whole now would stay as they are
-        for flat in range(len(self._flats)):
+        for flat in range(len(self.flats)):
             zero._reassign_or_swap_out_partitioned_parameters(flat)
         if zero.persistent_parameters:  # those that are small stay whole on every rank
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

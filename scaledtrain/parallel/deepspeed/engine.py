@@ -1,0 +1,169 @@
+"""DeepSpeed's ZeRO as what divides a replica among ranks."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.deepspeed.settings import Training, check_optimizer, ds_config
+from scaledtrain.parallel.deepspeed.zero import ZeroModel
+
+if TYPE_CHECKING:
+    from scaledtrain.replica import MakeOptimizer
+
+__all__ = ["DeepSpeed"]
+
+
+@dataclass(frozen=True)
+class DeepSpeed:
+    """DeepSpeed's ZeRO: the ranks of ``mesh.shard`` divide what training keeps of a replica.
+
+    | stage | divided among n ranks             | sent by each rank and step, for P bytes of parameters |
+    |-------|-----------------------------------|--------------------------------------------------------|
+    | 1     | float32 parameters, optimizer     | 2 P (n - 1) / n                                         |
+    | 2     | ... and gradients                 | 2 P (n - 1) / n, for each microbatch's gradients again  |
+    | 3     | ... and the parameters themselves | 3 P (n - 1) / n, the same                               |
+
+    Forward, backward and update are DeepSpeed's own; it is told which microbatch is a step's last,
+    and how much each loss counts, so that the gradient is the mean over all samples of the ranks.
+    Norms and clipping are over all ranks, as everywhere here.
+
+    With ``mesh.replicate`` above 1 the strategy sees the float32 parameters and gradients that ZeRO
+    keeps on this rank, and averages them with the same part of other replicas: `Sync`, `LocalSGD`,
+    `DiLoCo` and all others whose replicas step together and keep their optimizer. Strategies with a
+    server, and those whose replicas go their own way, need ``engine=fully_shard``.
+
+    A crash of a rank ends the run for all. float16 (``precision=fp16-true``) needs a GPU; its loss
+    scale is DeepSpeed's. Not to be had here: NVMe, ``torch.compile``, activation checkpointing.
+
+    Args:
+        zero_stage: 1, 2 or 3; None: the file's, else 2.
+        offload: ``"cpu"``: optimizer and float32 parameters are in the host's memory, and updates
+            are made there.
+        offload_parameters: with stage 3: the parameters are there, too.
+        config: a DeepSpeed config of your own, a JSON file. What it says and our words say as well
+            (stage, offload, precision, accumulation, clipping, optimizer) must be the same or
+            ``"auto"``.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or cannot do what is asked for.
+
+    Example:
+        >>> DeepSpeed(zero_stage=3, offload="cpu").zero_stage
+        3
+
+    References:
+        Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054; Ren et al. 2021, ZeRO-Offload, arXiv
+        2101.06840.
+    """
+
+    zero_stage: int | None = None
+    offload: Literal["cpu"] | None = None
+    offload_parameters: bool = False
+    config: Path | str | None = None
+
+    def apply(
+        self,
+        model: nn.Module,
+        group: ProcessGroup,
+        training: Training,
+        make_optimizer: MakeOptimizer,
+    ) -> ZeroModel:
+        """Give a model to DeepSpeed, over the ranks of a group. Collective.
+
+        Args:
+            model: on the device on which it computes, the same on every rank.
+            group: the ranks.
+            training: what else the run has, to compare with the file.
+            make_optimizer: makes the optimizer that DeepSpeed is to use.
+        """
+        source = None if self.config is None else Path(self.config)
+        config = ds_config(
+            source,
+            training,
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            offload_parameters=self.offload_parameters,
+        )
+        deepspeed = _import(next(model.parameters()).device.type)
+        optimizer = make_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+        check_optimizer(source, optimizer)
+        names = {p: name for name, p in model.named_parameters()}
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=config,
+                mpu=_Ranks(group),
+                dist_init_required=False,
+            )
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} refuses this run: {error}"
+            ) from error
+        return ZeroModel(engine, model, optimizer, names)
+
+
+def _import(device: str) -> Any:
+    """DeepSpeed, quiet, for that kind of device."""
+    # Else it looks for devices of every make, and complains on finding none.
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise ConfigError(
+            f"engine=deepspeed needs DeepSpeed, which cannot be imported ({error}); install it: "
+            "pip install 'scaledtrain[deepspeed]', or take engine=fully_shard"
+        ) from error
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # It calls collectives by names that torch has begun to replace.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # A kernel for inference on CPUs, which would be compiled for a minute now.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    comm = sys.modules["deepspeed.comm.comm"]
+    if comm.cdb is not None and not dist.is_initialized():  # of a job that has ended
+        comm.cdb = None
+    if comm.cdb is None:
+        comm.init_distributed(verbose=False)
+    return deepspeed
+
+
+class _Ranks:
+    """Which ranks divide a model, as DeepSpeed asks for it (Megatron's ``mpu``)."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self._group
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._group)
+
+    def get_model_parallel_group(self) -> None:
+        """Nobody else has other parts of the same layers."""
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    get_tensor_model_parallel_group: Callable[[_Ranks], None] = get_model_parallel_group
+    get_tensor_model_parallel_rank: Callable[[_Ranks], int] = get_model_parallel_rank
+    get_tensor_model_parallel_world_size: Callable[[_Ranks], int] = get_model_parallel_world_size
