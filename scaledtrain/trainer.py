@@ -238,8 +238,10 @@ class Trainer:
             with self.precision.autocast(self.link.device):
                 return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
 
+        # Pieces cannot be tried out apart from the step that all ranks make together.
+        whole = self.layout.pieces.size == 1
         self._checkpointing = checkpoint_activations(
-            self.model, policy, sample, compile=self._compile
+            self.model, policy, sample if whole else None, compile=self._compile
         )
         self.metrics.say(self._checkpointing.told)
 
@@ -360,6 +362,7 @@ class Trainer:
             self._call("on_fit_start")
             stopped_by = run.run()
             self.strategy.settle()
+            self.layout.refresh()
             run.evaluate_at_end()
             self.metrics.flush(self.strategy)
             self._call("on_fit_end")
@@ -402,6 +405,7 @@ class Trainer:
             eval_mode(self.model),
             closing(share.epoch(0)) as steps,
         ):
+            self.layout.refresh()
             for step in steps:
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch)
@@ -444,6 +448,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of this rank's model, strategy (optimizer, server), scaler, place in the data."""
+        self.layout.refresh()
         return {
             "model": copy.deepcopy(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),

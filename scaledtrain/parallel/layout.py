@@ -124,6 +124,11 @@ class Layout:
         """Let the gradients of a schedule get to `named_parameters`."""
         return loop if self._shards is None else _ShardedSchedule(loop, self._shards[0], scaler)
 
+    def refresh(self) -> None:
+        """Let the model compute with the values that `named_parameters` have now."""
+        if self._shards is not None:
+            self._shards[0].refresh()
+
     def agree(self, vote: bool) -> bool:
         """Whether a rank of this replica says so; all of them ask together."""
         if self.pieces.size == 1:
@@ -147,6 +152,7 @@ class _ShardedSchedule:
 
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """As the schedule inside."""
+        self._shards.refresh()
         computed = self._loop.run(batch)
         self._scaler.hand_over(*self._shards.take_gradients())
         return computed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as _fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor
 
@@ -112,16 +112,28 @@ class Shards:
         model: sharded.
 
     Attributes:
-        named_parameters: (name, shard), in the model's order; some may have no element.
+        named_parameters: (name, shard), in the model's order; some may have no element. They share
+            the model's memory, as long as nobody gives them other memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
         self.named_parameters: list[tuple[str, nn.Parameter]] = []
         for name, parameter in model.named_parameters():
             shard = nn.Parameter(_local(parameter.detach()), parameter.requires_grad)
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Let the model compute with the shards' values, which may be in other memory now."""
+        for parameter, (_, shard) in zip(self._sharded, self.named_parameters, strict=True):
+            own = _local(parameter.detach())
+            if own.data_ptr() != shard.data_ptr():
+                own.copy_(shard)
+        for module in self._modules:  # a forward pass alone may have left them gathered
+            module.reshard()
 
     def take_gradients(self) -> tuple[list[nn.Parameter], list[Tensor]]:
         """Shards that have got a gradient since the last time, and it; the model forgets it."""
