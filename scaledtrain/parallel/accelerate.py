@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from scaledtrain.errors import ConfigError
 
@@ -216,7 +216,6 @@ _FILE: dict[str, Translate] = {
     ),
     "main_process_port": _nothing,
 }
-_NEVER_ON_ITS_OWN = "is not done on the way here; set it to false"
 _FSDP: dict[str, Translate] = {
     "fsdp_version": _only("1", "2", instead="there are 1 and 2"),
     "fsdp_sharding_strategy": _chosen(
@@ -270,7 +269,7 @@ _DEEPSPEED: dict[str, Translate] = {
     "deepspeed_config_file": _as("engine.config"),
     "deepspeed_multinode_launcher": _nothing,
     "zero3_save_16bit_model": _nothing,
-    "zero3_init_flag": _only("false", instead=f"a model that is made in shards {_NEVER_ON_ITS_OWN}"),
+    "zero3_init_flag": _only("false", instead="a model is made whole here; set it to false"),
 }
 _DEEPSPEED_VARIABLES = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "zero_stage",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,12 +14,13 @@ from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches
-from scaledtrain.parallel.shard import FullyShard, Shards
+from scaledtrain.parallel.engine import Divided, Engine, Recipe
+from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.schedule import Abandon, Computed, Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.loss_scale import LossScaler
-    from scaledtrain.precision import Precision
+    from scaledtrain.replica import MakeOptimizer
 
 __all__ = ["Layout", "Steps", "lay_out"]
 
@@ -61,7 +62,7 @@ class Layout:
         model: nn.Module,
         link: Link,
         pieces: Group | None = None,
-        shards: tuple[Shards, Group] | None = None,
+        shards: tuple[Divided, Group] | None = None,
     ) -> None:
         self.model = model
         self.link = link
@@ -104,6 +105,12 @@ class Layout:
             alone: this replica is in step with no other.
         """
         group, device = self._shard_group, self.link.device
+        if alone and self._shards is not None and self._shards[0].needs_lockstep:
+            raise ConfigError(
+                "the replicas of this strategy go their own way, but this engine has to know when "
+                "others write into its parameters; take engine=fully_shard, or a strategy whose "
+                "replicas step together (sync, local_sgd, diloco)"
+            )
         if alone:  # all ranks of a replica have the same places in the epoch
             rank, ranks, share = replica, replicas, (group.rank, group.size)
         else:
@@ -120,6 +127,19 @@ class Layout:
         )
         return own if self._shards is None else AgreedBatches(own, group)
 
+    @property
+    def called(self) -> Callable[..., Any]:
+        """What runs the model in a step."""
+        return self.model if self._shards is None else self._shards[0].called
+
+    def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
+        """What makes the optimizer of `named_parameters`."""
+        return usual if self._shards is None else self._shards[0].optimizer(usual)
+
+    def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
+        """What runs backward passes."""
+        return usual() if self._shards is None else self._shards[0].scaler(usual)
+
     def schedule(self, loop: Schedule, scaler: LossScaler) -> Schedule:
         """Let the gradients of a schedule get to `named_parameters`."""
         return loop if self._shards is None else _ShardedSchedule(loop, self._shards[0], scaler)
@@ -128,6 +148,11 @@ class Layout:
         """Let the model compute with the values that `named_parameters` have now."""
         if self._shards is not None:
             self._shards[0].refresh()
+
+    def close(self) -> None:
+        """The training is over."""
+        if self._shards is not None:
+            self._shards[0].close()
 
     def agree(self, vote: bool) -> bool:
         """Whether a rank of this replica says so; all of them ask together."""
@@ -145,7 +170,7 @@ class Layout:
 class _ShardedSchedule:
     """Hands gradients over from a sharded model to the shards that the optimizer has."""
 
-    def __init__(self, loop: Schedule, shards: Shards, scaler: LossScaler) -> None:
+    def __init__(self, loop: Schedule, shards: Divided, scaler: LossScaler) -> None:
         self._loop = loop
         self._shards = shards
         self._scaler = scaler
@@ -153,6 +178,7 @@ class _ShardedSchedule:
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """As the schedule inside."""
         self._shards.refresh()
+        self._shards.begin(batch)
         computed = self._loop.run(batch)
         self._scaler.hand_over(*self._shards.take_gradients())
         return computed
@@ -162,8 +188,8 @@ def lay_out(
     model: nn.Module,
     link: Link,
     mesh: Mesh,
-    precision: Precision,
-    engine: FullyShard | None = None,
+    recipe: Recipe,
+    engine: Engine | None = None,
 ) -> Layout:
     """Give each rank of a mesh its piece of a model. Collective.
 
@@ -172,7 +198,7 @@ def lay_out(
             Rank 0's values count.
         link: to all ranks.
         mesh: the layout.
-        precision: in which the model computes.
+        recipe: of the training.
         engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
 
     Raises:
@@ -195,5 +221,5 @@ def lay_out(
     )
     pieces = link.part(f"replica/{place.replicate}", mesh.ranks(place, "pipe", "shard")).group
     among_shards = link.part(f"shards/{place.replicate}/{place.pipe}", mesh.ranks(place, "shard"))
-    shards = (engine or FullyShard()).apply(model, among_shards.process_group(), precision)
+    shards = (engine or FullyShard()).apply(model, among_shards.process_group(), recipe)
     return Layout(model, of_strategy, pieces, (shards, among_shards.group))

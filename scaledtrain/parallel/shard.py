@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.blocks import find_blocks
 
 if TYPE_CHECKING:
-    from scaledtrain.precision import Precision
+    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.loss_scale import LossScaler
+    from scaledtrain.parallel.engine import Recipe
+    from scaledtrain.replica import MakeOptimizer
 
 __all__ = ["FullyShard", "Shards"]
 
@@ -54,13 +57,13 @@ class FullyShard:
     offload: bool = False
     blocks: Sequence[str] | None = None
 
-    def apply(self, model: nn.Module, group: ProcessGroup, precision: Precision) -> Shards:
+    def apply(self, model: nn.Module, group: ProcessGroup, recipe: Recipe) -> Shards:
         """Shard a model, in place, over the ranks of a group. Collective.
 
         Args:
             model: on the device on which it computes, the same on every rank.
             group: the ranks.
-            precision: its format for computing.
+            recipe: its precision says in which format the model computes.
 
         Raises:
             ConfigError: no such blocks, or offloading from a CPU.
@@ -71,7 +74,7 @@ class FullyShard:
                 "engine.offload is true, but the model is in the host's memory already; leave it "
                 "out, or train on GPUs"
             )
-        computes = precision.autocast_dtype
+        computes = recipe.precision.autocast_dtype
         mixed = computes is not None
         policy = MixedPrecisionPolicy(
             param_dtype=computes,
@@ -116,7 +119,10 @@ class Shards:
             the model's memory, as long as nobody gives them other memory.
     """
 
+    needs_lockstep = False
+
     def __init__(self, model: nn.Module) -> None:
+        self.called: Callable[..., Any] = model
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
         self.named_parameters: list[tuple[str, nn.Parameter]] = []
@@ -124,6 +130,20 @@ class Shards:
             shard = nn.Parameter(_local(parameter.detach()), parameter.requires_grad)
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
+
+    def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
+        """As for any tensors."""
+        return usual
+
+    def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
+        """As for any model."""
+        return usual()
+
+    def begin(self, batch: StepBatch) -> None:
+        """Each backward pass is like the others."""
+
+    def close(self) -> None:
+        """The model stays as it is."""
 
     @torch.no_grad()
     def refresh(self) -> None:

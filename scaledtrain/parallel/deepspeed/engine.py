@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,11 +18,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.parallel.deepspeed.settings import Training, check_optimizer, ds_config
+from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
 from scaledtrain.parallel.deepspeed.zero import ZeroModel
+from scaledtrain.replica import Updater
 
 if TYPE_CHECKING:
-    from scaledtrain.replica import MakeOptimizer
+    from scaledtrain.parallel.engine import Recipe
 
 __all__ = ["DeepSpeed"]
 
@@ -30,11 +32,14 @@ __all__ = ["DeepSpeed"]
 class DeepSpeed:
     """DeepSpeed's ZeRO: the ranks of ``mesh.shard`` divide what training keeps of a replica.
 
-    | stage | divided among n ranks             | sent by each rank and step, for P bytes of parameters |
-    |-------|-----------------------------------|--------------------------------------------------------|
-    | 1     | float32 parameters, optimizer     | 2 P (n - 1) / n                                         |
-    | 2     | ... and gradients                 | 2 P (n - 1) / n, for each microbatch's gradients again  |
-    | 3     | ... and the parameters themselves | 3 P (n - 1) / n, the same                               |
+    | stage | divided among n ranks             |
+    |-------|-----------------------------------|
+    | 1     | float32 parameters, optimizer     |
+    | 2     | ... and gradients                 |
+    | 3     | ... and the parameters themselves |
+
+    Sent, by each rank, for P bytes of parameters: about 2 P (n - 1) / n in a step, with stage 3
+    half as much again; with stages 2 and 3 the gradients' half of it for each microbatch.
 
     Forward, backward and update are DeepSpeed's own; it is told which microbatch is a step's last,
     and how much each loss counts, so that the gradient is the mean over all samples of the ranks.
@@ -74,54 +79,69 @@ class DeepSpeed:
     offload_parameters: bool = False
     config: Path | str | None = None
 
-    def apply(
-        self,
-        model: nn.Module,
-        group: ProcessGroup,
-        training: Training,
-        make_optimizer: MakeOptimizer,
-    ) -> ZeroModel:
+    def apply(self, model: nn.Module, group: ProcessGroup, recipe: Recipe) -> ZeroModel:
         """Give a model to DeepSpeed, over the ranks of a group. Collective.
 
         Args:
             model: on the device on which it computes, the same on every rank.
             group: the ranks.
-            training: what else the run has, to compare with the file.
-            make_optimizer: makes the optimizer that DeepSpeed is to use.
+            recipe: of the training, to compare with the file; its optimizer is DeepSpeed's.
         """
+        if recipe.compile is not None:
+            raise ConfigError(
+                f"compile is {recipe.compile!r}, but DeepSpeed's hooks run between the model's "
+                "modules, and are not compiled; leave it out, or take engine=fully_shard"
+            )
         source = None if self.config is None else Path(self.config)
         config = ds_config(
             source,
-            training,
+            recipe,
             zero_stage=self.zero_stage,
             offload=self.offload,
             offload_parameters=self.offload_parameters,
         )
         deepspeed = _import(next(model.parameters()).device.type)
-        optimizer = make_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = Updater(named, recipe.optimizer).optimizer
         check_optimizer(source, optimizer)
         names = {p: name for name, p in model.named_parameters()}
         try:
-            engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=config,
-                mpu=_Ranks(group),
-                dist_init_required=False,
-            )
+            with _quiet():
+                engine, *_ = deepspeed.initialize(
+                    model=model,
+                    optimizer=optimizer,
+                    config=config,
+                    mpu=_Ranks(group),
+                    dist_init_required=False,
+                )
         except (ValueError, AssertionError) as error:
             raise ConfigError(
                 f"DeepSpeed {deepspeed.__version__} refuses this run: {error}"
             ) from error
-        return ZeroModel(engine, model, optimizer, names)
+        return ZeroModel(engine, model, optimizer, names, BatchCheck(source, recipe))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without its warnings, as of torch's parts that are out of use, and its variables."""
+    before = dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
 
 
 def _import(device: str) -> Any:
     """DeepSpeed, quiet, for that kind of device."""
-    # Else it looks for devices of every make, and complains on finding none.
-    os.environ.setdefault("DS_ACCELERATOR", device)
     try:
-        deepspeed = importlib.import_module("deepspeed")
+        with _quiet():
+            # Else it looks for devices of every make, and complains on finding none.
+            os.environ.setdefault("DS_ACCELERATOR", device)
+            deepspeed = importlib.import_module("deepspeed")
+            deepspeed.accelerator.get_accelerator()
     except ImportError as error:
         raise ConfigError(
             f"engine=deepspeed needs DeepSpeed, which cannot be imported ({error}); install it: "
@@ -132,11 +152,12 @@ def _import(device: str) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A kernel for inference on CPUs, which would be compiled for a minute now.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    comm = sys.modules["deepspeed.comm.comm"]
+    comm: Any = sys.modules["deepspeed.comm.comm"]
     if comm.cdb is not None and not dist.is_initialized():  # of a job that has ended
         comm.cdb = None
     if comm.cdb is None:
-        comm.init_distributed(verbose=False)
+        with _quiet():
+            comm.init_distributed(verbose=False)
     return deepspeed
 
 

@@ -46,7 +46,7 @@ class Partition(ABC):
         self.named_parameters = [
             (place.name, nn.Parameter(part)) for place, part in zip(places, parts, strict=True)
         ]
-        self._own: list[Tensor | None] = [None] * len(places)
+        self._own: list[Tensor] = []
         self.remember()
 
     @property
@@ -66,15 +66,18 @@ class Partition(ABC):
     def _spread(self) -> None:
         """Let the model have the values of the float32 parameters. Collective."""
 
-    def take_gradients(self) -> None:
-        """Set ``.grad`` of every part after a step's last backward pass, in units of the loss.
+    def take_gradients(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The parts and their gradients, after a step's last backward pass.
 
-        In float32 it is ZeRO's own memory.
+        In units of the loss, in float32; without a loss scale they are ZeRO's own memory.
         """
         scale = self._zero.loss_scale
         found = [self._gradients(flat) for flat in range(len(self.flats))]
-        for index, place in enumerate(self._all_places):
-            self._take(index, found[place.flat](place), scale)
+        self._own = [found[place.flat](place) for place in self._all_places]
+        parts = [part for _, part in self.named_parameters]
+        if scale == 1.0:
+            return parts, [g.to(p.dtype) for g, p in zip(self._own, parts, strict=True)]
+        return parts, [g.to(p.dtype) / scale for g, p in zip(self._own, parts, strict=True)]
 
     def _gradients(self, flat: int) -> Callable[[_Place], Tensor]:
         if self._is_offloaded:
@@ -86,21 +89,13 @@ class Partition(ABC):
         by_start = {s: p for s, p in zip(starts, pieces, strict=False) if p.numel()}
         return lambda place: by_start[place.start].detach().reshape(-1)
 
-    def _take(self, index: int, gradient: Tensor, scale: float) -> None:
-        part = self.named_parameters[index][1]
-        self._own[index] = gradient
-        if gradient.dtype == part.dtype and scale == 1.0:
-            part.grad = gradient
-        else:
-            part.grad = gradient.to(part.dtype, copy=True) / scale
-
     def give_gradients(self) -> None:
         """Let ZeRO have what has become of the gradients since."""
         scale = self._zero.loss_scale
         for own, (_, part) in zip(self._own, self.named_parameters, strict=True):
-            if own is not None and part.grad is not None and part.grad is not own:
-                own.copy_(part.grad * scale)
-        self._own = [None] * len(self._own)
+            if part.grad is not None and part.grad is not own:
+                own.copy_(part.grad if scale == 1.0 else part.grad * scale)
+        self._own = []
 
     def remember(self) -> None:
         """The model has the values that the parts have now."""
@@ -125,6 +120,7 @@ class FlatPartition(Partition):
 
     @property
     def flats(self) -> Sequence[Tensor]:
+        """Those of this rank, that the optimizer works on."""
         flats: list[Tensor] = self._zero.single_partition_of_fp32_groups
         return flats
 
@@ -149,6 +145,7 @@ class ParameterPartition(Partition):
 
     @property
     def flats(self) -> Sequence[Tensor]:
+        """Those of this rank, that the optimizer works on."""
         flats: list[Tensor] = self._zero.fp32_partitioned_groups_flat
         return flats
 

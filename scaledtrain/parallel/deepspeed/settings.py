@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
@@ -15,30 +15,25 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.schema import did_you_mean
 
 if TYPE_CHECKING:
+    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.parallel.engine import Recipe
     from scaledtrain.precision import Precision
 
-__all__ = ["Training", "check_optimizer", "ds_config", "read_file"]
+__all__ = ["BatchCheck", "check_optimizer", "ds_config", "read_file"]
 
-_PASSED_ON = """
-    activation_checkpointing aio comms_logger communication_data_type csv_monitor dump_state
-    flops_profiler gradient_predivide_factor log_level memory_breakdown prescale_gradients
-    seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard
-    wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-""".split()
-_CHECKED = """
-    bf16 bfloat16 fp16 gradient_accumulation_steps gradient_clipping optimizer scheduler
-    torch_autocast train_batch_size train_micro_batch_size_per_gpu zero_optimization
-""".split()
+_PASSED_ON = {
+    *("activation_checkpointing", "aio", "comms_logger", "communication_data_type"),
+    *("csv_monitor", "dump_state", "flops_profiler", "gradient_predivide_factor", "log_level"),
+    *("memory_breakdown", "prescale_gradients", "steps_per_print", "tensorboard", "wandb"),
+    *("wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+}
+_CHECKED = {
+    *("bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "optimizer"),
+    *("scheduler", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu"),
+    "zero_optimization",
+}
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
 _AUTO = "auto"  # Hugging Face's word for: as the rest of the program has it
-
-
-class Training(NamedTuple):
-    """What of a run's words has a counterpart in DeepSpeed's config."""
-
-    precision: Precision
-    accumulation: int = 1
-    max_grad_norm: float | None = None
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -72,7 +67,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def ds_config(
     source: Path | None,
-    training: Training,
+    recipe: Recipe,
     *,
     zero_stage: int | None,
     offload: str | None,
@@ -82,7 +77,7 @@ def ds_config(
 
     Args:
         source: the user's file; None: our words say everything.
-        training: what the rest of the run has.
+        recipe: of the training.
         zero_stage: None: the file's, else 2.
         offload: ``"cpu"``; None: the file's, else none.
         offload_parameters: to the host, too.
@@ -95,9 +90,9 @@ def ds_config(
     config["gradient_accumulation_steps"] = where.same(
         config.get("gradient_accumulation_steps"),
         "gradient_accumulation_steps",
-        training.accumulation,
+        recipe.gradient_accumulation_steps,
     )
-    where.same(config.get("gradient_clipping") or None, "max_grad_norm", training.max_grad_norm)
+    where.same(config.get("gradient_clipping") or None, "max_grad_norm", recipe.max_grad_norm)
     zero = dict(config.get("zero_optimization", {}))
     zero["stage"] = where.same(zero.get("stage"), "engine.zero_stage", zero_stage)
     if zero["stage"] is None:
@@ -109,9 +104,9 @@ def ds_config(
         )
     _check_zero(zero, source)
     _offload(zero, where, offload, offload_parameters)
-    formats = _formats(training.precision)
+    formats = _formats(recipe.precision)
     for key in ("fp16", "bf16", "torch_autocast"):
-        _check_format(config.get(key), key, formats, training.precision, where)
+        _check_format(config.get(key), key, formats, recipe.precision, where)
     kept = {k: v for k, v in config.items() if k in _PASSED_ON and v != _AUTO}
     return {
         "zero_allow_untested_optimizer": True,
@@ -248,6 +243,44 @@ def _check_format(
         ours = formats.get(key, {}).get(name)
         if of_file["enabled"] and name != "enabled" and value not in (_AUTO, ours):
             where.refuse(f"{key}.{name}={value}", "precision", f"{precision} ({name}={ours})")
+
+
+class BatchCheck:
+    """Compares the batch sizes in a file with those of the first full step.
+
+    Args:
+        source: the file; None: there is nothing to compare.
+        recipe: of the training.
+    """
+
+    def __init__(self, source: Path | None, recipe: Recipe) -> None:
+        read = {} if source is None else read_file(source)
+        names = ("train_micro_batch_size_per_gpu", "train_batch_size")
+        self._wanted = {k: read[k] for k in names if read.get(k, _AUTO) != _AUTO}
+        self._source = source
+        self._accumulation = recipe.gradient_accumulation_steps
+
+    def __call__(self, batch: StepBatch, ranks: int) -> None:
+        """Look at a step.
+
+        Args:
+            batch: of this rank.
+            ranks: how many have such a batch.
+
+        Raises:
+            ConfigError: the file has others.
+        """
+        if not self._wanted or batch.weight != 1.0:
+            return
+        micro = max(batch.sizes)
+        ours = {
+            "train_micro_batch_size_per_gpu": ("data.local_batch_size", micro),
+            "train_batch_size": ("data.global_batch_size", micro * self._accumulation * ranks),
+        }
+        where = _Disagreement(self._source)
+        for key, value in self._wanted.items():
+            where.same(value, *ours[key])
+        self._wanted = {}
 
 
 def check_optimizer(source: Path | None, optimizer: Optimizer) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
 from scaledtrain.parallel.deepspeed.partition import Partition, partition_of
-from scaledtrain.replica import Replica
+from scaledtrain.replica import MakeOptimizer, Replica
 
 __all__ = ["ZeroModel"]
 
@@ -27,6 +29,7 @@ class ZeroModel:
         model: that the engine has.
         optimizer: that makes the engine's updates.
         names: of the model's parameters.
+        check_batch: called with each step, and how many ranks have one like it.
 
     Attributes:
         model: as given.
@@ -40,23 +43,24 @@ class ZeroModel:
         model: nn.Module,
         optimizer: Optimizer,
         names: dict[nn.Parameter, str],
+        check_batch: Callable[[StepBatch, int], None],
     ) -> None:
         self.model = model
         self.called: Callable[..., Any] = engine
         self._engine = engine
+        self._check_batch = check_batch
         self._partition = partition_of(engine, names)
         self._optimizer = ZeroOptimizer(engine, optimizer, self._partition)
         self._scaler = ZeroScaler(engine, self._optimizer)
         self.named_parameters = self._partition.named_parameters
-        # Whatever runs the model, training or evaluation, runs it with the parts as they are now.
-        model.register_forward_pre_hook(lambda *_: self.refresh())
 
-    def make_optimizer(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        """The engine as an optimizer of this rank's parts.
+    needs_lockstep = True
 
-        Raises:
-            ConfigError: of others, as where a server makes the updates.
-        """
+    def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
+        """The engine itself."""
+        return self._as_optimizer_of
+
+    def _as_optimizer_of(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         wanted = [id(p) for _, p in named_parameters]
         if wanted != [id(p) for _, p in self.named_parameters]:
             raise ConfigError(
@@ -67,17 +71,18 @@ class ZeroModel:
             )
         return self._optimizer
 
-    def scaler(self, replica: Replica) -> LossScaler:
+    def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
         """What runs the engine's backward passes."""
         return self._scaler
 
-    def begin(self, microbatches: int) -> None:
-        """A step of so many backward passes begins."""
-        self._scaler.begin(microbatches)
+    def begin(self, batch: StepBatch) -> None:
+        """A step of as many backward passes as it has microbatches begins."""
+        self._check_batch(batch, dist.get_world_size())
+        self._scaler.begin(len(batch.microbatches))
 
-    def hand_over(self, scaler: LossScaler) -> None:
-        """The last of them is done: set the parts' ``.grad``."""
-        self._partition.take_gradients()
+    def take_gradients(self) -> tuple[list[nn.Parameter], Sequence[Tensor]]:
+        """All parts, and their gradients in the units of the loss."""
+        return self._partition.take_gradients()
 
     def refresh(self) -> None:
         """Let the model have what a strategy wrote into the parts. Collective in the replica."""
