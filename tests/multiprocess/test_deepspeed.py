@@ -167,7 +167,8 @@ def details_rank(folder: str) -> dict[str, Any]:
             link, "sync", mesh=mesh, engine=DeepSpeed(zero_stage=3), precision=master
         ) as t:
             told["bf16-true"] = fit(t, 8)
-        told["fp32"] = straight
+        with trainer(link, "sync") as t:
+            told["plain"] = fit(t, 8)
 
         def refused(**options: Any) -> str:
             options = {"strategy": "sync", "mesh": mesh, "engine": DeepSpeed(), **options}
@@ -204,8 +205,9 @@ def test_state_files_and_refusals(tmp_path: Path) -> None:
         for stage in (2, 3):
             resumed, straight = told[f"resumed {stage}"]
             assert torch.equal(resumed, straight)
-        assert (told["bf16-true"] - told["fp32"]).abs().max() < 0.02
-        torch.testing.assert_close(told["file"], told["fp32"].new_tensor(told["file"]))
+        torch.testing.assert_close(told["file"], told["plain"], atol=1e-6, rtol=0.0)
+        # bfloat16 rounds parameters of up to 1 to 2^-9, and so what forward and backward compute.
+        torch.testing.assert_close(told["bf16-true"], told["plain"], atol=2e-2, rtol=0.0)
         assert "engine=fully_shard" in told["server"]
         assert "go their own way" in told["gossip"]
         assert "not supported on your device" in told["fp16"]
