@@ -55,14 +55,13 @@ def with_accelerate(arguments: Sequence[str], env: Mapping[str, str] = os.enviro
         launched = "RANK" in env and "WORLD_SIZE" in env
         of_file = words_of_file(Path(files[0]))
         words += [w for w in of_file if not (launched and w.startswith("workers="))]
-    taken = {a.partition("=")[0] for a in own}
-    added = []
+    said = {a.partition("=")[0] for a in own}
+    added: dict[str, str] = {}
     for word in words:
         key = word.partition("=")[0]
-        if not {key, key.partition(".")[0]} & taken:
-            added.append(word)
-            taken.add(key)
-    return [*added, *own]
+        if not {key, key.partition(".")[0]} & said:
+            added.setdefault(key, word)
+    return [*added.values(), *own]
 
 
 def words_of_environment(env: Mapping[str, str]) -> Words:
