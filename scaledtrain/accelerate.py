@@ -60,20 +60,6 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     Raises:
         ConfigError: Accelerate itself divides the model among processes (FSDP, DeepSpeed, ...), or
             scales the loss (fp16); use `Trainer` for both.
-
-    Example:
-        >>> import scaledtrain
-        >>> import torch
-        >>> accelerator = Accelerator(strategy=scaledtrain.LocalSGD(sync_every=4), cpu=True)
-        >>> model = nn.Linear(2, 1)
-        >>> model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
-        >>> for _ in range(6):
-        ...     accelerator.backward(model(torch.ones(3, 2)).mean())
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
-        >>> accelerator.strategy.step
-        6
-        >>> accelerator.end_training()
     """
 
     def __init__(self, *, strategy: Strategy, **options: Any) -> None:
