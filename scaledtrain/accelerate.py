@@ -122,7 +122,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         recipe = _Recipe(self._stepped.optimizer)
         self.strategy.attach(Replica(model, recipe), self._link)
         self.strategy.start(None)
-        self.strategy.before_forward()
+        self._stepped.begin()
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """As Accelerate's; after the last backward pass of a step gradients are combined."""
@@ -162,7 +162,11 @@ class _StrategyOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
         if self.gradient_state.sync_gradients:
             self._strategy.apply_gradients()
             self._strategy.after_step()
-            self._strategy.before_forward()
+            self.begin()
+
+    def begin(self) -> None:
+        # How many backward passes there will be is not known: no gradient is sent before the last.
+        self._strategy.before_forward(microbatches=0)
 
 
 class _Recipe:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "sync": Sync,
+    "sync": lambda: Sync(overlap=True),  # which asks how many backward passes there will be
     "local_sgd": lambda: LocalSGD(sync_every=3),
     "diloco": lambda: DiLoCo(sync_every=3),
     "server": lambda: ParameterServer(Synchronous()),

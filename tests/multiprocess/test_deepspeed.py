@@ -21,9 +21,12 @@ from scaledtrain.parallel import DeepSpeed
 from scaledtrain.strategies import Gossip, Strategy
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
+pytestmark = [
+    pytest.mark.timeout(200),  # each rank imports DeepSpeed, which takes seconds of a core
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+    ),
+]
 
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
@@ -86,9 +89,9 @@ def run(link: Any, strategy: str, local: int, **options: Any) -> tuple[Tensor, f
         return whole(t.model), result.evaluation.get("loss", 0.0), norm, result.step
 
 
-def plain_rank(strategy: str, local: int, options: dict[str, Any]) -> Any:
+def plain_rank(options: dict[str, Any]) -> Any:
     with connect(transport="torch", timeout_seconds=60) as link:
-        return run(link, strategy, local, **options)
+        return run(link, "sync", 8, **options)
 
 
 ENGINES = [
@@ -100,11 +103,10 @@ ENGINES = [
 ]
 
 
-def zero_rank(strategy: str, shard: int, local: int, options: dict[str, Any]) -> list[Any]:
+def zero_rank(options: dict[str, Any]) -> list[Any]:
     with connect(transport="torch", timeout_seconds=60) as link:
         return [
-            run(link, strategy, local, mesh=Mesh(shard=shard), engine=engine, **options)
-            for engine in ENGINES
+            run(link, "sync", 4, mesh=Mesh(shard=2), engine=engine, **options) for engine in ENGINES
         ]
 
 
@@ -119,8 +121,8 @@ def test_every_stage_trains_as_one_process_does(options: dict[str, Any], toleran
     float32: sums in another order, 2^-24 relative each, in 6 steps: below 1e-6. bfloat16 has 2^-9,
     of which AdamW at lr 0.01 makes at most a few tenths of its step.
     """
-    ((expected, loss, norm, step),) = run_ranks(plain_rank, 1, "sync", 8, options)
-    for of_rank in run_ranks(zero_rank, 2, "sync", 2, 4, options, timeout_seconds=110):
+    ((expected, loss, norm, step),) = run_ranks(plain_rank, 1, options)
+    for of_rank in run_ranks(zero_rank, 2, options, timeout_seconds=180):
         for found in of_rank:
             torch.testing.assert_close(found[0], expected, atol=tolerance, rtol=0.0)
             assert found[1] == pytest.approx(loss, abs=tolerance)
@@ -128,18 +130,31 @@ def test_every_stage_trains_as_one_process_does(options: dict[str, Any], toleran
             assert found[3] == step == 6
 
 
-@pytest.mark.parametrize("strategy", ["sync", "local_sgd", "diloco"])
-def test_strategies_keep_replicas_of_two_ranks_together(strategy: str) -> None:
+def replicas_rank(mesh: Mesh, local: int, engines: list[DeepSpeed | None]) -> list[Any]:
+    with connect(transport="torch", timeout_seconds=60) as link:
+        return [
+            [run(link, strategy, local, mesh=mesh, engine=engine) for engine in engines]
+            for strategy in ("sync", "local_sgd", "diloco")
+        ]
+
+
+@pytest.mark.timeout(300)
+def test_strategies_keep_replicas_of_two_ranks_together() -> None:
     """Four ranks as two replicas, against two plain replicas with the same samples."""
-    expected = run_ranks(plain_rank, 2, strategy, 4, {})
-    found = run_ranks(zero_rank, 4, strategy, 2, 2, {}, timeout_seconds=110)
+    expected = run_ranks(replicas_rank, 2, Mesh(), 4, [None], timeout_seconds=100)
+    engines = [DeepSpeed(zero_stage=2), DeepSpeed(zero_stage=3, offload="cpu")]
+    found = run_ranks(replicas_rank, 4, Mesh(shard=2), 2, engines, timeout_seconds=180)
     for rank, of_rank in enumerate(found):
-        for parameters, loss, norm, step in of_rank:
-            wanted = expected[rank // 2]
-            torch.testing.assert_close(parameters, wanted[0], atol=2e-6, rtol=0.0)
-            assert loss == pytest.approx(wanted[1], abs=1e-5)
-            assert norm == pytest.approx(wanted[2], abs=1e-5)
-            assert step == wanted[3]
+        for of_strategy, ((wanted, loss, norm, step),) in zip(
+            of_rank, expected[rank // 2], strict=True
+        ):
+            for parameters, *others in of_strategy:
+                torch.testing.assert_close(parameters, wanted, atol=2e-6, rtol=0.0)
+                assert others == [
+                    pytest.approx(loss, abs=1e-5),
+                    pytest.approx(norm, abs=1e-5),
+                    step,
+                ]
 
 
 def details_rank(folder: str) -> dict[str, Any]:
@@ -201,7 +216,7 @@ def test_state_files_and_refusals(tmp_path: Path) -> None:
     }
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    for told in run_ranks(details_rank, 2, str(tmp_path), timeout_seconds=110):
+    for told in run_ranks(details_rank, 2, str(tmp_path), timeout_seconds=180):
         for stage in (2, 3):
             resumed, straight = told[f"resumed {stage}"]
             assert torch.equal(resumed, straight)

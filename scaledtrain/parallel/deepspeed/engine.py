@@ -50,6 +50,9 @@ class DeepSpeed:
     `DiLoCo` and all others whose replicas step together and keep their optimizer. Strategies with a
     server, and those whose replicas go their own way, need ``engine=fully_shard``.
 
+    With stage 3 ``deepspeed.zero.GatheredParameters(model.parameters())`` is the context in which a
+    model's parameters are whole, to look at or to save them; all ranks of a replica enter it.
+
     A crash of a rank ends the run for all. float16 (``precision=fp16-true``) needs a GPU; its loss
     scale is DeepSpeed's. Not to be had here: NVMe, ``torch.compile``, activation checkpointing.
 
