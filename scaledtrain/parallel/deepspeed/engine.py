@@ -45,7 +45,7 @@ class DeepSpeed:
     and how much each loss counts, so that the gradient is the mean over all samples of the ranks.
     Norms and clipping are over all ranks, as everywhere here.
 
-    With ``mesh.replicate`` above 1 the strategy sees the float32 parameters and gradients that ZeRO
+    With ``mesh.replicate`` above 1, for which the stage is 1 or 2, the strategy sees the float32 parameters and gradients that ZeRO
     keeps on this rank, and averages them with the same part of other replicas: `Sync`, `LocalSGD`,
     `DiLoCo` and all others whose replicas step together and keep their optimizer. Strategies with a
     server, and those whose replicas go their own way, need ``engine=fully_shard``.
@@ -103,6 +103,12 @@ class DeepSpeed:
             offload=self.offload,
             offload_parameters=self.offload_parameters,
         )
+        if config["zero_optimization"]["stage"] == 3 and dist.get_world_size() > group.size():
+            raise ConfigError(
+                "engine.zero_stage is 3 and mesh.replicate above 1: how a strategy's writing into "
+                "parameters that are gathered module by module reaches all of them is not verified "
+                "for DeepSpeed; take engine.zero_stage=2, or engine=fully_shard, or one replica"
+            )
         deepspeed = _import(next(model.parameters()).device.type)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = Updater(named, recipe.optimizer).optimizer
