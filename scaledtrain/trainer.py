@@ -235,7 +235,6 @@ class Trainer:
         policy = self._unplanned
         if policy is None or not batch.microbatches:
             return
-        self._unplanned = None
         largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
 
         def sample(called: Callable[..., Any]) -> Tensor:
@@ -247,6 +246,7 @@ class Trainer:
         self._checkpointing = checkpoint_activations(
             self.model, policy, sample if whole else None, compile=self._compile
         )
+        self._unplanned = None
         self.metrics.say(self._checkpointing.told)
 
     @property
