@@ -33,6 +33,7 @@ from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.launching import Interrupted, guarded, workers_to_start
 from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
+from scaledtrain.parallel.accelerate import with_accelerate
 from scaledtrain.rendezvous import Connection, Transport, connect
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
@@ -66,7 +67,8 @@ def main() -> None:
 
 
 def _main() -> None:
-    composed = read_command_line(sys.argv[1:], "train", "scaledtrain train")
+    arguments = with_accelerate(sys.argv[1:])
+    composed = read_command_line(arguments, "train", "scaledtrain train")
     if composed is None:
         return
     config = check(composed)
@@ -75,7 +77,7 @@ def _main() -> None:
         data_ranks = config.mesh.replicas(workers) * config.mesh.shard
         batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps)
         seconds = SAVE_SECONDS if config.checkpointing is not None else UNWIND_SECONDS
-        start_workers("scaledtrain.train", sys.argv[1:], workers, seconds)
+        start_workers("scaledtrain.train", arguments, workers, seconds)
         return
     with join(config) as link:
         run_dir = choose_run_dir(config, link)

@@ -27,7 +27,8 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
-from scaledtrain.parallel import FullyShard, Pipeline, lay_out
+from scaledtrain.parallel import Pipeline, lay_out
+from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.parallel.layout import Steps
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
@@ -132,7 +133,7 @@ class Trainer:
         lr_scheduler: MakeScheduler | None = None,
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
-        engine: FullyShard | None = None,
+        engine: Engine | None = None,
         pipeline: Pipeline | None = None,
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
@@ -169,35 +170,28 @@ class Trainer:
         self.link: Link = link
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
-        self.layout = lay_out(
-            converted,
-            self.link,
-            mesh or Mesh(),
-            self.precision,
-            engine,
-            pipeline,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            accumulation=gradient_accumulation_steps,
+        recipe = Recipe(
+            self.precision, optimizer, gradient_accumulation_steps, max_grad_norm, compile, loss_fn
         )
+        self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
         self.strategy: Strategy = strategy or Sync()
         self._check_layout(drop_compute, slowdown if self._paces(slowdown, seed) else None)
         self.replica = Replica(
             self.model,
-            optimizer,
+            self.layout.optimizer(optimizer),
             self.layout.scheduler(lr_scheduler),
             partial(self.precision.rounding, seed),
             named_parameters=self.layout.named_parameters(),
             pieces=self.layout.updated_together,
             counted_elsewhere=self.layout.counted_elsewhere(),
         )
-        self.scaler = self.precision.scaler(self.replica)
+        self.scaler = self.layout.scaler(partial(self.precision.scaler, self.replica))
         self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
         self.strategy.attach(self.replica, self.layout.link)
         seed_everything(seed, self.link.group.rank)
         self._compile = compile
-        called: Callable[..., Any] = self.model
+        called = self.layout.called
         if compile is not None and activation_checkpointing is None:
             called = torch.compile(self.model, backend=compile)
         loop = MicrobatchLoop(
@@ -661,6 +655,7 @@ class Trainer:
         if self._saver is not None:
             self._saver.close()
         self.metrics.close()
+        self.layout.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()
             self._checkpointing = None

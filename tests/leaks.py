@@ -15,12 +15,13 @@ from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 
-# Set by pytest, and by torch and scikit-learn when they are first imported.
+# Set by pytest, and by torch, scikit-learn and Accelerate when they are first imported.
 VARIABLES_OF_OTHERS = {
     "PYTEST_CURRENT_TEST",
     "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK",
     "TORCHINDUCTOR_CACHE_DIR",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
 }
 
 # Python starts these once, on first use, and ends them itself.

@@ -14,16 +14,17 @@ from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches
+from scaledtrain.parallel.engine import Divided, Engine, Recipe
 from scaledtrain.parallel.pipe import Pipe
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
-from scaledtrain.parallel.shard import FullyShard, Shards
+from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.replica import MakeOptimizer, MakeScheduler
-from scaledtrain.schedule import Abandon, Computed, LossFn, MicrobatchLoop, Schedule
+from scaledtrain.schedule import Abandon, Computed, MicrobatchLoop, Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.loss_scale import LossScaler
-    from scaledtrain.precision import Precision
+    from scaledtrain.replica import MakeOptimizer
 
 __all__ = ["Layout", "Steps", "lay_out"]
 
@@ -81,7 +82,7 @@ class Layout:
         model: nn.Module,
         link: Link,
         pieces: Group | None = None,
-        shards: tuple[Shards, Group] | None = None,
+        shards: tuple[Divided, Group] | None = None,
         pipe: Pipe | None = None,
     ) -> None:
         self.model = model
@@ -169,6 +170,12 @@ class Layout:
             alone: this replica is in step with no other.
         """
         group, device = self._shard_group, self.link.device
+        if alone and self._shards is not None and self._shards[0].needs_lockstep:
+            raise ConfigError(
+                "the replicas of this strategy go their own way, but this engine has to know when "
+                "others write into its parameters; take engine=fully_shard, or a strategy whose "
+                "replicas step together (sync, local_sgd, diloco)"
+            )
         if alone:  # all ranks of a replica have the same places in the epoch
             rank, ranks, share = replica, replicas, (group.rank, group.size)
         else:
@@ -184,6 +191,19 @@ class Layout:
             share=share,
         )
         return own if self._shards is None else AgreedBatches(own, group)
+
+    @property
+    def called(self) -> Callable[..., Any]:
+        """What runs the model in a step."""
+        return self.model if self._shards is None else self._shards[0].called
+
+    def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
+        """What makes the optimizer of `named_parameters`."""
+        return usual if self._shards is None else self._shards[0].optimizer(usual)
+
+    def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
+        """What runs backward passes."""
+        return usual() if self._shards is None else self._shards[0].scaler(usual)
 
     def schedule(self, loop: MicrobatchLoop, scaler: LossScaler, recomputed: bool) -> Schedule:
         """What runs the forward and backward passes of a step.
@@ -214,6 +234,11 @@ class Layout:
         """
         return tensor if self._shards is None else self._shards[0].whole(name, tensor)
 
+    def close(self) -> None:
+        """The training is over."""
+        if self._shards is not None:
+            self._shards[0].close()
+
     def agree(self, vote: bool) -> bool:
         """Whether a rank of this replica says so; all of them ask together."""
         if self.pieces.size == 1:
@@ -230,7 +255,7 @@ class Layout:
 class _ShardedSchedule:
     """Hands gradients over from a sharded model to the shards that the optimizer has."""
 
-    def __init__(self, loop: Schedule, shards: Shards, scaler: LossScaler) -> None:
+    def __init__(self, loop: Schedule, shards: Divided, scaler: LossScaler) -> None:
         self._loop = loop
         self._shards = shards
         self._scaler = scaler
@@ -238,6 +263,7 @@ class _ShardedSchedule:
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """As the schedule inside."""
         self._shards.refresh()
+        self._shards.begin(batch)
         computed = self._loop.run(batch)
         self._scaler.hand_over(*self._shards.take_gradients())
         return computed
@@ -260,13 +286,9 @@ def lay_out(
     model: nn.Module,
     link: Link,
     mesh: Mesh,
-    precision: Precision,
-    engine: FullyShard | None = None,
+    recipe: Recipe,
+    engine: Engine | None = None,
     pipeline: Pipeline | None = None,
-    *,
-    loss_fn: LossFn | None = None,
-    optimizer: MakeOptimizer,
-    accumulation: int = 1,
 ) -> Layout:
     """Give each rank of a mesh its piece of a model. Collective.
 
@@ -275,12 +297,9 @@ def lay_out(
             Rank 0's values count.
         link: to all ranks.
         mesh: the layout.
-        precision: in which the model computes.
+        recipe: of the training.
         engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
         pipeline: what runs the stages where ``mesh.pipe`` is above 1; default 1F1B.
-        loss_fn: of outputs and targets; None: the model computes its loss.
-        optimizer: a factory.
-        accumulation: batches of a step on each rank.
 
     Raises:
         ConfigError: the mesh does not fit the job, or the model cannot be divided so.
@@ -303,20 +322,24 @@ def lay_out(
             link.part(f"pipe/{way}/{place.replicate}/{place.shard}", mesh.ranks(place, "pipe"))
             for way in ("there", "back")
         ]
-        pipe = Pipe.of(
-            model, pipeline or Pipeline(), among, precision, loss_fn, optimizer, accumulation
-        )
+        pipe = Pipe.of(model, pipeline or Pipeline(), among, recipe)
         model, roots = pipe.stages, list(pipe.stages.stages.values())
     if mesh.shard == 1:
         return Layout(model, of_strategy, pieces, pipe=pipe)
     if pipe is not None:
         pipe.check_shardable()
     among_shards = link.part(f"shards/{place.replicate}/{place.pipe}", mesh.ranks(place, "shard"))
-    shards = (engine or FullyShard()).apply(roots, among_shards.process_group(), precision)
+    engine = engine or FullyShard()
+    if pipe is not None and not engine.takes_stages:
+        raise ConfigError(
+            f"mesh.pipe is above 1, but {type(engine).__name__} divides whole models only; take "
+            "engine=fully_shard, or set mesh.pipe to 1"
+        )
+    shards = engine.apply(roots, among_shards.process_group(), recipe)
     return Layout(model, of_strategy, pieces, (shards, among_shards.group), pipe)
 
 
-def _check_asked(mesh: Mesh, engine: FullyShard | None, pipeline: Pipeline | None) -> None:
+def _check_asked(mesh: Mesh, engine: Engine | None, pipeline: Pipeline | None) -> None:
     for name, asked, axis, length, of in (
         ("engine", engine, "shard", mesh.shard, "a replica"),
         ("pipeline", pipeline, "pipe", mesh.pipe, "the stages of one"),

@@ -10,16 +10,16 @@ from torch import nn
 
 from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.engine import Recipe
 from scaledtrain.parallel.pipeline.execute import PipelineSchedule
 from scaledtrain.parallel.pipeline.pipedream import PipeDreamSchedule, delays
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.pipeline.pipemare import pipemare
-from scaledtrain.replica import MakeOptimizer, MakeScheduler
-from scaledtrain.schedule import LossFn, Schedule
+from scaledtrain.replica import MakeScheduler
+from scaledtrain.schedule import Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.loss_scale import LossScaler
-    from scaledtrain.precision import Precision
 
 __all__ = ["Pipe"]
 
@@ -32,17 +32,13 @@ class Pipe:
         stages: of this rank.
         pipeline: what was asked for.
         links: among the ranks of the pipeline, one for each direction.
-        precision: in which they compute.
-        loss_fn: of outputs and targets; None: the last stage returns the loss.
-        batches: in a step.
+        recipe: of the training.
     """
 
     stages: OwnStages
     pipeline: Pipeline
     links: Sequence[Link]
-    precision: Precision
-    loss_fn: LossFn | None
-    batches: int
+    recipe: Recipe
 
     @classmethod
     def of(
@@ -50,23 +46,18 @@ class Pipe:
         model: nn.Module,
         pipeline: Pipeline,
         links: Sequence[Link],
-        precision: Precision,
-        loss_fn: LossFn | None,
-        optimizer: MakeOptimizer,
-        batches: int,
+        recipe: Recipe,
     ) -> Pipe:
         """Cut a model. Collective."""
         link = links[0]
-        stages = pipeline.own_stages(
-            model, link.group, loss_fn, optimizer, batches, precision.autocast(link.device)
-        )
+        stages = pipeline.own_stages(model, link.group, recipe, link.device)
         if pipeline.is_asynchronous and stages.tied:
             raise ConfigError(
                 f"pipeline.schedule is {pipeline.schedule}, but stages have weights in common "
                 f"({stages.tied[0][0].name}), whose gradients it would add up from different "
                 "steps; untie them (model.tied_embedding=false), or choose 1F1B"
             )
-        return cls(stages, pipeline, links, precision, loss_fn, batches)
+        return cls(stages, pipeline, links, recipe)
 
     def check_shardable(self) -> None:
         """Raise ConfigError where stages cannot be sharded."""
@@ -93,11 +84,11 @@ class Pipe:
                 pipeline.schedule,  # type: ignore[arg-type]
                 stage,
                 pipeline.n_microbatches,
-                self.loss_fn,
+                self.recipe.loss_fn,
                 forth,
                 back,
-                batches=self.batches,
-                precision=self.precision,
+                batches=self.recipe.gradient_accumulation_steps,
+                precision=self.recipe.precision,
                 timeout_seconds=link.timeout_seconds,
                 timeline=link.timeline,
             )
@@ -105,12 +96,12 @@ class Pipe:
             pipeline.schedule,
             stages,
             pipeline.n_microbatches,
-            self.loss_fn,
+            self.recipe.loss_fn,
             forth,
             back,
-            batches=self.batches,
+            batches=self.recipe.gradient_accumulation_steps,
             n_stages=self.stages.n_stages,
-            precision=self.precision,
+            precision=self.recipe.precision,
             scaler=scaler,
             tied=self.stages.tied,
             recomputed=recomputed,
@@ -122,6 +113,7 @@ class Pipe:
         """A learning-rate schedule, with the correction for this rank's staleness."""
         if self.pipeline.anneal_steps is None:
             return make
-        group, n = self.links[0].group, self.batches * self.pipeline.n_microbatches
+        group = self.links[0].group
+        n = self.recipe.gradient_accumulation_steps * self.pipeline.n_microbatches
         late = delays(self.pipeline.schedule, group.size, n)  # type: ignore[arg-type]
         return pipemare(late[group.rank], self.pipeline.anneal_steps, make)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.blocks import find_blocks
 
 if TYPE_CHECKING:
-    from scaledtrain.precision import Precision
+    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.loss_scale import LossScaler
+    from scaledtrain.parallel.engine import Recipe
+    from scaledtrain.replica import MakeOptimizer
 
 __all__ = ["FullyShard", "Shards"]
 
@@ -54,15 +57,15 @@ class FullyShard:
     offload: bool = False
     blocks: Sequence[str] | None = None
 
-    def apply(
-        self, roots: Sequence[nn.Module], group: ProcessGroup, precision: Precision
-    ) -> Shards:
+    takes_stages: ClassVar[bool] = True
+
+    def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> Shards:
         """Shard a model, or stages of one, in place, over the ranks of a group. Collective.
 
         Args:
             roots: on the device on which they compute, the same on every rank.
             group: the ranks.
-            precision: its format for computing.
+            recipe: its precision says in which format the model computes.
 
         Raises:
             ConfigError: no such blocks, or offloading from a CPU.
@@ -73,7 +76,7 @@ class FullyShard:
                 "engine.offload is true, but the model is in the host's memory already; leave it "
                 "out, or train on GPUs"
             )
-        computes = precision.autocast_dtype
+        computes = recipe.precision.autocast_dtype
         mixed = computes is not None
         policy = MixedPrecisionPolicy(
             param_dtype=computes,
@@ -118,7 +121,10 @@ class Shards:
             the model's memory, as long as nobody gives them other memory.
     """
 
+    needs_lockstep = False
+
     def __init__(self, roots: Sequence[nn.Module]) -> None:
+        self.called: Callable[..., Any] = roots[0]
         modules = [module for root in roots for module in root.modules()]
         self._modules = [m for m in modules if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
@@ -149,6 +155,20 @@ class Shards:
             shape=parameter.shape,
             stride=parameter.stride(),
         )
+
+    def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
+        """As for any tensors."""
+        return usual
+
+    def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
+        """As for any model."""
+        return usual()
+
+    def begin(self, batch: StepBatch) -> None:
+        """Each backward pass is like the others."""
+
+    def close(self) -> None:
+        """The model stays as it is."""
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -126,6 +126,11 @@ def test_every_choice_composes_and_builds(file: Path, link: Connection, tmp_path
     if group == "checkpointing" and choice != "none":
         companions.append(f"checkpointing.folder={tmp_path}")
     config = compose([f"{group}={choice}", *companions, *SMALL])
+    if group == "engine" and choice != "none":  # which has to have several ranks
+        config = compose([f"{group}={choice}", "mesh.shard=2", *SMALL])
+        with pytest.raises(ConfigError, match="2 ranks for each replica, but the job has 1 rank"):
+            build(config, link)
+        return
     if "max_train_bytes" in config.data:
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(SMALL_TEXT))
     trainer, train, test = build(config, link)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from typing import Any, get_args
 
@@ -15,6 +14,7 @@ from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.comm.protocols import Group
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.engine import Recipe
 from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
 from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.partition import describe_cut, partition
@@ -114,24 +114,21 @@ class Pipeline:
         self,
         model: nn.Module,
         group: Group,
-        loss_fn: LossFn | None,
-        optimizer: MakeOptimizer,
-        batches: int = 1,
-        autocast: AbstractContextManager[Any] | None = None,
+        recipe: Recipe,
+        device: torch.device,
     ) -> OwnStages:
         """Cut a model, and keep what is this rank's. Collective.
 
         Args:
             model: whole; nothing of it is kept but this rank's stages.
             group: of the pipeline's ranks.
-            loss_fn: of outputs and targets; None: the model computes its loss.
-            optimizer: for the memory that it takes.
-            batches: in a step.
-            autocast: in which the model computes.
+            recipe: of the training.
+            device: on which the model computes.
 
         Raises:
             ConfigError: it cannot be cut so.
         """
+        loss_fn, batches = recipe.loss_fn, recipe.gradient_accumulation_steps
         microbatch = self._example_microbatch()
         traced = microbatch
         if loss_fn is not None and microbatch is not None:
@@ -141,8 +138,8 @@ class Pipeline:
         if self.split is not None:
             cut, told = given_cut(parts.names, self.split, len(ranks)), ""
         else:
-            with autocast or nullcontext():
-                costs = self._costs(parts, microbatch, group, loss_fn, optimizer)
+            with recipe.precision.autocast(device):
+                costs = self._costs(parts, microbatch, group, loss_fn, recipe.optimizer)
             live = self._live(ranks, group.size, batches)
             cut = self._cut(costs, ranks, group.size, live)
             measured = microbatch is not None

@@ -1,0 +1,205 @@
+"""DeepSpeed's ZeRO as what divides a replica among ranks."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
+from scaledtrain.parallel.deepspeed.zero import ZeroModel
+from scaledtrain.replica import Updater
+
+if TYPE_CHECKING:
+    from scaledtrain.parallel.engine import Recipe
+
+__all__ = ["DeepSpeed"]
+
+
+@dataclass(frozen=True)
+class DeepSpeed:
+    """DeepSpeed's ZeRO: the ranks of ``mesh.shard`` divide what training keeps of a replica.
+
+    | stage | divided among n ranks             |
+    |-------|-----------------------------------|
+    | 1     | float32 parameters, optimizer     |
+    | 2     | ... and gradients                 |
+    | 3     | ... and the parameters themselves |
+
+    Sent, by each rank, for P bytes of parameters: about 2 P (n - 1) / n in a step, with stage 3
+    half as much again; with stages 2 and 3 the gradients' half of it for each microbatch.
+
+    Forward, backward and update are DeepSpeed's own; it is told which microbatch is a step's last,
+    and how much each loss counts, so that the gradient is the mean over all samples of the ranks.
+    Norms and clipping are over all ranks, as everywhere here.
+
+    With ``mesh.replicate`` above 1, for which the stage is 1 or 2, the strategy sees the float32
+    parameters and gradients that ZeRO keeps on this rank, and averages them with the same part of
+    other replicas: `Sync`, `LocalSGD`, `DiLoCo` and all others whose replicas step together and
+    keep their optimizer. Strategies with a server, and those whose replicas go their own way, need
+    ``engine=fully_shard``.
+
+    With stage 3 ``deepspeed.zero.GatheredParameters(model.parameters())`` is the context in which a
+    model's parameters are whole, to look at or to save them; all ranks of a replica enter it.
+
+    A crash of a rank ends the run for all. float16 (``precision=fp16-true``) needs a GPU; its loss
+    scale is DeepSpeed's. Not to be had here: NVMe, ``torch.compile``, activation checkpointing.
+
+    Args:
+        zero_stage: 1, 2 or 3; None: the file's, else 2.
+        offload: ``"cpu"``: optimizer and float32 parameters are in the host's memory, and updates
+            are made there.
+        offload_parameters: with stage 3: the parameters are there, too.
+        config: a DeepSpeed config of your own, a JSON file. What it says and our words say as well
+            (stage, offload, precision, accumulation, clipping, optimizer) must be the same or
+            ``"auto"``.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or cannot do what is asked for.
+
+    Example:
+        >>> DeepSpeed(zero_stage=3, offload="cpu").zero_stage
+        3
+
+    References:
+        Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054; Ren et al. 2021, ZeRO-Offload, arXiv
+        2101.06840.
+    """
+
+    zero_stage: int | None = None
+    offload: Literal["cpu"] | None = None
+    offload_parameters: bool = False
+    config: Path | str | None = None
+
+    takes_stages: ClassVar[bool] = False
+
+    def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> ZeroModel:
+        """Give a model to DeepSpeed, over the ranks of a group. Collective.
+
+        Args:
+            roots: the model alone, on the device on which it computes, the same on every rank.
+            group: the ranks.
+            recipe: of the training, to compare with the file; its optimizer is DeepSpeed's.
+        """
+        (model,) = roots
+        if recipe.compile is not None:
+            raise ConfigError(
+                f"compile is {recipe.compile!r}, but DeepSpeed's hooks run between the model's "
+                "modules, and are not compiled; leave it out, or take engine=fully_shard"
+            )
+        source = None if self.config is None else Path(self.config)
+        config = ds_config(
+            source,
+            recipe,
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            offload_parameters=self.offload_parameters,
+        )
+        zero = config["zero_optimization"]
+        offloads = "offload_optimizer" in zero or "offload_param" in zero
+        if offloads and dist.get_world_size() > group.size():
+            raise ConfigError(
+                "engine.offload is given, and mesh.replicate is above 1: what a strategy makes of "
+                "gradients and parameters does not reach DeepSpeed's offloaded copies of them; "
+                "leave engine.offload out, or take engine=fully_shard, or one replica"
+            )
+        deepspeed = _import(next(model.parameters()).device.type)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = Updater(named, recipe.optimizer).optimizer
+        check_optimizer(source, optimizer)
+        names = {p: name for name, p in model.named_parameters()}
+        try:
+            with _quiet():
+                engine, *_ = deepspeed.initialize(
+                    model=model,
+                    optimizer=optimizer,
+                    config=config,
+                    mpu=_Ranks(group),
+                    dist_init_required=False,
+                )
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} refuses this run: {error}"
+            ) from error
+        return ZeroModel(engine, model, optimizer, names, BatchCheck(source, recipe))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without its warnings, as of torch's parts that are out of use, and its variables."""
+    before = dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+
+
+def _import(device: str) -> Any:
+    """DeepSpeed, quiet, for that kind of device."""
+    try:
+        with _quiet():
+            # Else it looks for devices of every make, and complains on finding none.
+            os.environ.setdefault("DS_ACCELERATOR", device)
+            deepspeed = importlib.import_module("deepspeed")
+            deepspeed.accelerator.get_accelerator()
+    except ImportError as error:
+        raise ConfigError(
+            f"engine=deepspeed needs DeepSpeed, which cannot be imported ({error}); install it: "
+            "pip install 'scaledtrain[deepspeed]', or take engine=fully_shard"
+        ) from error
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # It calls collectives by names that torch has begun to replace.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # A kernel for inference on CPUs, which would be compiled for a minute now.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    comm: Any = sys.modules["deepspeed.comm.comm"]
+    if comm.cdb is not None and not dist.is_initialized():  # of a job that has ended
+        comm.cdb = None
+    if comm.cdb is None:
+        with _quiet():
+            comm.init_distributed(verbose=False)
+    return deepspeed
+
+
+class _Ranks:
+    """Which ranks divide a model, as DeepSpeed asks for it (Megatron's ``mpu``)."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self._group
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._group)
+
+    def get_model_parallel_group(self) -> None:
+        """Nobody else has other parts of the same layers."""
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    get_tensor_model_parallel_group: Callable[[_Ranks], None] = get_model_parallel_group
+    get_tensor_model_parallel_rank: Callable[[_Ranks], int] = get_model_parallel_rank
+    get_tensor_model_parallel_world_size: Callable[[_Ranks], int] = get_model_parallel_world_size

@@ -1,0 +1,208 @@
+"""A model that DeepSpeed has, in the shape that the Trainer and strategies work with."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.errors import ConfigError
+from scaledtrain.loss_scale import LossScaler
+from scaledtrain.parallel.deepspeed.partition import Partition, partition_of
+from scaledtrain.replica import MakeOptimizer, Replica
+
+__all__ = ["ZeroModel"]
+
+
+class ZeroModel:
+    """One rank's part of a model under ZeRO.
+
+    Args:
+        engine: DeepSpeed's.
+        model: that the engine has.
+        optimizer: that makes the engine's updates.
+        names: of the model's parameters.
+        check_batch: called with each step, and how many ranks have one like it.
+
+    Attributes:
+        model: as given.
+        called: what a forward pass calls.
+        named_parameters: (name, part), float32, flat.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        model: nn.Module,
+        optimizer: Optimizer,
+        names: dict[nn.Parameter, str],
+        check_batch: Callable[[StepBatch, int], None],
+    ) -> None:
+        self.model = model
+        self.called: Callable[..., Any] = engine
+        self._engine = engine
+        self._check_batch = check_batch
+        self._partition = partition_of(engine, names)
+        self._optimizer = ZeroOptimizer(engine, optimizer, self._partition)
+        self._scaler = ZeroScaler(engine, self._optimizer)
+        self.named_parameters = self._partition.named_parameters
+
+    needs_lockstep = True
+
+    def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
+        """The engine itself."""
+        return self._as_optimizer_of
+
+    def _as_optimizer_of(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        wanted = [id(p) for _, p in named_parameters]
+        if wanted != [id(p) for _, p in self.named_parameters]:
+            raise ConfigError(
+                "engine=deepspeed makes the updates itself, in what it keeps on each rank, but "
+                "this strategy makes them elsewhere, on a server or on a part of the parameters; "
+                "take engine=fully_shard, or a strategy whose replicas keep their optimizer (sync, "
+                "local_sgd, diloco)"
+            )
+        return self._optimizer
+
+    def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
+        """What runs the engine's backward passes."""
+        return self._scaler
+
+    def begin(self, batch: StepBatch) -> None:
+        """A step of as many backward passes as it has microbatches begins."""
+        self._check_batch(batch, dist.get_world_size())
+        self._scaler.begin(len(batch.microbatches))
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """As it is: DeepSpeed divides all parameters together, and not each by itself."""
+        return part
+
+    def take_gradients(self) -> tuple[list[nn.Parameter], Sequence[Tensor]]:
+        """All parts, and their gradients in the units of the loss."""
+        return self._partition.take_gradients()
+
+    def refresh(self) -> None:
+        """Let the model have what a strategy wrote into the parts. Collective in the replica."""
+        self._partition.refresh()
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self._engine.destroy()
+
+
+class ZeroOptimizer(Optimizer):
+    """The engine's update as an optimizer's.
+
+    Its parameter groups are those of the optimizer inside, so that a learning-rate schedule works.
+    """
+
+    def __init__(self, engine: Any, inner: Optimizer, partition: Partition) -> None:
+        super().__init__([p for _, p in partition.named_parameters], dict(inner.defaults))
+        self.param_groups = inner.param_groups
+        self._engine = engine
+        self._inner = inner
+        self._partition = partition
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parts, and the model with them. Collective in the replica."""
+        self._partition.give_gradients()
+        self._engine.step()
+        self._partition.remember()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of this rank's parts, the optimizer's state of them, and the loss scale."""
+        return {
+            "parts": [part.detach().clone() for _, part in self._partition.named_parameters],
+            "state": [copy.deepcopy(dict(self._inner.state[f])) for f in self._partition.flats],
+            "groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in self.param_groups
+            ],
+            "scale": _numbers(self._engine.optimizer.loss_scaler),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned on this rank. Collective in the replica."""
+        with torch.no_grad():
+            parts = [part for _, part in self._partition.named_parameters]
+            for part, value in zip(parts, state_dict["parts"], strict=True):
+                part.copy_(value)
+        for flat, saved in zip(self._partition.flats, state_dict["state"], strict=True):
+            kept = self._inner.state[flat]
+            for key, value in saved.items():
+                if isinstance(value, Tensor) and isinstance(kept.get(key), Tensor):
+                    kept[key].copy_(value)
+                else:
+                    kept[key] = copy.deepcopy(value)
+        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
+            group.update(saved)
+        vars(self._engine.optimizer.loss_scaler).update(state_dict["scale"])
+        self._partition.refresh()
+
+
+class ZeroScaler(LossScaler):
+    """Runs the engine's backward passes; the loss scale, with float16, is the engine's own."""
+
+    def __init__(self, engine: Any, optimizer: ZeroOptimizer) -> None:
+        self._engine = engine
+        self._optimizer = optimizer
+        self._left = 0
+
+    def begin(self, microbatches: int) -> None:
+        """So many backward passes make the next step."""
+        self._left = microbatches
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients that ZeRO keeps on the ranks."""
+        self._left -= 1
+        self._engine.set_gradient_accumulation_boundary(self._left == 0)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """As they are."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def check_and_clip(
+        self, replica: Replica, max_norm: float | None, measure: bool
+    ) -> tuple[bool, Tensor | None]:
+        """Clip; with float16 let the engine see to an overflow, see `LossScaler`."""
+        may_overflow = self._engine.fp16_enabled()
+        if max_norm is None and not measure and not may_overflow:
+            return True, None
+        norm = replica.gradient_norm()
+        if may_overflow and not math.isfinite(norm.item()):
+            self.overflows += 1
+            self._optimizer.step()  # makes none, and lowers the scale
+            return False, None
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(replica.parameters, max_norm, norm)
+        return True, norm
+
+    def metrics(self) -> Mapping[str, float]:
+        """Scale and overflows, where there is one."""
+        if not self._engine.fp16_enabled():
+            return {}
+        return {
+            "loss_scale": float(self._engine.optimizer.loss_scale),
+            "overflows": self.overflows,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Overflows; the scale is among the optimizer's state."""
+        return {"overflows": self.overflows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.overflows = state.get("overflows", self.overflows)
+
+
+def _numbers(scaler: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}

@@ -1,0 +1,81 @@
+"""What divides a model among the ranks of ``mesh.shard``, and what it then offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.loss_scale import LossScaler
+from scaledtrain.precision import Precision
+from scaledtrain.replica import MakeOptimizer
+from scaledtrain.schedule import LossFn
+
+__all__ = ["Divided", "Engine", "Recipe"]
+
+
+class Recipe(NamedTuple):
+    """What an engine may have to know of the training that it is for."""
+
+    precision: Precision
+    optimizer: MakeOptimizer
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float | None = None
+    compile: str | None = None
+    loss_fn: LossFn | None = None
+    """Of outputs and targets; None: the model computes its loss."""
+
+
+class Divided(Protocol):
+    """One rank's part of a model."""
+
+    named_parameters: list[tuple[str, nn.Parameter]]
+    """(name, this rank's part), plain tensors, also frozen ones."""
+    called: Callable[..., Any]
+    """What runs the model, on all ranks together."""
+    needs_lockstep: bool
+    """Whether strategies may write into the parts only when they do so in all replicas at once."""
+
+    def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
+        """What makes the optimizer of the parts."""
+
+    def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
+        """What runs backward passes."""
+
+    def begin(self, batch: StepBatch) -> None:
+        """A step with these microbatches begins."""
+
+    def take_gradients(self) -> tuple[list[nn.Parameter], Sequence[Tensor]]:
+        """Parts that have got a gradient since the last time, and it; the model forgets it."""
+
+    def refresh(self) -> None:
+        """Let the model compute with the values that the parts have now. Collective."""
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The whole of a tensor that is divided as that parameter is; else the part as it is."""
+
+    def close(self) -> None:
+        """The training is over."""
+
+
+class Engine(Protocol):
+    """Divides a model among ranks."""
+
+    takes_stages: ClassVar[bool]
+    """Whether it can divide stages of a pipeline, too."""
+
+    def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> Divided:
+        """Divide a model, in place, among the ranks of a group. Collective.
+
+        Args:
+            roots: the model, or stages of it, on the device on which they compute, the same on
+                every rank.
+            group: the ranks.
+            recipe: of the training.
+
+        Raises:
+            ConfigError: it cannot be done.
+        """

@@ -1,0 +1,232 @@
+"""DeepSpeed as the engine of replicas: what it computes is what plain replicas do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from scaledtrain import DiLoCo, LocalSGD, Mesh, ParameterServer, Precision, Sync, Trainer, connect
+from scaledtrain.errors import ConfigError
+from scaledtrain.parallel import DeepSpeed
+from scaledtrain.strategies import Gossip, Strategy
+from tests.ranks import run_ranks
+
+pytestmark = [
+    pytest.mark.timeout(200),  # each rank imports DeepSpeed, which takes seconds of a core
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+    ),
+]
+
+ADAMW = partial(torch.optim.AdamW, lr=0.01)
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "sync": Sync,
+    "local_sgd": lambda: LocalSGD(sync_every=2),
+    "diloco": lambda: DiLoCo(sync_every=2),
+    "server": ParameterServer,
+    "gossip": Gossip,
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+def data(n: int) -> TensorDataset:
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(2))
+    return TensorDataset(x, (x.sum(1) > 0).long())
+
+
+def trainer(link: Any, strategy: str, **options: Any) -> Trainer:
+    make = STRATEGIES[strategy]
+    kept = {"optimizer": ADAMW, "strategy": make(), "console": False, "link": link, **options}
+    return Trainer(net(), F.cross_entropy, **kept)
+
+
+def whole(model: nn.Module) -> Tensor:
+    """All parameters; with stage 3 they are collected from the ranks."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return whole_here(model)
+    return whole_here(model)
+
+
+def whole_here(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().float().reshape(-1).clone() for p in model.parameters()])
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+
+def run(link: Any, strategy: str, local: int, **options: Any) -> tuple[Tensor, float, float, int]:
+    with trainer(
+        link,
+        strategy,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.3,
+        log_every=1,
+        lr_scheduler=step_lr,
+        **options,
+    ) as t:
+        # 38 samples: global batches of 16, 16 and 6; the last lacks some on every rank.
+        loader = DataLoader(data(38), batch_size=local, shuffle=True)
+        result = t.fit(loader, max_epochs=2, eval=DataLoader(data(9), batch_size=2))
+        norm = float(t.replica.gradient_norm())
+        return whole(t.model), result.evaluation.get("loss", 0.0), norm, result.step
+
+
+def plain_rank(options: dict[str, Any]) -> Any:
+    with connect(transport="torch", timeout_seconds=60) as link:
+        return run(link, "sync", 8, **options)
+
+
+ENGINES = [
+    DeepSpeed(zero_stage=1),
+    DeepSpeed(zero_stage=2),
+    DeepSpeed(zero_stage=2, offload="cpu"),
+    DeepSpeed(zero_stage=3),
+    DeepSpeed(zero_stage=3, offload="cpu", offload_parameters=True),
+]
+
+
+def zero_rank(options: dict[str, Any]) -> list[Any]:
+    with connect(transport="torch", timeout_seconds=60) as link:
+        return [
+            run(link, "sync", 4, mesh=Mesh(shard=2), engine=engine, **options) for engine in ENGINES
+        ]
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-6), ({"precision": "bf16-mixed"}, 5e-3)],
+    ids=["fp32", "bf16"],
+)
+def test_every_stage_trains_as_one_process_does(options: dict[str, Any], tolerance: float) -> None:
+    """Two ranks with half of each batch; accumulation, clipping, a schedule, an uneven end.
+
+    float32: sums in another order, 2^-24 relative each, in 6 steps: below 1e-6. bfloat16 has 2^-9,
+    of which AdamW at lr 0.01 makes at most a few tenths of its step.
+    """
+    ((expected, loss, norm, step),) = run_ranks(plain_rank, 1, options)
+    for of_rank in run_ranks(zero_rank, 2, options, timeout_seconds=180):
+        for found in of_rank:
+            torch.testing.assert_close(found[0], expected, atol=tolerance, rtol=0.0)
+            assert found[1] == pytest.approx(loss, abs=tolerance)
+            assert found[2] == pytest.approx(norm, abs=10 * tolerance)
+            assert found[3] == step == 6
+
+
+def replicas_rank(mesh: Mesh, local: int, engines: list[DeepSpeed | None]) -> list[Any]:
+    with connect(transport="torch", timeout_seconds=60) as link:
+        return [
+            [run(link, strategy, local, mesh=mesh, engine=engine) for engine in engines]
+            for strategy in ("sync", "local_sgd", "diloco")
+        ]
+
+
+@pytest.mark.timeout(300)
+def test_strategies_keep_replicas_of_two_ranks_together() -> None:
+    """Four ranks as two replicas, against two plain replicas with the same samples."""
+    expected = run_ranks(replicas_rank, 2, Mesh(), 4, [None], timeout_seconds=100)
+    engines = [DeepSpeed(zero_stage=stage) for stage in (1, 2, 3)]
+    found = run_ranks(replicas_rank, 4, Mesh(shard=2), 2, engines, timeout_seconds=180)
+    for rank, of_rank in enumerate(found):
+        for of_strategy, ((wanted, loss, norm, step),) in zip(
+            of_rank, expected[rank // 2], strict=True
+        ):
+            for parameters, *others in of_strategy:
+                torch.testing.assert_close(parameters, wanted, atol=2e-6, rtol=0.0)
+                assert others == [
+                    pytest.approx(loss, abs=1e-5),
+                    pytest.approx(norm, abs=1e-5),
+                    step,
+                ]
+
+
+def details_rank(folder: str) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    with connect(transport="torch", timeout_seconds=60) as link:
+        loader = DataLoader(data(32), batch_size=4)
+        mesh = Mesh(shard=2)
+
+        def fit(t: Trainer, steps: int) -> Tensor:
+            t.fit(loader, max_steps=steps)
+            return whole(t.model)
+
+        for stage in (2, 3):
+            options = {"mesh": mesh, "engine": DeepSpeed(zero_stage=stage), "lr_scheduler": step_lr}
+            with trainer(link, "sync", **options) as t:
+                fit(t, 3)
+                state = t.state_dict()
+                straight = fit(t, 8)
+            with trainer(link, "sync", **options) as t:
+                t.load_state_dict(state)
+                told[f"resumed {stage}"] = (fit(t, 8), straight)
+
+        master = Precision("bf16-true", update="master")
+        with trainer(
+            link, "sync", mesh=mesh, engine=DeepSpeed(zero_stage=3), precision=master
+        ) as t:
+            told["bf16-true"] = fit(t, 8)
+        with trainer(link, "sync") as t:
+            told["plain"] = fit(t, 8)
+
+        def refused(**options: Any) -> str:
+            options = {"strategy": "sync", "mesh": mesh, "engine": DeepSpeed(), **options}
+            with pytest.raises(ConfigError) as caught, trainer(link, **options) as t:
+                t.fit(loader, max_steps=1)
+            return str(caught.value)
+
+        told["server"] = refused(strategy="server", mesh=Mesh(shard=2))
+        told["gossip"] = refused(strategy="gossip")
+        told["fp16"] = refused(precision=Precision("fp16-true"))
+        told["batch"] = refused(engine=DeepSpeed(config=f"{folder}/batch.json"))
+        told["optimizer"] = refused(engine=DeepSpeed(config=f"{folder}/optimizer.json"))
+        with trainer(link, "sync", mesh=mesh, engine=DeepSpeed(config=f"{folder}/fits.json")) as t:
+            told["file"] = fit(t, 8)
+            assert t.layout.called.zero_optimization_stage() == 3
+    return told
+
+
+def test_state_files_and_refusals(tmp_path: Path) -> None:
+    files = {
+        "batch": {"train_micro_batch_size_per_gpu": 16},
+        "optimizer": {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},
+        "fits": {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.999]}},
+            "bf16": {"enabled": "auto"},
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for told in run_ranks(details_rank, 2, str(tmp_path), timeout_seconds=180):
+        for stage in (2, 3):
+            resumed, straight = told[f"resumed {stage}"]
+            assert torch.equal(resumed, straight)
+        torch.testing.assert_close(told["file"], told["plain"], atol=1e-6, rtol=0.0)
+        # bfloat16 rounds parameters of up to 1 to 2^-9, and so what forward and backward compute.
+        torch.testing.assert_close(told["bf16-true"], told["plain"], atol=2e-2, rtol=0.0)
+        assert "engine=fully_shard" in told["server"]
+        assert "engine=fully_shard" in told["gossip"]
+        assert "not supported on your device" in told["fp16"]
+        assert "16" in told["batch"]
+        assert "data.local_batch_size=4" in told["batch"]
+        assert "optimizer.lr=0.5" in told["optimizer"]
+        assert "0.01" in told["optimizer"]

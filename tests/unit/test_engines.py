@@ -1,0 +1,248 @@
+"""What Accelerate's files and DeepSpeed's files say in our words, and what of it is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scaledtrain.command_line import compose
+from scaledtrain.config import check
+from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.errors import ConfigError
+from scaledtrain.loss_scale import LossScale
+from scaledtrain.parallel.accelerate import with_accelerate, words_of_environment
+from scaledtrain.parallel.deepspeed.engine import DeepSpeed
+from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
+from scaledtrain.parallel.engine import Recipe
+from scaledtrain.precision import Precision
+
+CPU_FILE = """
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: MULTI_CPU
+downcast_bf16: 'no'
+enable_cpu_affinity: false
+machine_rank: 0
+main_training_function: main
+mixed_precision: bf16
+num_machines: 1
+num_processes: 4
+rdzv_backend: static
+same_network: true
+tpu_env: []
+tpu_use_cluster: false
+tpu_use_sudo: false
+use_cpu: true
+"""
+DEEPSPEED_FILE = """
+compute_environment: LOCAL_MACHINE
+deepspeed_config:
+  gradient_accumulation_steps: 4
+  gradient_clipping: 1.0
+  offload_optimizer_device: cpu
+  offload_param_device: none
+  zero3_init_flag: false
+  zero_stage: 3
+distributed_type: DEEPSPEED
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+"""
+FSDP_FILE = """
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_reshard_after_forward: false
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: Block
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+dynamo_config: {dynamo_backend: INDUCTOR, dynamo_mode: default}
+num_processes: 2
+mixed_precision: fp16
+"""
+
+
+def words(tmp_path: Path, text: str, *own: str, env: dict[str, str] | None = None) -> list[str]:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return with_accelerate([f"accelerate={file}", *own], env or {})
+
+
+def test_a_file_of_accelerate_config_is_said_in_our_words(tmp_path: Path) -> None:
+    found = words(tmp_path, CPU_FILE, "max_steps=3")
+    assert found == ["precision=bf16-mixed", "workers=4", "device=cpu", "max_steps=3"]
+    config = check(compose(words(tmp_path, DEEPSPEED_FILE, "optimizer=adamw")))
+    assert config.workers == config.mesh.shard == 2
+    assert config.gradient_accumulation_steps == 4
+    assert config.max_grad_norm == 1.0
+    assert config.engine is not None
+    assert config.engine["zero_stage"] == 3
+    assert config.engine["offload"] == "cpu"
+    config = check(compose(words(tmp_path, FSDP_FILE)))
+    assert config.engine is not None
+    assert config.engine["reshard_after_forward"] is False
+    assert config.engine["blocks"] == ["Block"]
+    assert (config.precision.name, config.compile) == ("fp16-mixed", "inductor")
+
+
+def test_the_command_line_counts_more_than_the_file(tmp_path: Path) -> None:
+    found = words(tmp_path, CPU_FILE, "precision=fp32", "workers=2")
+    assert found == ["device=cpu", "precision=fp32", "workers=2"]
+    # Whoever launched the ranks has said how many there are.
+    launched = {"RANK": "0", "WORLD_SIZE": "2"}
+    assert words(tmp_path, CPU_FILE, env=launched) == ["precision=bf16-mixed", "device=cpu"]
+
+
+def test_what_accelerate_launch_leaves_in_the_environment() -> None:
+    plain = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "False",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+    }
+    assert words_of_environment(plain) == []
+    deepspeed = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2",
+        "WORLD_SIZE": "8",
+    }
+    assert words_of_environment({**plain, **deepspeed}) == [
+        "gradient_accumulation_steps=2",
+        "mesh.shard=8",
+        "engine=deepspeed",
+        "engine.zero_stage=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distributed_type: MEGATRON_LM\n", "distributed_type is MEGATRON_LM"),
+        ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision is 'fp8'.*no, bf16"),
+        ("distributed_type: 'NO'\nnum_machines: 2\n", "num_machines is 2.*torchrun"),
+        ("distributed_type: 'NO'\nnum_proceses: 2\n", "num_proceses is 2.*no counterpart"),
+        ("workers: 2\n", "no file of `accelerate config`"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        words(tmp_path, text)
+
+
+def recipe(**options: Any) -> Recipe:
+    precision = Precision(**options.pop("precision", {}))
+    return Recipe(precision, partial(torch.optim.SGD, lr=0.1), **options)
+
+
+def config_of(source: Path | None = None, **options: Any) -> dict[str, Any]:
+    words = {"zero_stage": None, "offload": None, "offload_parameters": False}
+    own = {name: options.pop(name) for name in list(options) if name in words}
+    return ds_config(source, recipe(**options), **{**words, **own})
+
+
+def test_our_words_become_deepspeeds() -> None:
+    assert config_of()["zero_optimization"] == {"stage": 2}
+    assert config_of(zero_stage=3, offload="cpu", offload_parameters=True)["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+    mixed = config_of(precision={"name": "bf16-mixed"})
+    assert mixed["torch_autocast"]["dtype"] == "bfloat16"
+    scale = LossScale(initial=1024.0, growth_interval=7)
+    half = config_of(precision={"name": "fp16-true", "loss_scale": scale})["fp16"]
+    assert half == {
+        "enabled": True,
+        "initial_scale_power": 10,  # 2^10 = 1024
+        "loss_scale_window": 7,
+        "min_loss_scale": 1.0,
+        "hysteresis": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zero_stage": 4}, "engine.zero_stage is 4"),
+        ({"offload": "nvme"}, "'nvme'.*engine.offload=cpu"),
+        ({"zero_stage": 2, "offload_parameters": True}, "take stage 3"),
+        ({"precision": {"name": "fp16-mixed"}}, "precision=fp16-true"),
+        ({"precision": {"name": "bf16-true"}}, "stochastic.*precision.update=master"),
+        (
+            {"precision": {"name": "fp16-true", "loss_scale": LossScale(initial=1000.0)}},
+            "power of two",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(**options)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ({"gradient_accumulation_steps": 4}, {}, "says 4 .* gradient_accumulation_steps=1 says"),
+        ({"gradient_clipping": 1.0}, {}, "says 1.0 .* max_grad_norm=null"),
+        ({"gradient_clipping": 1.0}, {"max_grad_norm": 0.5}, "says 1.0 .* max_grad_norm=0.5"),
+        ({"zero_optimization": {"stage": 1}}, {"zero_stage": 3}, "says 1 .* engine.zero_stage=3"),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled=True .* precision=fp32"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "lr_schedule"),
+        ({"zero_optimisation": {}}, {}, "did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, {}, "say mesh.shard"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            {"offload": "cpu"},
+            "says 'nvme' .* engine.offload='cpu'",
+        ),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(
+    tmp_path: Path, content: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        config_of(file, **options)
+
+
+def test_a_file_that_agrees_is_passed_on(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    content = {
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 1.0,
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "sub_group_size": 1000},
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9}},
+    }
+    file.write_text(json.dumps(content))
+    made = config_of(file, max_grad_norm=1.0)
+    assert made["wall_clock_breakdown"] is True
+    assert made["zero_optimization"] == {"stage": 3, "sub_group_size": 1000}
+    assert "gradient_clipping" not in made  # that is done here, over all ranks
+    parameters = torch.nn.Linear(2, 1).parameters()
+    check_optimizer(file, torch.optim.SGD(parameters, lr=3.0, momentum=0.9))
+    with pytest.raises(ConfigError, match="optimizer.momentum=0.9 .* optimizer.momentum=0.5"):
+        check_optimizer(file, torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), momentum=0.5))
+    with pytest.raises(ConfigError, match="type=SGD .* optimizer=AdamW"):
+        check_optimizer(file, torch.optim.AdamW(torch.nn.Linear(2, 1).parameters()))
+    check_batch = BatchCheck(file, recipe())
+    check_batch(StepBatch([None], [3], 0.375, 3), 2)  # the end of an epoch says nothing
+    with pytest.raises(ConfigError, match="says 8 .* data.local_batch_size=4"):
+        check_batch(StepBatch([None], [4], 1.0, 4), 2)
+
+
+def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'scaledtrain\[deepspeed\]'"):
+        DeepSpeed().apply([torch.nn.Linear(2, 1)], None, recipe())  # type: ignore[arg-type]
