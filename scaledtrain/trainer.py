@@ -153,7 +153,14 @@ class Trainer:
         self.link: Link = link
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
-        self.layout = lay_out(converted, self.link, mesh or Mesh(), self.precision, engine)
+        self.layout = lay_out(
+            converted,
+            self.link,
+            mesh or Mesh(),
+            self.precision,
+            engine,
+            stands_in=activation_checkpointing is not None,
+        )
         self.model = self.layout.model
         self.strategy: Strategy = strategy or Sync()
         self._check_layout(drop_compute)
@@ -238,11 +245,23 @@ class Trainer:
             with self.precision.autocast(self.link.device):
                 return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
 
-        # Pieces cannot be tried out apart from the step that all ranks make together.
-        whole = self.layout.pieces.size == 1
-        self._checkpointing = checkpoint_activations(
-            self.model, policy, sample if whole else None, compile=self._compile
-        )
+        refused = None
+        try:
+            self._checkpointing = checkpoint_activations(
+                self.model,
+                policy,
+                sample,
+                compile=self._compile,
+                stand_in=self.layout.stand_in(),
+            )
+        except ConfigError as error:  # with batches of another shape another rank may have none
+            refused = error
+        if self.layout.agree(refused is not None):
+            raise refused or ConfigError(
+                "another rank of this replica cannot run with this activation checkpointing; its "
+                "own error says why"
+            )
+        assert self._checkpointing is not None
         self.metrics.say(self._checkpointing.told)
 
     @property

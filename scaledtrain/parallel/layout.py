@@ -124,6 +124,14 @@ class Layout:
         """Let the gradients of a schedule get to `named_parameters`."""
         return loop if self._shards is None else _ShardedSchedule(loop, self._shards[0], scaler)
 
+    def stand_in(self) -> nn.Module | None:
+        """What can be run on this rank alone to see what the model needs; None: the model can.
+
+        Raises:
+            ConfigError: there is none for what is gathered where.
+        """
+        return None if self._shards is None else self._shards[0].stand_in()
+
     def refresh(self) -> None:
         """Let the model compute with the values that `named_parameters` have now."""
         if self._shards is not None:
@@ -164,6 +172,8 @@ def lay_out(
     mesh: Mesh,
     precision: Precision,
     engine: FullyShard | None = None,
+    *,
+    stands_in: bool = False,
 ) -> Layout:
     """Give each rank of a mesh its piece of a model. Collective.
 
@@ -174,6 +184,7 @@ def lay_out(
         mesh: the layout.
         precision: in which the model computes.
         engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
+        stands_in: whether `Layout.stand_in` will be asked for.
 
     Raises:
         ConfigError: the mesh does not fit the job, or the model cannot be divided so.
@@ -195,5 +206,7 @@ def lay_out(
     )
     pieces = link.part(f"replica/{place.replicate}", mesh.ranks(place, "pipe", "shard")).group
     among_shards = link.part(f"shards/{place.replicate}/{place.pipe}", mesh.ranks(place, "shard"))
-    shards = (engine or FullyShard()).apply(model, among_shards.process_group(), precision)
+    shards = (engine or FullyShard()).apply(
+        model, among_shards.process_group(), precision, stands_in
+    )
     return Layout(model, of_strategy, pieces, (shards, among_shards.group))

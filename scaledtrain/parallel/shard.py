@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard as _fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.stand_in import StandIn
 from scaledtrain.recompute.blocks import find_blocks
 
 if TYPE_CHECKING:
@@ -54,13 +55,16 @@ class FullyShard:
     offload: bool = False
     blocks: Sequence[str] | None = None
 
-    def apply(self, model: nn.Module, group: ProcessGroup, precision: Precision) -> Shards:
+    def apply(
+        self, model: nn.Module, group: ProcessGroup, precision: Precision, stands_in: bool = False
+    ) -> Shards:
         """Shard a model, in place, over the ranks of a group. Collective.
 
         Args:
             model: on the device on which it computes, the same on every rank.
             group: the ranks.
             precision: its format for computing.
+            stands_in: whether a `StandIn` for the model will be asked for.
 
         Raises:
             ConfigError: no such blocks, or offloading from a CPU.
@@ -78,6 +82,7 @@ class FullyShard:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # autocast does
         )
+        stand_in = StandIn(model, computes) if stands_in else None
         mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
         for module in (*self._blocks_of(model), model):
             _fully_shard(
@@ -87,7 +92,7 @@ class FullyShard:
                 mp_policy=policy if mixed else MixedPrecisionPolicy(),
                 offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy(),
             )
-        return Shards(model)
+        return Shards(model, device, stand_in)
 
     def _blocks_of(self, model: nn.Module) -> list[nn.Module]:
         if self.blocks is None:
@@ -110,13 +115,20 @@ class Shards:
 
     Args:
         model: sharded.
+        device: on which it computes.
+        stand_in: for it; None: nobody will ask for it.
 
     Attributes:
         named_parameters: (name, shard), in the model's order; some may have no element. They share
             the model's memory, as long as nobody gives them other memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, stand_in: StandIn | None = None
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._stand_in = stand_in
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
         self.named_parameters: list[tuple[str, nn.Parameter]] = []
@@ -124,6 +136,11 @@ class Shards:
             shard = nn.Parameter(_local(parameter.detach()), parameter.requires_grad)
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
+
+    def stand_in(self) -> nn.Module:
+        """A whole model that computes as this one, without its values; see `StandIn`."""
+        assert self._stand_in is not None
+        return self._stand_in.make(self._model, self._device)
 
     @torch.no_grad()
     def refresh(self) -> None:

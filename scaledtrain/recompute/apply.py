@@ -22,6 +22,7 @@ def checkpoint_activations(
     *,
     blocks: Sequence[str] | None = None,
     compile: str | None = None,
+    stand_in: nn.Module | None = None,
 ) -> Executor:
     """Let a model compute activations again instead of keeping them, in any training loop.
 
@@ -35,6 +36,8 @@ def checkpoint_activations(
         blocks: names of the submodules that are the chain; None: they are found.
         compile: backend for ``torch.compile`` (``"inductor"``), with which each block is compiled;
             what is not in a block is not. None: nothing is.
+        stand_in: a model with the same blocks, on which everything is measured and tried out where
+            the model itself cannot be run alone (a sharded one). None: it can.
 
     Returns:
         A handle; its ``remove()`` undoes it.
@@ -59,7 +62,12 @@ def checkpoint_activations(
     chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
     compiled = None if compile is None else Compiled(chain, compile)
     try:
-        executor = _tried(policy, model, chain, sample)
+        if stand_in is None:
+            executor = _tried(policy, model, chain, sample)
+        else:
+            tried = checkpoint_activations(stand_in, policy, sample, blocks=blocks, compile=compile)
+            tried.remove()
+            executor = tried.on(model, chain)
     except BaseException:
         if compiled is not None:
             compiled.remove()
