@@ -166,7 +166,7 @@ class Trainer:
         self._check_layout(drop_compute)
         self.replica = Replica(
             self.model,
-            optimizer,
+            self.layout.optimizer(optimizer),
             lr_scheduler,
             partial(self.precision.rounding, seed),
             named_parameters=self.layout.named_parameters(),
@@ -381,6 +381,7 @@ class Trainer:
             self._call("on_fit_start")
             stopped_by = run.run()
             self.strategy.settle()
+            self.layout.share_buffers()
             self.layout.refresh()
             run.evaluate_at_end()
             self.metrics.flush(self.strategy)
@@ -415,6 +416,7 @@ class Trainer:
         must_end(loader, "an evaluation")
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
+        self.layout.share_buffers()
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size)
         names = ["loss", *self._eval_metrics]
@@ -449,10 +451,12 @@ class Trainer:
     def predict(self, loader: Iterable[Any]) -> list[Any]:
         """The model's outputs for each batch of a loader, in its order, in eval mode.
 
-        The rank that calls this computes all of them; nothing is communicated. Batches may be
-        inputs alone, (inputs, targets), or dicts for the model.
+        The rank that calls this computes all of them; nothing is communicated but parts of the
+        model, so that ranks that have a replica together call it together. Batches may be inputs
+        alone, (inputs, targets), or dicts for the model.
         """
         must_end(loader, "a prediction")
+        self.layout.refresh()
         outputs = []
         with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
@@ -475,6 +479,15 @@ class Trainer:
             "epoch": self.epoch,
             "steps_in_epoch": self.steps_in_epoch,
         }
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The whole model's state dict: plain tensors on the host, by the model's own names.
+
+        It is this replica's, whatever the layout. The ranks of a replica call this together; its
+        first rank has the result, the others an empty dict. A run with any layout begins with it if
+        it is loaded into the model before that is given to a Trainer.
+        """
+        return self.layout.full_state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, on every rank, before ``fit``."""

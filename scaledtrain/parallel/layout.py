@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches
-from scaledtrain.parallel.shard import FullyShard, Shards
+from scaledtrain.parallel.shard import FullyShard, Shards, elementwise
 from scaledtrain.schedule import Abandon, Computed, Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.loss_scale import LossScaler
     from scaledtrain.precision import Precision
+    from scaledtrain.replica import MakeOptimizer
 
 __all__ = ["Layout", "Steps", "lay_out"]
 
@@ -118,11 +120,25 @@ class Layout:
             alone=alone,
             share=share,
         )
-        return own if self._shards is None else AgreedBatches(own, group)
+        return own if self._shards is None else AgreedBatches(own, group, device)
 
     def schedule(self, loop: Schedule, scaler: LossScaler) -> Schedule:
         """Let the gradients of a schedule get to `named_parameters`."""
         return loop if self._shards is None else _ShardedSchedule(loop, self._shards[0], scaler)
+
+    def optimizer(self, make: MakeOptimizer) -> MakeOptimizer:
+        """As given, but an error where it cannot update `named_parameters`."""
+        return make if self._shards is None else elementwise(make)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The whole model's, on the host; on the first rank of this replica, empty on others.
+
+        All ranks of the replica call this together.
+        """
+        self.refresh()
+        if self._shards is not None:
+            return self._shards[0].full_state_dict(keep=self.pieces.rank == 0)
+        return copy.deepcopy(to_device(self.model.state_dict(), torch.device("cpu")))
 
     def stand_in(self) -> nn.Module | None:
         """What can be run on this rank alone to see what the model needs; None: the model can.
@@ -136,6 +152,11 @@ class Layout:
         """Let the model compute with the values that `named_parameters` have now."""
         if self._shards is not None:
             self._shards[0].refresh()
+
+    def share_buffers(self) -> None:
+        """Give all ranks of this replica the first one's running statistics."""
+        if self._shards is not None:
+            self._shard_group.broadcast(list(self.model.buffers()))
 
     def agree(self, vote: bool) -> bool:
         """Whether a rank of this replica says so; all of them ask together."""

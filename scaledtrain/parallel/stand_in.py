@@ -78,11 +78,17 @@ def _check_inside(block: nn.Module) -> None:
     for module in block.modules():
         if module is not block and isinstance(module, FSDPModule):
             raise ConfigError(
-                f"engine.blocks has {type(module).__mro__[2].__name__}, modules inside of the "
-                f"blocks ({type(block).__mro__[1].__name__}) whose activations are to be computed "
-                "again; they would be gathered in the middle of that: let engine.blocks name "
-                "blocks of the chain, or leave it out"
+                f"engine.blocks has {_class(module)}, modules inside of the blocks "
+                f"({_class(block)}) whose activations are to be computed again; they would be "
+                "gathered in the middle of that: let engine.blocks name blocks of the chain, or "
+                "leave it out"
             )
+
+
+def _class(module: nn.Module) -> str:
+    """The user's, not the one that fully_shard has made of it."""
+    kind = type(module)
+    return (kind.__mro__[2] if isinstance(module, FSDPModule) else kind).__name__
 
 
 def _nothing(module: nn.Module, args: Any) -> None:

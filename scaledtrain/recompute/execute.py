@@ -170,7 +170,9 @@ class _Together:
                     f"{type(self.blocks[-1]).__name__} returns {len(output)} things, not one"
                 )
             if any(map(has_hooks, self.blocks)):
-                raise self._error("one of them has hooks, which would see other calls")
+                raise self._error(
+                    "one of them has hooks (as fully_shard's), which would see other calls"
+                )
         return output
 
     def hand_on(self, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
