@@ -164,6 +164,8 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
         microbatches=training.gradient_accumulation_steps,
         strategy=lambda: make(training.strategy),
         workers=workers,
+        mesh=training.mesh,
+        engine=None if training.engine is None else make(training.engine),
         device=device,
     )
 

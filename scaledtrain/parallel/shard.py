@@ -81,9 +81,7 @@ class FullyShard:
                 "engine.offload is true, but the model is in the host's memory already; leave it "
                 "out, or train on GPUs"
             )
-        gathered = precision.autocast_dtype
-        if any(isinstance(m, _BatchNorm) and m.affine for m in model.modules()):
-            gathered = None  # its kernels want 32-bit weights
+        gathered = self.gathered_dtype(model, precision)
         policy = MixedPrecisionPolicy(
             param_dtype=gathered,
             reduce_dtype=None if gathered is None else torch.float32,
@@ -91,7 +89,7 @@ class FullyShard:
         )
         stand_in = StandIn(model, gathered) if stands_in else None
         mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
-        for module in (*self._blocks_of(model), model):
+        for module in (*self.blocks_of(model), model):
             _fully_shard(
                 module,
                 mesh=mesh,
@@ -101,7 +99,13 @@ class FullyShard:
             )
         return Shards(model, device, stand_in)
 
-    def _blocks_of(self, model: nn.Module) -> list[nn.Module]:
+    def gathered_dtype(self, model: nn.Module, precision: Precision) -> torch.dtype | None:
+        """The format in which parameters are gathered; None: their own."""
+        if any(isinstance(m, _BatchNorm) and m.affine for m in model.modules()):
+            return None  # its kernels want 32-bit weights
+        return precision.autocast_dtype
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """Modules that are gathered one by one; one that shares a parameter comes with the rest."""
         places: dict[nn.Parameter, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -64,7 +64,7 @@ def train(
     runs: list[tuple[str, Mesh, dict[str, Any]]],
 ) -> list[tuple[dict[str, Tensor], float, int]]:
     found = []
-    with connect(transport="torch", timeout_seconds=60) as link:
+    with connect(transport="torch", timeout_seconds=100) as link:
         for name, mesh, options in runs:
             with Trainer(
                 make(name),

@@ -56,7 +56,7 @@ def trainer(link: Link, policy: CheckpointPolicy | None, **options: Any) -> Trai
 
 def run(cases: list[tuple[CheckpointPolicy | None, dict[str, Any]]]) -> list[Any]:
     found: list[Any] = []
-    with connect(transport="torch", timeout_seconds=60) as link:
+    with connect(transport="torch", timeout_seconds=100) as link:
         for policy, options in cases:
             try:
                 with trainer(link, policy, **options) as trained:
@@ -99,14 +99,15 @@ def test_what_cannot_be_is_an_error_on_every_rank() -> None:
     ]
     for told in run_ranks(run, 2, cases, timeout_seconds=120):
         small, sqrt, pairs, inside = told
-        assert "do not fit into 20480 bytes" in small and "raise the budget" in small
+        assert "do not fit into 20480 bytes" in small
+        assert "raise the budget" in small
         assert "3 blocks are to be computed again together" in sqrt
         assert "choose a policy that takes them one by one" in pairs
         assert "engine.blocks has _FeedForward, modules inside of the blocks (_Block)" in inside
 
 
 def one_rank_has_more(budget: int) -> str:
-    with connect(transport="torch", timeout_seconds=60) as link:
+    with connect(transport="torch", timeout_seconds=100) as link:
         long, short = torch.zeros(8, LENGTH, dtype=torch.long), torch.zeros(8, 4, dtype=torch.long)
         batches = [(long, long), (short, short)]
         trained = trainer(link, MemoryBudget(budget))
@@ -117,7 +118,7 @@ def one_rank_has_more(budget: int) -> str:
 
 
 def test_a_rank_whose_batch_does_not_fit_ends_the_others() -> None:
-    first, second = run_ranks(one_rank_has_more, 2, 200 * 1024)
+    first, second = run_ranks(one_rank_has_more, 2, 200 * 1024, timeout_seconds=120)
     assert "do not fit into 204800 bytes" in first
     assert second == (
         "another rank of this replica cannot run with this activation checkpointing; its own error "
