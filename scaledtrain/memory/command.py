@@ -143,6 +143,7 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
         optimizer=_class(training.optimizer),
         strategy=_class(training.strategy),
         workers=workers,
+        mesh_shard=training.mesh.shard,
         device=device,
         memory=limit,
         chosen=(str(main), _chosen(training)),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory.fake import Fakes, batch_of, bytes_of, copied, tensors_in
-from scaledtrain.memory.gathering import Gathering, shards_of
+from scaledtrain.memory.gathering import gathering_of, shards_of
 from scaledtrain.memory.measure import Kept, UpdateBytes, activation_bytes, most_bytes, update_bytes
 from scaledtrain.memory.ranks import RankKept, bytes_kept_by_ranks
 from scaledtrain.memory.search import largest
@@ -287,7 +287,7 @@ class _Step:
     ) -> None:
         self.model = copied(prepared.model, of._device)
         self.blocks = _blocks(self.model, of._blocks, needed=policy is not None)
-        self._gathering = _gathering(self.model, of._engine, of._mesh.shard, prepared.precision)
+        self._gathering = gathering_of(self.model, of._engine, of._mesh.shard, prepared.precision)
         self._batch = batch_of(size, of._batch, of._device)
         self._loss_fn = of._loss_fn
         self._precision = prepared.precision
@@ -320,20 +320,6 @@ class _Step:
             return most_bytes(lambda: self._loop.run(self._step))
         finally:
             self._gathering.on = False
-
-
-def _gathering(
-    model: nn.Module, engine: FullyShard, n: int, precision: Precision
-) -> Gathering | None:
-    """Let a model be one that is gathered from shards, if it is."""
-    if n == 1:
-        return None
-    blocks, gathered = engine.blocks_of(model), engine.gathered_dtype(model, precision)
-    for parameter in model.parameters():
-        if gathered is not None and parameter.is_floating_point():
-            parameter.data = parameter.data.to(gathered)
-    reduced = None if gathered is None else torch.float32
-    return Gathering(model, blocks, n, reduced, engine.reshard_after_forward)
 
 
 def _blocks(model: nn.Module, names: Sequence[str] | None, needed: bool) -> list[nn.Module]:
