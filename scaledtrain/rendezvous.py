@@ -146,7 +146,7 @@ class Connection:
         """The link among some of the ranks, who call this together; it ends with this one.
 
         Args:
-            name: of the part, the same on its ranks, and no other part's.
+            name: of the part, the same on its ranks, and no other part's; it may be made again.
             ranks: of this connection, in the order of their ranks in the part.
         """
         place = list(ranks).index(self.group.rank)
@@ -156,7 +156,8 @@ class Connection:
         )
         self._parts.append(part)
         if self.store is not None and len(ranks) > 1:
-            part.store = dist.PrefixStore(f"part/{name}", self.store)
+            number = self._made[name] = self._made.get(name, 0) + 1
+            part.store = dist.PrefixStore(f"part/{name}/{number}", self.store)
             part._open_group()
         return part
 

@@ -318,6 +318,10 @@ class Link(Protocol):
     def bytes_sent(self) -> int:
         """Of the tensors that this rank has handed to a transport so far."""
 
+    @property
+    def timeout_seconds(self) -> float:
+        """The longest that a rank waits for another."""
+
     event_log: Path | None
     """Where the next server that is made writes its events; None: nowhere."""
 

@@ -157,6 +157,7 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
     batches = ReplicaLoader(task.train_loader(_SAMPLES), seed=training.seed).epoch(0)
     (batch,) = next(batches).microbatches
     batches.close()
+    chosen = training.activation_checkpointing
     return MemoryEstimator(
         _model_without_memory(training),
         task.loss_fn,
@@ -167,6 +168,7 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
         workers=workers,
         mesh=training.mesh,
         engine=None if training.engine is None else make(training.engine),
+        blocks=None if chosen is None else chosen.get("blocks"),
         device=device,
     )
 

@@ -286,7 +286,8 @@ class _Step:
         size: int,
     ) -> None:
         self.model = copied(prepared.model, of._device)
-        self.blocks = _blocks(self.model, of._blocks, needed=policy is not None)
+        of_policy = None if policy is None else policy.blocks
+        self.blocks = _blocks(self.model, of_policy or of._blocks, needed=policy is not None)
         self._gathering = gathering_of(self.model, of._engine, of._mesh.shard, prepared.precision)
         self._batch = batch_of(size, of._batch, of._device)
         self._loss_fn = of._loss_fn
@@ -388,7 +389,8 @@ def estimate_memory(
         workers: ranks.
         mesh: their layout; None: each has a replica.
         engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
-        blocks: names of the submodules that are the chain; None: they are found.
+        blocks: names of the submodules that are the chain, unless the policy has some; None: they
+            are found.
         device: whose kernels are meant: this host must have it.
 
     Raises:

@@ -62,12 +62,16 @@ class FullyShard:
     blocks: Sequence[str] | None = None
 
     def apply(
-        self, model: nn.Module, group: ProcessGroup, precision: Precision, stands_in: bool = False
+        self,
+        roots: Sequence[nn.Module],
+        group: ProcessGroup,
+        precision: Precision,
+        stands_in: bool = False,
     ) -> Shards:
-        """Shard a model, in place, over the ranks of a group. Collective.
+        """Shard a model, or stages of one, in place, over the ranks of a group. Collective.
 
         Args:
-            model: on the device on which it computes, the same on every rank.
+            roots: on the device on which they compute, the same on every rank.
             group: the ranks.
             precision: its format for computing.
             stands_in: whether a `StandIn` for the model will be asked for.
@@ -75,21 +79,21 @@ class FullyShard:
         Raises:
             ConfigError: no such blocks, or offloading from a CPU.
         """
-        device = next(model.parameters()).device
+        device = next(roots[0].parameters()).device
         if self.offload and device.type == "cpu":
             raise ConfigError(
                 "engine.offload is true, but the model is in the host's memory already; leave it "
                 "out, or train on GPUs"
             )
-        gathered = self.gathered_dtype(model, precision)
+        gathered = self.gathered_dtype(nn.ModuleList(roots), precision)
         policy = MixedPrecisionPolicy(
             param_dtype=gathered,
             reduce_dtype=None if gathered is None else torch.float32,
             cast_forward_inputs=False,  # autocast does
         )
-        stand_in = StandIn(model, gathered) if stands_in else None
+        stand_in = StandIn(roots[0], gathered) if stands_in else None
         mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
-        for module in (*self.blocks_of(model), model):
+        for module in (m for root in roots for m in (*self.blocks_of(root), root)):
             _fully_shard(
                 module,
                 mesh=mesh,
@@ -97,7 +101,7 @@ class FullyShard:
                 mp_policy=policy,
                 offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy(),
             )
-        return Shards(model, device, stand_in)
+        return Shards(roots, device, stand_in)
 
     def gathered_dtype(self, model: nn.Module, precision: Precision) -> torch.dtype | None:
         """The format in which parameters are gathered; None: their own."""
@@ -139,9 +143,9 @@ class Shards:
     """This rank's shard of every parameter, as plain tensors that the model's own refer to.
 
     Args:
-        model: sharded.
+        roots: sharded.
         device: on which it computes.
-        stand_in: for it; None: nobody will ask for it.
+        stand_in: for the first root, the whole model; None: nobody will ask for it.
 
     Attributes:
         named_parameters: (name, shard), in the model's order; some may have no element. They share
@@ -149,16 +153,20 @@ class Shards:
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, stand_in: StandIn | None = None
+        self, roots: Sequence[nn.Module], device: torch.device, stand_in: StandIn | None = None
     ) -> None:
-        self._model = model
+        self._model = roots[0]
         self._device = device
         self._stand_in = stand_in
-        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        modules = [module for root in roots for module in root.modules()]
+        self._modules = [m for m in modules if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
         self.named_parameters: list[tuple[str, nn.Parameter]] = []
-        for name, parameter in model.named_parameters():
+        self._by_name: dict[str, DTensor] = {}
+        for name, parameter in (named for root in roots for named in root.named_parameters()):
             shard = nn.Parameter(_local(parameter.detach()), parameter.requires_grad)
+            assert isinstance(parameter, DTensor)
+            self._by_name[name] = parameter
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
 
@@ -183,10 +191,29 @@ class Shards:
             found[name] = whole[id(value)]
         return found if keep else {}
 
-    def stand_in(self) -> nn.Module:
-        """A whole model that computes as this one, without its values; see `StandIn`."""
+    def stand_in(self, blocks: Sequence[str] | None) -> nn.Module:
+        """A whole model that computes as this one, without its values; see `StandIn.make`."""
         assert self._stand_in is not None
-        return self._stand_in.make(self._model, self._device)
+        return self._stand_in.make(self._model, self._device, blocks)
+
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """The whole of a tensor that is divided as that parameter is, of which this is the shard.
+
+        One of another shape than the parameter's shard is returned as it is.
+        """
+        if name not in self._by_name:
+            return shard
+        parameter = self._by_name[name]
+        if not shard.dim() or shard.shape != _local(parameter).shape:
+            return shard
+        return DTensor.from_local(
+            shard,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.recompute.blocks import find_blocks, has_hooks
+from scaledtrain.recompute.blocks import find_blocks, has_hooks, named_blocks
 
 __all__ = ["StandIn"]
 
@@ -40,12 +40,15 @@ class StandIn:
         memo.update({id(tensor): tensor for tensor in (*model.buffers(), *others)})
         self._shapes = copy.deepcopy(model, memo)
 
-    def make(self, sharded: nn.Module, device: torch.device) -> nn.Module:
+    def make(
+        self, sharded: nn.Module, device: torch.device, blocks: Sequence[str] | None = None
+    ) -> nn.Module:
         """The model, in the modes that the sharded one is in now.
 
         Args:
             sharded: the model that was given, as it has become.
             device: on which it computes.
+            blocks: names of the blocks that may be computed again; None: those of the chain.
 
         Raises:
             ConfigError: modules inside of blocks are gathered by themselves.
@@ -53,7 +56,7 @@ class StandIn:
         model = copy.deepcopy(self._shapes, {id(b): b for b in self._shapes.buffers()})
         memory: dict[Hashable, Tensor] = {}
         found: dict[nn.Parameter, nn.Parameter] = {}
-        chain = find_blocks(model)
+        chain = _chain(model, blocks)
         for module in (*chain, model):
             for name, parameter in module.named_parameters():
                 if parameter in found:
@@ -67,11 +70,15 @@ class StandIn:
             one.training = other.training
             for name, own in one._parameters.items():
                 one._parameters[name] = None if own is None else found[own]
-        for block, other in zip(chain, find_blocks(sharded), strict=True):
+        for block, other in zip(chain, _chain(sharded, blocks), strict=True):
             _check_inside(other)
             if has_hooks(other):  # so that it is not computed together with others
                 block.register_forward_pre_hook(_nothing)
         return model
+
+
+def _chain(model: nn.Module, names: Sequence[str] | None) -> list[nn.Module]:
+    return find_blocks(model) if names is None else named_blocks(model, names)
 
 
 def _check_inside(block: nn.Module) -> None:

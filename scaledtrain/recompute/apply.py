@@ -20,7 +20,6 @@ def checkpoint_activations(
     policy: CheckpointPolicy,
     sample: Sample | None = None,
     *,
-    blocks: Sequence[str] | None = None,
     compile: str | None = None,
     stand_in: nn.Module | None = None,
 ) -> Executor:
@@ -30,10 +29,9 @@ def checkpoint_activations(
         model: that has a chain of blocks: an ``nn.Sequential``, or an ``nn.ModuleList`` whose
             modules it calls one after another, each with the output of the one before as its first
             argument.
-        policy: what is kept.
+        policy: what is kept, and of which blocks.
         sample: called with what runs the model's ``forward``, returns the loss of a microbatch, as
             large as any. `MemoryBudget` needs it; with it, every policy is tried out.
-        blocks: names of the submodules that are the chain; None: they are found.
         compile: backend for ``torch.compile`` (``"inductor"``), with which each block is compiled;
             what is not in a block is not. None: nothing is.
         stand_in: a model with the same blocks, on which everything is measured and tried out where
@@ -59,13 +57,14 @@ def checkpoint_activations(
         True
         >>> handle.remove()
     """
-    chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
+    names = policy.blocks
+    chain = find_blocks(model) if names is None else named_blocks(model, names)
     compiled = None if compile is None else Compiled(chain, compile)
     try:
         if stand_in is None:
             executor = _tried(policy, model, chain, sample)
         else:
-            tried = checkpoint_activations(stand_in, policy, sample, blocks=blocks, compile=compile)
+            tried = checkpoint_activations(stand_in, policy, sample, compile=compile)
             tried.remove()
             executor = tried.on(model, chain)
     except BaseException:
@@ -84,12 +83,15 @@ def _tried(
         return policy.install(model, chain, sample)
     expected = loss_without_gradients(model, sample)
     executor = policy.install(model, chain, sample)
-    if not computes(model, sample, expected):
+    try:
+        if not computes(model, sample, expected):
+            raise ConfigError(
+                f"with activations that are computed again the model's loss is not {expected:g} "
+                "any more. Either it uses what blocks return for something else than the next "
+                "block: choose a policy that takes blocks one by one (full, selective). Or it does "
+                "not compute the same each time: only torch's default generators are rewound"
+            )
+    except BaseException:
         executor.remove()
-        raise ConfigError(
-            f"with activations that are computed again the model's loss is not {expected:g} any "
-            "more. Either it uses what blocks return for something else than the next block: "
-            "choose a policy that takes blocks one by one (full, selective). Or it does not "
-            "compute the same each time: only torch's default generators are rewound"
-        )
+        raise
     return executor
