@@ -609,9 +609,12 @@ class Trainer:
     def full_state_dict(self) -> dict[str, Any]:
         """The whole model's state dict: plain tensors on the host, by the model's own names.
 
-        It is this replica's, whatever the layout. The ranks of a replica call this together; its
-        first rank has the result, the others an empty dict. A run with any layout begins with it if
-        it is loaded into the model before that is given to a Trainer.
+        It is this replica's, sharded or not. The ranks of a replica call this together; its first
+        rank has the result, the others an empty dict. A run with any layout begins with it if it is
+        loaded into the model before that is given to a Trainer.
+
+        Raises:
+            ConfigError: the model is divided into stages.
         """
         return self.layout.full_state_dict()
 
