@@ -31,7 +31,7 @@ from scaledtrain.parallel import Pipeline, lay_out
 from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.parallel.layout import Steps
 from scaledtrain.precision import Precision, PrecisionName
-from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
+from scaledtrain.recompute import CheckpointPolicy, Executor
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
@@ -171,7 +171,13 @@ class Trainer:
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
         recipe = Recipe(
-            self.precision, optimizer, gradient_accumulation_steps, max_grad_norm, compile, loss_fn
+            self.precision,
+            optimizer,
+            gradient_accumulation_steps,
+            max_grad_norm,
+            compile,
+            loss_fn,
+            recomputed=activation_checkpointing is not None,
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
@@ -323,19 +329,24 @@ class Trainer:
         policy = self._unplanned
         if policy is None or not batch.microbatches:
             return
-        if self.layout.pieces.size > 1:  # nothing is tried out apart from the step that all make
-            self._checkpointing = self.layout.checkpoint(policy, self._compile)
-        else:
-            largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
-
-            def sample(called: Callable[..., Any]) -> Tensor:
-                with self.precision.autocast(self.link.device):
-                    return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
-
-            self._checkpointing = checkpoint_activations(
-                self.model, policy, sample, compile=self._compile
-            )
         self._unplanned = None
+        largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
+
+        def sample(called: Callable[..., Any]) -> Tensor:
+            with self.precision.autocast(self.link.device):
+                return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
+
+        refused = None
+        try:
+            self._checkpointing = self.layout.checkpoint(policy, sample, self._compile)
+        except ConfigError as error:  # with batches of another shape another rank may have none
+            refused = error
+        if self.layout.agree(refused is not None):
+            raise refused or ConfigError(
+                "another rank of this replica cannot run with this activation checkpointing; its "
+                "own error says why"
+            )
+        assert self._checkpointing is not None
         self.metrics.say(self._checkpointing.told)
 
     @property
@@ -485,6 +496,7 @@ class Trainer:
                     self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
                 else:
                     self.strategy.settle()
+                self.layout.share_buffers()
             self._resumed = {}
             self.layout.refresh()
             run.evaluate_at_end()
@@ -520,6 +532,7 @@ class Trainer:
         must_end(loader, "an evaluation")
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
+        self.layout.share_buffers()
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size)
         names = ["loss", *self._eval_metrics]
@@ -557,10 +570,12 @@ class Trainer:
     def predict(self, loader: Iterable[Any]) -> list[Any]:
         """The model's outputs for each batch of a loader, in its order, in eval mode.
 
-        The rank that calls this computes all of them; nothing is communicated. Batches may be
-        inputs alone, (inputs, targets), or dicts for the model.
+        The rank that calls this computes all of them; nothing is communicated but parts of the
+        model, so that ranks that have a replica together call it together. Batches may be inputs
+        alone, (inputs, targets), or dicts for the model.
         """
         must_end(loader, "a prediction")
+        self.layout.refresh()
         outputs = []
         with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
@@ -589,6 +604,18 @@ class Trainer:
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
         }
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The whole model's state dict: plain tensors on the host, by the model's own names.
+
+        It is this replica's, sharded or not. The ranks of a replica call this together; its first
+        rank has the result, the others an empty dict. A run with any layout begins with it if it is
+        loaded into the model before that is given to a Trainer.
+
+        Raises:
+            ConfigError: the model is divided into stages.
+        """
+        return self.layout.full_state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, on every rank, before ``fit``.

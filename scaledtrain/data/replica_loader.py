@@ -45,6 +45,7 @@ __all__ = [
     "StridedLoader",
     "count_samples",
     "must_end",
+    "to_device",
 ]
 
 
@@ -133,15 +134,16 @@ def must_end(loader: Iterable[Any], what: str) -> None:
         )
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to(value, device) for value in batch))
+        return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 
@@ -447,7 +449,7 @@ class ReplicaLoader:
     def _step(self, microbatches: list[Any]) -> StepBatch:
         sizes = [count_samples(batch) for batch in microbatches]
         if self._device is not None:
-            microbatches = [_to(batch, self._device) for batch in microbatches]
+            microbatches = [to_device(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.
         weight = sum(sizes) * self._share[1] / ((self.batch_size or 1) * self._accumulation)
         return StepBatch(microbatches, sizes, weight)

@@ -143,6 +143,7 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
         optimizer=_class(training.optimizer),
         strategy=_class(training.strategy),
         workers=workers,
+        mesh_shard=training.mesh.shard,
         device=device,
         memory=limit,
         chosen=(str(main), _chosen(training)),
@@ -165,6 +166,8 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
         microbatches=training.gradient_accumulation_steps,
         strategy=lambda: make(training.strategy),
         workers=workers,
+        mesh=training.mesh,
+        engine=None if training.engine is None else make(training.engine),
         blocks=None if chosen is None else chosen.get("blocks"),
         device=device,
     )

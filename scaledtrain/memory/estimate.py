@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory.fake import Fakes, batch_of, bytes_of, copied, tensors_in
+from scaledtrain.memory.gathering import gathering_of, shards_of
 from scaledtrain.memory.measure import Kept, UpdateBytes, activation_bytes, most_bytes, update_bytes
 from scaledtrain.memory.ranks import RankKept, bytes_kept_by_ranks
 from scaledtrain.memory.search import largest
+from scaledtrain.mesh import Mesh
+from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute.blocks import find_blocks, named_blocks
 from scaledtrain.recompute.policies import CheckpointPolicy
@@ -97,6 +100,8 @@ class MemoryEstimator:
         microbatches: int = 1,
         strategy: Callable[[], Strategy] | None = None,
         workers: int = 1,
+        mesh: Mesh | None = None,
+        engine: FullyShard | None = None,
         blocks: Sequence[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -109,6 +114,14 @@ class MemoryEstimator:
         for name, value in (("microbatches", microbatches), ("workers", workers)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; there is at least one")
+        self._mesh = mesh or Mesh()
+        self._mesh.check(workers)
+        if self._mesh.pipe > 1:
+            raise ConfigError(
+                f"mesh.pipe is {self._mesh.pipe}, but what the stages of a pipeline take is not "
+                "estimated; give a model of one stage, and mesh.pipe=1"
+            )
+        self._engine = engine or FullyShard()
         self._model = copied(model, "meta").train()
         self._loss_fn = loss_fn
         self._batch = batch
@@ -141,7 +154,7 @@ class MemoryEstimator:
             step = _Step(self, prepared, activation_checkpointing, size)
             n_read = fakes.n_read
             activations, at_the_end = activation_bytes(step.model, step.sample, step.blocks)
-            computing = most_bytes(step.run)
+            computing = step.most_bytes()
             looks_at_values = fakes.n_read > n_read
         ranks = tuple(prepared.rank(kept, step.batch_bytes, computing) for kept in prepared.ranks)
         return MemoryEstimate(
@@ -182,7 +195,7 @@ class MemoryEstimator:
         def peak(size: int) -> int:
             with Fakes() as fakes, fakes.explained(type(self._model).__name__):
                 step = _Step(self, prepared, activation_checkpointing, size)
-                computing = most_bytes(step.run)
+                computing = step.most_bytes()
             return max(
                 prepared.rank(kept, step.batch_bytes, computing).peak for kept in prepared.ranks
             )
@@ -203,7 +216,11 @@ class MemoryEstimator:
         if precision not in self._prepared:
             model = precision.convert(copied(self._model, "meta"))
 
+            shards = self._mesh.shard
+
             def make_model() -> nn.Module:
+                if shards > 1:
+                    return shards_of(model, shards, self._device)
                 return copied(model, self._device)
 
             with Fakes() as fakes, fakes.explained("the optimizer or the strategy"):
@@ -212,16 +229,22 @@ class MemoryEstimator:
                 precision.scaler(replica)  # says in which format gradients are
                 gradients = bytes_of(replica.gradients())
                 update = update_bytes(replica)
-                ranks = [RankKept(update.state, 0, updates=True, serves=False)] * self._workers
+                parameters, buffers = (
+                    bytes_of([*replica.parameters, *replica.frozen]),
+                    bytes_of(replica.buffers),
+                )
+                replicas = self._mesh.replicas(self._workers)
+                kept = [RankKept(update.state, 0, updates=True, serves=False)] * replicas
                 if self._strategy is not None:
-                    ranks = bytes_kept_by_ranks(
-                        make_model, self._optimizer, precision, self._strategy, self._workers
+                    kept = bytes_kept_by_ranks(
+                        make_model, self._optimizer, precision, self._strategy, replicas
                     )
+                ranks = [of_replica for of_replica in kept for _ in range(shards)]
             self._prepared[precision] = _Prepared(
                 precision,
                 model,
-                bytes_of(model.parameters()),
-                bytes_of(model.buffers()),
+                parameters,
+                buffers,
                 gradients,
                 update,
                 ranks,
@@ -265,6 +288,7 @@ class _Step:
         self.model = copied(prepared.model, of._device)
         of_policy = None if policy is None else policy.blocks
         self.blocks = _blocks(self.model, of_policy or of._blocks, needed=policy is not None)
+        self._gathering = gathering_of(self.model, of._engine, of._mesh.shard, prepared.precision)
         self._batch = batch_of(size, of._batch, of._device)
         self._loss_fn = of._loss_fn
         self._precision = prepared.precision
@@ -288,9 +312,15 @@ class _Step:
         with self._precision.autocast(self._device):
             return call_model(called, self._batch, self._loss_fn)[1]
 
-    def run(self) -> None:
-        """Forward and backward pass of every microbatch."""
-        self._loop.run(self._step)
+    def most_bytes(self) -> int:
+        """That are alive at once in the forward and backward passes of every microbatch."""
+        if self._gathering is None:
+            return most_bytes(lambda: self._loop.run(self._step))
+        self._gathering.on = True
+        try:
+            return most_bytes(lambda: self._loop.run(self._step))
+        finally:
+            self._gathering.on = False
 
 
 def _blocks(model: nn.Module, names: Sequence[str] | None, needed: bool) -> list[nn.Module]:
@@ -316,6 +346,8 @@ def estimate_memory(
     microbatches: int = 1,
     strategy: Callable[[], Strategy] | None = None,
     workers: int = 1,
+    mesh: Mesh | None = None,
+    engine: FullyShard | None = None,
     blocks: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> MemoryEstimate:
@@ -331,6 +363,10 @@ def estimate_memory(
           + max(activations and gradients while computing, gradients + what the update takes)
 
     and on one with a server the update's share on top, since it may come while the rank computes.
+
+    With ``mesh.shard`` parameters, gradients and optimizer are those of the largest shard; what is
+    gathered of the blocks that compute, and their gradients until they are reduced, is counted
+    while computing.
 
     Not counted is what is not a tensor of torch's: what a kernel needs while it runs, what an
     allocator rounds up or does not give back (on CUDA some 10 % more), the CUDA context, buffers
@@ -350,7 +386,9 @@ def estimate_memory(
             many entries as the batch has samples gets that many.
         microbatches: batches in a step.
         strategy: makes what replicas tell each other; None: each keeps model and optimizer.
-        workers: replicas.
+        workers: ranks.
+        mesh: their layout; None: each has a replica.
+        engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
         blocks: names of the submodules that are the chain, unless the policy has some; None: they
             are found.
         device: whose kernels are meant: this host must have it.
@@ -379,6 +417,8 @@ def estimate_memory(
         microbatches=microbatches,
         strategy=strategy,
         workers=workers,
+        mesh=mesh,
+        engine=engine,
         blocks=blocks,
         device=device,
     )

@@ -34,6 +34,8 @@ class Report:
     optimizer: str
     strategy: str
     workers: int
+    mesh_shard: int
+    """Ranks that have a replica together."""
     device: str
     memory: int | None
     """Of each rank, that was given."""
@@ -64,6 +66,8 @@ def to_text(report: Report) -> str:
 def _title(report: Report) -> str:
     size = next(c.estimate.batch_size for c in report.cells if c.estimate is not None)
     workers = "1 worker" if report.workers == 1 else f"{report.workers} workers"
+    if report.mesh_shard > 1:
+        workers += f", {report.mesh_shard} to a replica"
     return (
         f"{report.model}, {report.optimizer}, {report.strategy} of {workers}; batches of {size}, "
         f"kernels of {report.device}"
@@ -136,7 +140,7 @@ def _by_rank(report: Report) -> Iterable[str]:
 def _words(report: Report) -> Iterable[str]:
     cell = _chosen(report)
     if cell.estimate is not None:
-        yield f"{cell.precision}, {cell.policy}: {_dominates(cell.estimate)}"
+        yield f"{cell.precision}, {cell.policy}: {_dominates(cell.estimate, report.mesh_shard)}"
     if report.memory is not None:
         yield from _fits(report)
     reasons = {c.why_not: c.policy for c in reversed(report.cells) if c.why_not is not None}
@@ -145,6 +149,11 @@ def _words(report: Report) -> Iterable[str]:
         yield "The model looks at values of tensors; each was taken for 1, which may be wrong."
     if report.shards > 1:
         yield f"The server's {report.shards} shards are all counted on rank 0; each has a part."
+    if report.mesh_shard > 1:
+        yield (
+            f"Parameters, gradients and optimizer are the largest of {report.mesh_shard} shards'; "
+            "what is gathered meanwhile counts in all, not in activations."
+        )
     if report.compiled:
         yield "torch.compile is not counted: it fuses operators, and keeps what it likes."
     yield (
@@ -153,7 +162,7 @@ def _words(report: Report) -> Iterable[str]:
     )
 
 
-def _dominates(found: MemoryEstimate) -> str:
+def _dominates(found: MemoryEstimate, shards: int) -> str:
     """The largest part of the peak."""
     rank = _needs_most(found)
     while_computing = found.computing >= found.gradients + found.updating
@@ -163,7 +172,8 @@ def _dominates(found: MemoryEstimate) -> str:
         "what the strategy keeps": rank.strategy,
     }
     if while_computing:
-        parts["activations and gradients"] = found.computing
+        gathered = ", gradients and what is gathered" if shards > 1 else " and gradients"
+        parts[f"activations{gathered}"] = found.computing
     else:
         parts["gradients"] = found.gradients
         parts["what the update takes"] = found.updating

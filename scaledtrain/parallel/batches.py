@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 
 from scaledtrain.comm.protocols import Group
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
-from scaledtrain.errors import ConfigError
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
 
 __all__ = ["AgreedBatches"]
 
@@ -18,17 +18,19 @@ class AgreedBatches:
     """Steps of a `ReplicaLoader` in which all ranks of a group run equally many microbatches.
 
     They run the model together, so one that has fewer microbatches, or none, where the data end
-    runs one that it has had before; it counts as one of no samples. The weight of a step is that of
-    all ranks' samples.
+    runs one that it has had before, or that another rank lends it; it counts as one of no samples.
+    The weight of a step is that of all ranks' samples.
 
     Args:
         loader: of this rank.
         group: the ranks.
+        device: where batches go.
     """
 
-    def __init__(self, loader: ReplicaLoader, group: Group) -> None:
+    def __init__(self, loader: ReplicaLoader, group: Group, device: torch.device) -> None:
         self._loader = loader
         self._group = group
+        self._device = device
         self._spare: Any = None
         self._has_spare = False
 
@@ -69,19 +71,30 @@ class AgreedBatches:
     def _agree(self, step: StepBatch) -> StepBatch:
         if step.microbatches and not self._has_spare:
             self._spare, self._has_spare = step.microbatches[0], True
-        own = [len(step.microbatches), step.samples, step.weight]
+        own = [len(step.microbatches), step.samples, step.weight, int(self._has_spare)]
         told = self._group.all_gather([torch.tensor(own, dtype=torch.float64)])
-        lengths, samples, weights = torch.stack([of_rank[0] for of_rank in told]).T.tolist()
+        lengths, samples, weights, has = torch.stack([of_rank[0] for of_rank in told]).T.tolist()
+        if 0.0 < sum(has) < self._group.size:
+            self._lend(has.index(1.0))
         lacking = int(max(lengths)) - len(step.microbatches)
-        if lacking and not self._has_spare:
-            raise ConfigError(
-                f"{self._group.size} ranks train a replica together, but the first step has no "
-                f"batch for rank {self._group.rank} of them; take a smaller batch, more data or "
-                "a smaller mesh.shard"
-            )
         return StepBatch(
             step.microbatches + [self._spare] * lacking,
             step.sizes + [0] * lacking,
             sum(weights) / self._group.size,
             sum(samples) / self._group.size,
         )
+
+    def _lend(self, lender: int) -> None:
+        """Give all ranks a batch of one of them, unless they have had one."""
+        packed = b""
+        if self._group.rank == lender:
+            packed = pickle.dumps(to_device(self._spare, torch.device("cpu")))
+        length = torch.tensor([len(packed)])
+        self._group.broadcast([length], lender)
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        if self._group.rank == lender:
+            content = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+        self._group.broadcast([content], lender)
+        if not self._has_spare:
+            spare = pickle.loads(content.numpy().tobytes())
+            self._spare, self._has_spare = to_device(spare, self._device), True

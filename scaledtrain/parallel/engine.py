@@ -27,6 +27,8 @@ class Recipe(NamedTuple):
     compile: str | None = None
     loss_fn: LossFn | None = None
     """Of outputs and targets; None: the model computes its loss."""
+    recomputed: bool = False
+    """Whether `Divided.checkpoint` will be called."""
 
 
 class Divided(Protocol):
@@ -53,6 +55,23 @@ class Divided(Protocol):
 
     def refresh(self) -> None:
         """Let the model compute with the values that the parts have now. Collective."""
+
+    def stand_in(self, blocks: Sequence[str] | None) -> nn.Module:
+        """A whole model on this rank that computes as this one, to try a policy out with.
+
+        Args:
+            blocks: names of submodules that a policy is for; None: those that it finds.
+
+        Raises:
+            ConfigError: activations cannot be computed again with this engine.
+        """
+
+    def full_state_dict(self, keep: bool) -> dict[str, Any]:
+        """The whole model's state dict, in the host's memory; all ranks take part.
+
+        Args:
+            keep: whether this rank is to have it; else it gets an empty one.
+        """
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole of a tensor that is divided as that parameter is; else the part as it is."""

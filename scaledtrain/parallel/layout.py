@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches
@@ -19,6 +20,7 @@ from scaledtrain.parallel.pipe import Pipe
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
+from scaledtrain.recompute.apart import Sample
 from scaledtrain.replica import MakeOptimizer, MakeScheduler
 from scaledtrain.schedule import Abandon, Computed, MicrobatchLoop, Schedule
 
@@ -130,14 +132,19 @@ class Layout:
         """Names of parameters that another rank of this replica has as well, and counts."""
         return set() if self._pipe is None else self._pipe.stages.counted_elsewhere()
 
-    def checkpoint(self, policy: CheckpointPolicy, compile: str | None) -> Executor:
-        """Let a policy decide what this rank's piece keeps; it is not tried out.
+    def checkpoint(self, policy: CheckpointPolicy, sample: Sample, compile: str | None) -> Executor:
+        """Let a policy decide what this rank's piece keeps.
+
+        It is tried out, but for stages: they run only in a step that all ranks make.
 
         Raises:
-            ConfigError: a policy that has to measure, or names blocks.
+            ConfigError: it cannot; of stages, a policy that has to measure, or names blocks.
         """
         if self._pipe is None:
-            return checkpoint_activations(self.model, policy, compile=compile)
+            stand_in = None if self._shards is None else self._shards[0].stand_in(policy.blocks)
+            return checkpoint_activations(
+                self.model, policy, sample, compile=compile, stand_in=stand_in
+            )
         if policy.blocks is not None or compile is not None:
             raise ConfigError(
                 "with mesh.pipe the blocks that are computed again are those of each stage, as "
@@ -190,7 +197,7 @@ class Layout:
             alone=alone,
             share=share,
         )
-        return own if self._shards is None else AgreedBatches(own, group)
+        return own if self._shards is None else AgreedBatches(own, group, device)
 
     @property
     def called(self) -> Callable[..., Any]:
@@ -220,10 +227,33 @@ class Layout:
             schedule = _ShardedSchedule(schedule, self._shards[0], scaler)
         return schedule
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """The whole model's, on the host; on the first rank of this replica, empty on others.
+
+        All ranks of the replica call this together.
+
+        Raises:
+            ConfigError: it is divided into stages.
+        """
+        if self._pipe is not None:
+            raise ConfigError(
+                "a whole state dict is not gathered from the stages of a pipeline; with mesh.pipe "
+                "each rank has those of its stages: trainer.model.state_dict()"
+            )
+        self.refresh()
+        if self._shards is not None:
+            return self._shards[0].full_state_dict(keep=self.pieces.rank == 0)
+        return copy.deepcopy(to_device(self.model.state_dict(), torch.device("cpu")))
+
     def refresh(self) -> None:
         """Let the model compute with the values that `named_parameters` have now."""
         if self._shards is not None:
             self._shards[0].refresh()
+
+    def share_buffers(self) -> None:
+        """Give all ranks of this replica the first one's running statistics."""
+        if self._shards is not None:
+            self._shard_group.broadcast(list(self.model.buffers()))
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """The whole of a tensor of which this rank has the part that it has of that parameter.
@@ -335,6 +365,7 @@ def lay_out(
             f"mesh.pipe is above 1, but {type(engine).__name__} divides whole models only; take "
             "engine=fully_shard, or set mesh.pipe to 1"
         )
+    recipe = recipe._replace(recomputed=recipe.recomputed and pipe is None)
     shards = engine.apply(roots, among_shards.process_group(), recipe)
     return Layout(model, of_strategy, pieces, (shards, among_shards.group), pipe)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,17 +12,23 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as _fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.stand_in import StandIn
 from scaledtrain.recompute.blocks import find_blocks
 
 if TYPE_CHECKING:
     from scaledtrain.data.replica_loader import StepBatch
     from scaledtrain.loss_scale import LossScaler
     from scaledtrain.parallel.engine import Recipe
+    from scaledtrain.precision import Precision
     from scaledtrain.replica import MakeOptimizer
 
-__all__ = ["FullyShard", "Shards"]
+__all__ = ["FullyShard", "Shards", "elementwise"]
+
+_OF_WHOLE_TENSORS = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon)
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,9 @@ class FullyShard:
     (gathered forward and backward, reduced); two times without ``reshard_after_forward``. Waits:
     for all ranks of its replica at each block. A crash of one of them ends the run for all.
 
-    With mixed precision parameters are gathered in the 16-bit format, and gradients reduced in
-    float32.
+    With mixed precision parameters are gathered in the 16-bit format, those of a model with batch
+    norms in their own, and gradients reduced in float32. The optimizer has to update number by
+    number (SGD, Adam); those that look at rows or norms of whole tensors would see a shard's.
 
     Args:
         reshard_after_forward: give up the parameters of a block after its forward pass; they are
@@ -76,28 +83,48 @@ class FullyShard:
                 "engine.offload is true, but the model is in the host's memory already; leave it "
                 "out, or train on GPUs"
             )
-        computes = recipe.precision.autocast_dtype
-        mixed = computes is not None
+        gathered = self.gathered_dtype(nn.ModuleList(roots), recipe.precision)
         policy = MixedPrecisionPolicy(
-            param_dtype=computes,
-            reduce_dtype=torch.float32,
+            param_dtype=gathered,
+            reduce_dtype=None if gathered is None else torch.float32,
             cast_forward_inputs=False,  # autocast does
         )
+        stand_in = StandIn(roots[0], gathered) if recipe.recomputed else None
         mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
-        for module in (m for root in roots for m in (*self._blocks_of(root), root)):
+        for module in (m for root in roots for m in (*self.blocks_of(root), root)):
             _fully_shard(
                 module,
                 mesh=mesh,
                 reshard_after_forward=self.reshard_after_forward,
-                mp_policy=policy if mixed else MixedPrecisionPolicy(),
+                mp_policy=policy,
                 offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy(),
             )
-        return Shards(roots)
+        return Shards(roots, device, stand_in)
 
-    def _blocks_of(self, model: nn.Module) -> list[nn.Module]:
+    def gathered_dtype(self, model: nn.Module, precision: Precision) -> torch.dtype | None:
+        """The format in which parameters are gathered; None: their own."""
+        if any(isinstance(m, _BatchNorm) and m.affine for m in model.modules()):
+            return None  # its kernels want 32-bit weights
+        return precision.autocast_dtype
+
+    def blocks_of(self, model: nn.Module) -> list[nn.Module]:
+        """Modules that are gathered one by one; one that shares a parameter comes with the rest."""
+        places: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            places.setdefault(parameter, []).append(name)
+        names = {module: f"{name}." for name, module in model.named_modules()}
+        found = []
+        for block in dict.fromkeys(self._candidates(model)):
+            inside = names[block]
+            own = [places[parameter] for parameter in block.parameters()]
+            if own and all(name.startswith(inside) for here in own for name in here):
+                found.append(block)
+        return found
+
+    def _candidates(self, model: nn.Module) -> list[nn.Module]:
         if self.blocks is None:
             try:
-                return [block for block in find_blocks(model) if list(block.parameters())]
+                return find_blocks(model)
             except ConfigError:  # it has no chain: it is gathered as a whole
                 return []
         kinds = {type(module).__name__ for module in model.modules()}
@@ -115,6 +142,8 @@ class Shards:
 
     Args:
         roots: sharded.
+        device: on which it computes.
+        stand_in: for the first root, the whole model; None: nobody will ask for it.
 
     Attributes:
         named_parameters: (name, shard), in the model's order; some may have no element. They share
@@ -123,8 +152,13 @@ class Shards:
 
     needs_lockstep = False
 
-    def __init__(self, roots: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, roots: Sequence[nn.Module], device: torch.device, stand_in: StandIn | None = None
+    ) -> None:
         self.called: Callable[..., Any] = roots[0]
+        self._model = roots[0]
+        self._device = device
+        self._stand_in = stand_in
         modules = [module for root in roots for module in root.modules()]
         self._modules = [m for m in modules if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
@@ -136,6 +170,32 @@ class Shards:
             self._by_name[name] = parameter
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
+
+    def full_state_dict(self, keep: bool) -> dict[str, Any]:
+        """The whole model's state dict, in the host's memory; tied tensors are one there, too.
+
+        Args:
+            keep: whether to have it; all ranks take part in any case.
+        """
+        whole: dict[int, Any] = {}
+        found = {}
+        for name, value in self._model.state_dict(keep_vars=True).items():
+            if id(value) not in whole:
+                full = value
+                if isinstance(value, DTensor):  # a shard in the host's memory is not gathered there
+                    on_device = value.detach().to(self._device)
+                    assert isinstance(on_device, DTensor)
+                    full = on_device.full_tensor()
+                if isinstance(full, Tensor):
+                    full = full.detach().to("cpu", copy=full is value) if keep else None
+                whole[id(value)] = full
+            found[name] = whole[id(value)]
+        return found if keep else {}
+
+    def stand_in(self, blocks: Sequence[str] | None) -> nn.Module:
+        """A whole model that computes as this one, without its values; see `StandIn.make`."""
+        assert self._stand_in is not None
+        return self._stand_in.make(self._model, self._device, blocks)
 
     def whole(self, name: str, shard: Tensor) -> Tensor:
         """The whole of a tensor that is divided as that parameter is, of which this is the shard.
@@ -157,8 +217,8 @@ class Shards:
         )
 
     def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
-        """As for any tensors."""
-        return usual
+        """The usual one, or an error if that cannot update shards."""
+        return elementwise(usual)
 
     def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
         """As for any model."""
@@ -189,6 +249,28 @@ class Shards:
                 gradients.append(_local(parameter.grad))
                 parameter.grad = None
         return shards, gradients
+
+
+def elementwise(make: MakeOptimizer) -> MakeOptimizer:
+    """A factory of optimizers that refuses those that need whole tensors.
+
+    Args:
+        make: the factory.
+    """
+    if isinstance(make, Optimizer):  # whoever gets it says what is wrong with that
+        return make
+
+    def made(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        optimizer = make(named_parameters)
+        if isinstance(optimizer, _OF_WHOLE_TENSORS):
+            raise ConfigError(
+                f"optimizer is {type(optimizer).__name__}, which looks at rows, columns or norms "
+                "of whole matrices, but with mesh.shard each rank has a part of each; take one "
+                "that updates number by number (SGD, AdamW), or leave mesh.shard out"
+            )
+        return optimizer
+
+    return made
 
 
 def _local(tensor: Tensor) -> Tensor:

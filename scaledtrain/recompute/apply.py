@@ -21,6 +21,7 @@ def checkpoint_activations(
     sample: Sample | None = None,
     *,
     compile: str | None = None,
+    stand_in: nn.Module | None = None,
 ) -> Executor:
     """Let a model compute activations again instead of keeping them, in any training loop.
 
@@ -33,6 +34,8 @@ def checkpoint_activations(
             large as any. `MemoryBudget` needs it; with it, every policy is tried out.
         compile: backend for ``torch.compile`` (``"inductor"``), with which each block is compiled;
             what is not in a block is not. None: nothing is.
+        stand_in: a model with the same blocks, on which everything is measured and tried out where
+            the model itself cannot be run alone (a sharded one). None: it can.
 
     Returns:
         A handle; its ``remove()`` undoes it.
@@ -58,7 +61,12 @@ def checkpoint_activations(
     chain = find_blocks(model) if names is None else named_blocks(model, names)
     compiled = None if compile is None else Compiled(chain, compile)
     try:
-        executor = _tried(policy, model, chain, sample)
+        if stand_in is None:
+            executor = _tried(policy, model, chain, sample)
+        else:
+            tried = checkpoint_activations(stand_in, policy, sample, compile=compile)
+            tried.remove()
+            executor = tried.on(model, chain)
     except BaseException:
         if compiled is not None:
             compiled.remove()

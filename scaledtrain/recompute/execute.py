@@ -64,6 +64,7 @@ class Executor:
         told: str = "",
     ) -> None:
         self.told = told
+        self._plan, self._ways, self._store = plan, ways, store
         assert count_blocks(plan) == len(blocks)
         self._waiting: _Together | None = None  # has run, but not all of its blocks were called
         self._place: list[tuple[_Together, int]] = []
@@ -81,6 +82,10 @@ class Executor:
     def when_removed(self, call: Callable[[], None]) -> None:
         """Have something done after the blocks have been let go."""
         self._when_removed = call
+
+    def on(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Executor:
+        """Let the blocks of another model run as these do."""
+        return Executor(model, blocks, self._plan, self._ways, self._store, self.told)
 
     def remove(self) -> None:
         """Let the blocks run as they are."""
@@ -175,7 +180,9 @@ class _Together:
                     f"{type(self.blocks[-1]).__name__} returns {len(output)} things, not one"
                 )
             if any(map(has_hooks, self.blocks)):
-                raise self._error("one of them has hooks, which would see other calls")
+                raise self._error(
+                    "one of them has hooks (as fully_shard's), which would see other calls"
+                )
         return output
 
     def hand_on(self, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,15 +6,17 @@ DeepSpeed has no public way to them for all stages, so this is the one file that
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatPartition", "ParameterPartition", "Partition", "partition_of"]
+__all__ = ["FlatPartition", "ParameterPartition", "Partition", "gathered", "partition_of"]
 
 
 class _Place(NamedTuple):
@@ -168,6 +170,16 @@ class ParameterPartition(Partition):
             zero._reassign_or_swap_out_partitioned_parameters(flat)
         if zero.persistent_parameters:  # those that are small stay whole on every rank
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def gathered(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, the model's parameters are whole on all ranks, as they are anyway below stage 3."""
+    divided = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not divided:
+        return nullcontext()
+    zero = importlib.import_module("deepspeed").zero
+    found: AbstractContextManager[Any] = zero.GatheredParameters(divided)
+    return found
 
 
 def partition_of(engine: Any, names: dict[nn.Parameter, str]) -> Partition:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
-from scaledtrain.parallel.deepspeed.partition import Partition, partition_of
+from scaledtrain.parallel.deepspeed.partition import Partition, gathered, partition_of
 from scaledtrain.replica import MakeOptimizer, Replica
 
 __all__ = ["ZeroModel"]
@@ -79,6 +79,20 @@ class ZeroModel:
         """A step of as many backward passes as it has microbatches begins."""
         self._check_batch(batch, dist.get_world_size())
         self._scaler.begin(len(batch.microbatches))
+
+    def stand_in(self, blocks: Sequence[str] | None) -> nn.Module:
+        """There is none."""
+        raise ConfigError(
+            "activation_checkpointing is given, but DeepSpeed's hooks gather parameters for each "
+            "module's first forward pass, and not for a second one; take engine=fully_shard, or "
+            "leave it out"
+        )
+
+    def full_state_dict(self, keep: bool) -> dict[str, Any]:
+        """As the model computes with it, in its format."""
+        with gathered(self.model):
+            state = self.model.state_dict()
+            return {k: v.detach().cpu().clone() for k, v in state.items()} if keep else {}
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """As it is: DeepSpeed divides all parameters together, and not each by itself."""

@@ -1,0 +1,126 @@
+"""Activations under fully_shard: plans keep to a budget, and change no bit of what is trained."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from scaledtrain import ConfigError, Mesh, Trainer, connect
+from scaledtrain.comm.protocols import Link
+from scaledtrain.models import GPT
+from scaledtrain.models.gpt import next_token_loss
+from scaledtrain.parallel import FullyShard
+from scaledtrain.recompute import (
+    CheckpointEvery,
+    CheckpointPolicy,
+    CheckpointSqrt,
+    MemoryBudget,
+    Selective,
+)
+from scaledtrain.recompute.live_bytes import LiveBytes
+from tests.ranks import run_ranks
+
+LENGTH = 48
+# Of 8 x 48 tokens of 8 numbers a block keeps at least 8 * 48 * 8 * 4 = 12288 bytes; it has
+# 12 * 8^2 parameters and a few more, some 3.5 KB, that are gathered once or twice at a time.
+GATHERED = 4 * 3_600
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return GPT(vocab_size=11, sequence_length=LENGTH, n_layers=6, n_heads=2, d_model=8, dropout=0.1)
+
+
+def loader(local: int = 8) -> DataLoader[Any]:
+    tokens = torch.randint(11, (32, LENGTH + 1), generator=torch.Generator().manual_seed(2))
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=local)
+
+
+def trainer(link: Link, policy: CheckpointPolicy | None, **options: Any) -> Trainer:
+    return Trainer(
+        net(),
+        next_token_loss,
+        partial(torch.optim.SGD, lr=0.1),
+        mesh=Mesh(shard=2),
+        activation_checkpointing=policy,
+        console=False,
+        link=link,
+        **options,
+    )
+
+
+def run(cases: list[tuple[CheckpointPolicy | None, dict[str, Any]]]) -> list[Any]:
+    found: list[Any] = []
+    with connect(transport="torch", timeout_seconds=100) as link:
+        for policy, options in cases:
+            try:
+                with trainer(link, policy, **options) as trained:
+                    trained.fit(loader(), max_epochs=1)
+                    batch = next(trained.layout.steps(list(loader()), 0, 1).epoch(0))
+                    with LiveBytes() as counted:
+                        trained.schedule.run(batch)
+                    found.append((trained.full_state_dict(), int(counted.peak)))
+            except ConfigError as error:
+                found.append(str(error))
+    return found
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_plans_keep_to_the_budget_and_change_no_bit() -> None:
+    budgets = {"fp32": (2600, 1600, 900), "bf16-mixed": (2400, 1400, 800)}  # KiB
+    cases: list[tuple[CheckpointPolicy | None, dict[str, Any]]] = []
+    for precision, sizes in budgets.items():
+        policies = [None, CheckpointEvery(1), Selective(), *(MemoryBudget(n * 1024) for n in sizes)]
+        cases += [(policy, {"precision": precision}) for policy in policies]
+    found = run_ranks(run, 2, cases, timeout_seconds=150)[0]
+    for place, sizes in enumerate(budgets.values()):
+        (expected, everything), *others = found[6 * place : 6 * place + 6]
+        assert all(equal(trained, expected) for trained, _ in others)
+        for n, (_, peak) in zip(sizes, others[2:], strict=True):
+            assert peak <= n * 1024 + GATHERED
+        assert everything > sizes[0] * 1024 + GATHERED  # else nothing is computed again
+
+
+def test_what_cannot_be_is_an_error_on_every_rank() -> None:
+    nested = FullyShard(blocks=["_FeedForward"])
+    cases = [
+        (MemoryBudget("20KiB"), {}),
+        (CheckpointSqrt(), {}),
+        (CheckpointEvery(2), {}),
+        (CheckpointEvery(1), {"engine": nested}),
+    ]
+    for told in run_ranks(run, 2, cases, timeout_seconds=120):
+        small, sqrt, pairs, inside = told
+        assert "do not fit into 20480 bytes" in small
+        assert "raise the budget" in small
+        assert "3 blocks are to be computed again together" in sqrt
+        assert "choose a policy that takes them one by one" in pairs
+        assert "engine.blocks has _FeedForward, modules inside of the blocks (_Block)" in inside
+
+
+def one_rank_has_more(budget: int) -> str:
+    with connect(transport="torch", timeout_seconds=100) as link:
+        long, short = torch.zeros(8, LENGTH, dtype=torch.long), torch.zeros(8, 4, dtype=torch.long)
+        batches = [(long, long), (short, short)]
+        trained = trainer(link, MemoryBudget(budget))
+        with pytest.raises(ConfigError) as caught:
+            trained.fit(batches, max_epochs=1)
+        trained.close()
+        return str(caught.value)
+
+
+def test_a_rank_whose_batch_does_not_fit_ends_the_others() -> None:
+    first, second = run_ranks(one_rank_has_more, 2, 200 * 1024, timeout_seconds=120)
+    assert "do not fit into 204800 bytes" in first
+    assert second == (
+        "another rank of this replica cannot run with this activation checkpointing; its own error "
+        "says why"
+    )

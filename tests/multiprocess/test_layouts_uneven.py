@@ -1,0 +1,98 @@
+"""Sharded models of odd shapes, and data that do not divide, against plain replicas."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from scaledtrain import ConfigError, Mesh, Trainer, connect
+from scaledtrain.parallel import FullyShard
+from tests.ranks import run_ranks
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+class Odd(nn.Module):
+    """7 and 5 rows on 2 ranks, single rows, tied and frozen parameters, buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(7, 5)
+        self.layers = nn.Sequential(
+            nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 1), nn.Linear(1, 5)
+        )
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        logits: Tensor = self.head(self.frozen(h + self.layers(h)) * self.scale)
+        return logits
+
+
+def loader(n: int) -> DataLoader[Any]:
+    x, y = torch.randint(7, (2, n), generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(x, y), batch_size=4)
+
+
+RUNS: list[tuple[int, dict[str, Any]]] = [
+    (24, {"max_grad_norm": 0.1}),
+    (4, {}),  # one batch for two ranks, in training and in evaluation
+    (24, {"precision": "bf16-mixed"}),
+]
+
+
+def train(shard: int) -> list[Any]:
+    found: list[Any] = []
+    with connect(transport="torch", timeout_seconds=100) as link:
+        for n, options in RUNS:
+            # The head is the embedding, so that it is gathered with what is in no block.
+            engine = FullyShard(blocks=["Linear"]) if shard > 1 else None
+            mesh = Mesh(shard=shard)
+            with Trainer(
+                Odd(),
+                nn.functional.cross_entropy,
+                SGD,
+                mesh=mesh,
+                engine=engine,
+                console=False,
+                link=link,
+                **options,
+            ) as trainer:
+                result = trainer.fit(loader(n), max_epochs=2, eval=loader(n))
+                predicted = torch.cat(trainer.predict(loader(n)))
+                found.append((trainer.full_state_dict(), result.evaluation["loss"], predicted))
+        if shard > 1:
+            with pytest.raises(ConfigError, match="Muon, which looks at rows"):
+                Trainer(
+                    nn.Linear(4, 4, bias=False),
+                    nn.functional.mse_loss,
+                    torch.optim.Muon,
+                    mesh=Mesh(shard=shard),
+                    console=False,
+                    link=link,
+                )
+    return found
+
+
+def test_odd_shapes_and_data_are_trained_as_by_plain_replicas() -> None:
+    plain = run_ranks(train, 2, 1, timeout_seconds=150)[0]
+    first, second = run_ranks(train, 2, 2, timeout_seconds=150)
+    tolerances = (1e-5, 1e-5, 2e-2)
+    for expected, found, other, atol in zip(plain, first, second, tolerances, strict=True):
+        assert list(found[0]) == list(expected[0])
+        assert found[0]["head.weight"] is found[0]["embed.weight"]
+        for key, value in found[0].items():
+            torch.testing.assert_close(value, expected[0][key], atol=atol, rtol=0.0)
+        assert found[1] == pytest.approx(expected[1], abs=atol)
+        torch.testing.assert_close(found[2], expected[2], atol=10 * atol, rtol=0.0)
+        assert other[0] == {}
+        assert torch.equal(other[2], found[2])  # all ranks have the same running statistics
