@@ -40,6 +40,7 @@ from scaledtrain.comm.protocols import (
     ServeOptions,
     Store,
 )
+from scaledtrain.comm.serving.piece_store import Pieces
 from scaledtrain.comm.serving.serve import Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
 from scaledtrain.comm.shared_memory import SharedSegment
@@ -110,6 +111,8 @@ class Connection:
         self._made: dict[str, int] = {}
         self._peers: list[WirePeers] = []
         self._parts: list[Connection] = []
+        self._named: dict[str, Connection] = {}
+        self._pieces: Connection | None = None
         self._closing: list[Callable[[], None]] = []
         self.event_log: Path | None = None
         self.attempt = 0
@@ -142,12 +145,14 @@ class Connection:
             self._owns_process_group = True
         self._open_group()
 
-    def part(self, name: str, ranks: Sequence[int]) -> Connection:
+    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Connection:
         """The link among some of the ranks, who call this together; it ends with this one.
 
         Args:
-            name: of the part, the same on its ranks, and no other part's.
+            name: of the part, the same on its ranks; a new part of an old name takes its place.
             ranks: of this connection, in the order of their ranks in the part.
+            pieces: the name of a part made before, of the ranks that have this rank's replica
+                together; None: each rank of the new part has a whole one.
         """
         place = list(ranks).index(self.group.rank)
         info = replace(self.info, rank=place, size=len(ranks))
@@ -155,8 +160,11 @@ class Connection:
             info, self.device, self.timeout_seconds, self._wanted, (self, list(ranks))
         )
         self._parts.append(part)
+        self._named[name] = part
+        part._pieces = None if pieces is None else self._named[pieces]
         if self.store is not None and len(ranks) > 1:
-            part.store = dist.PrefixStore(f"part/{name}", self.store)
+            number = self._made[name] = self._made.get(name, 0) + 1
+            part.store = dist.PrefixStore(f"part/{name}/{number}", self.store)
             part._open_group()
         return part
 
@@ -233,8 +241,10 @@ class Connection:
         self, like: Sequence[Tensor], make_server: MakeServer, options: ServeOptions
     ) -> Store:
         """Start a server and connect every rank to it; all ranks call this together."""
-        job = self._job(self._store_of_new("server"))
-        serving = serve(job, like, make_server, options, self.timeline, self.event_log)
+        job, pieces = self._job(self._store_of_new("server")), None
+        if (others := self._pieces) is not None:
+            pieces = Pieces(others._job(others._store_of_new("server")), others.group)
+        serving = serve(job, like, make_server, options, self.timeline, self.event_log, pieces)
         self._serving.append(serving)
         assert serving.store is not None
         return serving.store
@@ -245,6 +255,7 @@ class Connection:
         Raises:
             ConfigError: they are not on the CPU, or the ranks not on one host.
         """
+        self._check_whole()
         if any(t.device.type != "cpu" for t in like):
             raise ConfigError(
                 "only the CPU's memory can be shared by ranks as if it were their own, but the "
@@ -265,6 +276,7 @@ class Connection:
 
     def board(self) -> Board:
         """Make a board; all ranks call this together."""
+        self._check_whole()
         store = self._store_of_new("board")
         if store is None:
             return LocalBoard()
@@ -280,12 +292,24 @@ class Connection:
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
         """Let all ranks send messages to each other's peers; all ranks call this together."""
+        self._check_whole()
         store = self._store_of_new("peers")
         if store is None:
             return LocalPeers()
         peers = WirePeers(self._job(store), like, peer, answers)
         self._peers.append(peers)
         return peers
+
+    def _check_whole(self) -> None:
+        """What one rank of a replica hears from others, and when, the rest of it would not know."""
+        if self._pieces is not None:
+            raise ConfigError(
+                "Gossip, PushSum and Hogwild let each rank hear from others at any moment, so that "
+                "the pieces of a replica that mesh.shard or mesh.pipe divides over "
+                f"{self._pieces.group.size} ranks would be of different moments; let each rank "
+                "have a whole replica (mesh.shard=1, mesh.pipe=1), or take another strategy: "
+                "ParameterServer, AsyncLocalSGD, LocalSGD or DiLoCo"
+            )
 
     def _share(self, store: dist.Store, n_bytes: int) -> SharedSegment | None:
         return SharedSegment.connect(
@@ -315,6 +339,7 @@ class Connection:
             self.device,
             self.timeout_seconds,
             self.attempt,
+            None if self._whole is None else self._whole[1],
         )
 
     def abandon(self) -> None:

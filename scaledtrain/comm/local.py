@@ -17,7 +17,7 @@ __all__ = ["AbsentGroup", "Done", "LocalBoard", "LocalGroup", "LocalPeers", "Und
 class Undivided:
     """What a link lacks whose ranks are always whole replicas."""
 
-    def part(self, name: str, ranks: Sequence[int]) -> Any:
+    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Any:
         """Raise ConfigError."""
         raise self._error()
 
