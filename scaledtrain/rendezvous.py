@@ -192,6 +192,7 @@ class Connection:
                 self.info.size,
                 dist.PrefixStore("shared_memory", self.store),
                 self.timeout_seconds,
+                ranks=self._ranks,
             )
         if self._shared is not None:
             self._shared.observe = self.timeline.add
@@ -203,12 +204,17 @@ class Connection:
             )
         else:
             group = TorchGroup(
-                self.process_group(), self.store, self.timeline, self.timeout_seconds
+                self.process_group(), self.store, self.timeline, self.timeout_seconds, self._ranks
             )
             self._closing.append(group.close)
             ordered = self._wanted == "torch_ordered"
             self.group = OrderedGroup(group) if ordered else group
             self.transport = self._wanted if ordered else "torch"
+
+    @property
+    def _ranks(self) -> Sequence[int] | None:
+        """Of the job, in the order of their ranks here; None if they are the same."""
+        return None if self._whole is None else self._whole[1]
 
     def pace(self, seed: int) -> None:
         """Computing takes as long as it takes."""
@@ -339,7 +345,7 @@ class Connection:
             self.device,
             self.timeout_seconds,
             self.attempt,
-            None if self._whole is None else self._whole[1],
+            self._ranks,
         )
 
     def abandon(self) -> None:

@@ -49,6 +49,7 @@ POLICIES: dict[str, Admission] = {
     "synchronous": Synchronous(),
 }
 MAX_STEPS = 9
+TIMEOUT_SECONDS = 60.0
 
 
 def data(n: int = 32) -> TensorDataset:
@@ -59,10 +60,10 @@ def data(n: int = 32) -> TensorDataset:
 def make_trainer(link: Link, strategy: Strategy, **options: Any) -> Trainer:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    mesh, loss = Mesh(shard=2), nn.functional.mse_loss
     return Trainer(
-        model, nn.functional.mse_loss, SGD, strategy=strategy, mesh=Mesh(shard=2), console=False, link=link,
-        **options,
-    )  # fmt: skip
+        model, loss, SGD, strategy=strategy, mesh=mesh, console=False, link=link, **options
+    )
 
 
 class Steps(Callback):
@@ -103,7 +104,7 @@ def noted_pushes(strategy: ParameterServer) -> list[list[Tensor]]:
 
 def train_policies(transport: Transport, folder: str) -> dict[str, Any]:
     results = {}
-    with connect(transport=transport, timeout_seconds=40) as link:
+    with connect(transport=transport, timeout_seconds=TIMEOUT_SECONDS) as link:
         for name, policy in POLICIES.items():
             steps = Steps(spoilt=(3, 2))  # piece 1 of replica 1
             strategy = ParameterServer(policy)
@@ -199,9 +200,12 @@ ENDS: dict[str, tuple[Callable[[], Strategy], list[Callback], dict[str, Any]]] =
 
 
 class Uneven(Callback):
-    """Makes the ranks of a replica measure different times."""
+    """Counts steps, and makes the ranks of a replica measure different times."""
+
+    steps = 0
 
     def on_gradients(self, trainer: Trainer) -> None:
+        self.steps += 1
         seconds = trainer.timeline.now() + 0.002 * trainer.link.group.rank
         while trainer.timeline.now() < seconds:
             pass
@@ -209,15 +213,15 @@ class Uneven(Callback):
 
 def end_runs(transport: Transport) -> dict[str, tuple[str, int, int]]:
     results = {}
-    with connect(transport=transport, timeout_seconds=40) as link:
+    with connect(transport=transport, timeout_seconds=TIMEOUT_SECONDS) as link:
         for name, (make, callbacks, limits) in ENDS.items():
-            trainer = make_trainer(link, make(), callbacks=[Uneven(), *callbacks], log_every=2)
+            uneven = Uneven()
+            trainer = make_trainer(link, make(), callbacks=[uneven, *callbacks], log_every=2)
             evaluated = DataLoader(data(6), batch_size=2)
             result = trainer.fit(
                 DataLoader(data(), batch_size=2), **{"max_steps": 10**6, **limits}, eval=evaluated
             )
-            steps = trainer.epoch * 8 + trainer.steps_in_epoch
-            results[name] = (result.stopped_by, result.step, steps)
+            results[name] = (result.stopped_by, result.step, uneven.steps)
             trainer.close()
     return results
 
@@ -254,7 +258,7 @@ REFUSED: dict[str, tuple[Callable[[], Strategy], str]] = {
 
 def refuse_and_go_on() -> tuple[list[Tensor], list[Tensor]]:
     """A replica of two ranks; then it trains with a server of its own, saved and resumed."""
-    with connect(transport="torch", timeout_seconds=40) as link:
+    with connect(transport="torch", timeout_seconds=TIMEOUT_SECONDS) as link:
         for make, message in REFUSED.values():
             with pytest.raises(ConfigError, match=message):
                 make_trainer(link, make())
@@ -282,7 +286,7 @@ def test_what_pieces_cannot_have_is_refused_and_a_replica_alone_resumes() -> Non
 def train_with_a_death(transport: Transport, victim: int) -> tuple[str, int]:
     logging.basicConfig(level=logging.WARNING)
     faults = FaultInjector().fail_at(victim, 3)
-    link = connect(transport=transport, timeout_seconds=20)
+    link = connect(transport=transport, timeout_seconds=TIMEOUT_SECONDS)
     trainer = make_trainer(link, ParameterServer(), callbacks=[faults])
     try:
         trainer.fit(DataLoader(data(), batch_size=2), max_steps=60)
@@ -299,13 +303,12 @@ def test_a_killed_rank_takes_its_replica_with_it(
 ) -> None:
     results = run_ranks(train_with_a_death, 4, transport, 3, killed=[3], timeout_seconds=90)
     assert results[:2] == [("", 60)] * 2
-    assert results[2][0] != ""
+    # Inside of fully_shard the error is torch's own, which knows no ranks.
+    assert "rank 3" in results[2][0] or "onnection closed" in results[2][0]
     assert "worker 1 is lost, and the other 1 go on without it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_with_a_shard_ends_the_run_of_all(victim: int) -> None:
-    results = run_ranks(
-        train_with_a_death, 4, "torch", victim, killed=[victim], timeout_seconds=90
-    )
+    results = run_ranks(train_with_a_death, 4, "torch", victim, killed=[victim], timeout_seconds=90)
     assert all(result[0] != "" for result in results if result is not None)
