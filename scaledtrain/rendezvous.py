@@ -53,7 +53,7 @@ from scaledtrain.timeline import Timeline
 
 __all__ = ["Connection", "Transport", "connect"]
 
-_ABANDON_SECONDS = 3.0  # for workers to hear from the server; longer than they compare notes
+_ABANDON_SECONDS = 6.0  # for workers to hear from the server; longer than they compare notes
 
 Transport = Literal["auto", "shared_memory", "torch", "torch_ordered"]
 _OVER_TORCH = ("torch", "torch_ordered")
@@ -350,7 +350,7 @@ class Connection:
 
     def abandon(self) -> None:
         """Leave without waiting for anybody: after an error, or at the end of the process."""
-        self._leave(_ABANDON_SECONDS)
+        self._leave(_ABANDON_SECONDS, abandoned=True)
 
     def close(self) -> None:
         """Leave the job: end servers, give back memory and connections. All ranks call it."""
@@ -358,15 +358,15 @@ class Connection:
             for serving in connection._serving:
                 assert serving.store is not None
                 serving.store.close()
-        self._leave(self.timeout_seconds)
+        self._leave(self.timeout_seconds, abandoned=False)
 
-    def _leave(self, seconds: float) -> None:
+    def _leave(self, seconds: float, abandoned: bool) -> None:
         atexit.unregister(self.abandon)
         for part in self._parts:
-            part._leave(seconds)
+            part._leave(seconds, abandoned)
         deadline = time.monotonic() + seconds
         for serving in self._serving:
-            serving.end(deadline)
+            serving.end(deadline, abandoned)
         for peers in self._peers:
             peers.close()
         for close in reversed(self._closing):

@@ -44,24 +44,33 @@ class Serving:
     shards: list[Wire] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
-    def end(self, deadline: float) -> None:
-        """Wait for the threads, which end when their workers have left, then close everything."""
+    def end(self, deadline: float, abandoned: bool) -> None:
+        """Wait for the threads, which end when their workers have left, then close everything.
+
+        Args:
+            deadline: for all of it, on the monotonic clock.
+            abandoned: workers hear at once that there is no server any more.
+        """
         self.over.set()
-        first = [t for t in self.threads if t.name.startswith("server")]
-        for thread in first:
-            thread.join(max(deadline - time.monotonic(), 0.0))
+        if not abandoned:
+            first = [t for t in self.threads if t.name.startswith("server")]
+            self._join(first, deadline)
         if self.host is not None:
             self.host.close()
         for wire in self.shards:
             with suppress(ClusterError):
                 wire.send([Request.CLOSE])
-        for thread in self.threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
+        self._join(self.threads, deadline)
         wires = [*self.wires, *self.shards]
         for wire in wires:
             wire.close()
         for wire in wires:
             wire.join(max(deadline - time.monotonic(), 0.0))
+
+    @staticmethod
+    def _join(threads: Sequence[threading.Thread], deadline: float) -> None:
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def serve(
