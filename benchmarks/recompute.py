@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -277,8 +277,9 @@ def with_budget(
 ) -> Point:
     """Ours; without seconds if nothing fits."""
     depth = len(model.blocks)
+    budget = replace(budget, blocks=_names(model))
     try:
-        executor = checkpoint_activations(model, budget, partial(loss_of, x), blocks=_names(model))
+        executor = checkpoint_activations(model, budget, partial(loss_of, x))
     except ConfigError as error:
         return Point(chain, name, number, 0, [], budget.n_bytes, str(error), depth)
     peak, seconds = measure(model, x, repeats)

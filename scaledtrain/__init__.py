@@ -1,8 +1,10 @@
 """scaledtrain: distributed training from synchronous to asynchronous, behind one Trainer."""
 
 from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.checkpoint import Checkpointing, Preempted
 from scaledtrain.drop_compute import DropCompute, choose_threshold
 from scaledtrain.errors import (
+    CheckpointError,
     ClusterError,
     ConfigError,
     DeadlockError,
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Asynchronous",
     "Callback",
+    "CheckpointError",
+    "Checkpointing",
     "ClusterError",
     "ConfigError",
     "DeadlockError",
@@ -42,6 +46,7 @@ __all__ = [
     "ParameterServer",
     "PeerLostError",
     "Precision",
+    "Preempted",
     "RendezvousError",
     "ReplayError",
     "Replica",

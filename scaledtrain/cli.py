@@ -19,6 +19,7 @@ COMMANDS = {
     "memory": "how many bytes a training takes, activations included, before anything is allocated",
     "replay": "make an asynchronous run again from its event log, and step through it",
     "data": "write, look at and check data sets that do not fit into memory",
+    "checkpoints": "list, verify, compare and export what a run has saved",
     "trace": "show what each rank did when, of runs that were made with trace=true",
 }
 

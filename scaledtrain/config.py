@@ -10,9 +10,11 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
+from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Kind, Misfit, Node, parse
@@ -104,6 +106,7 @@ class TrainConfig:
     activation_checkpointing: Node | None
     mesh: Mesh
     engine: Node | None
+    pipeline: Pipeline
     max_steps: int | None
     max_epochs: int | None
     max_seconds: float | None
@@ -124,6 +127,8 @@ class TrainConfig:
     log_every: int
     console: bool
     trace: bool
+    checkpointing: Checkpointing | None = None
+    resume: str | None = None
 
 
 def check(config: TrainConfig | DictConfig | Mapping[str, Any]) -> TrainConfig:

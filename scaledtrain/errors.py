@@ -4,6 +4,7 @@
     ├── ConfigError            what was asked for cannot be: a wrong key, size, model or loader
     ├── NonFiniteLossError     the loss became NaN or infinite
     ├── DataError              a data set's files are damaged or missing, or cannot be written
+    ├── CheckpointError        a checkpoint is damaged or missing, or cannot be written
     ├── ReplayError            a run that is made again does not come to the same
     └── ClusterError           the ranks of one job cannot work together
         ├── RendezvousError    they never met: a missing rank, a port in use
@@ -17,6 +18,7 @@ A message says what was given, why it cannot be, and what to do.
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "ClusterError",
     "ConfigError",
     "DataError",
@@ -44,6 +46,10 @@ class NonFiniteLossError(ScaledTrainError, ArithmeticError):
 
 class DataError(ScaledTrainError, RuntimeError):
     """A file of a data set is damaged or missing, or cannot be written; the message names it."""
+
+
+class CheckpointError(ScaledTrainError, RuntimeError):
+    """A checkpoint is damaged or missing, or cannot be written; the message names the file."""
 
 
 class ReplayError(ScaledTrainError, RuntimeError):

@@ -26,6 +26,8 @@ class FitLoop:
         eval_loader: to evaluate on; None: nothing is.
         eval_every: the same.
         may_stop: whether this replica, or another in lockstep, may want to end before the limits.
+        after_step: called when a step, and what follows it, has been made.
+        ready: called when the first batch is about to be read.
 
     Attributes:
         stopping: a callback wants the run to end.
@@ -44,6 +46,8 @@ class FitLoop:
         eval_loader: Iterable[Any] | None,
         eval_every: int | None,
         may_stop: bool,
+        after_step: Callable[[], None],
+        ready: Callable[[], None],
     ) -> None:
         self.stopping = False
         self.may_stop = may_stop
@@ -56,6 +60,8 @@ class FitLoop:
         self._max_seconds = max_seconds
         self._eval_loader = eval_loader
         self._eval_every = eval_every
+        self._after_step = after_step
+        self._ready: Callable[[], None] | None = ready
         self._evaluated_at = trainer.step_count
         self._steps = 0
 
@@ -65,7 +71,9 @@ class FitLoop:
         trainer.model.train()
         while self._max_epochs is None or trainer.epoch < self._max_epochs:
             start = timeline.now()
-            with closing(self._loader.epoch(trainer.epoch, trainer.steps_in_epoch)) as steps:
+            ready, self._ready = self._ready, None
+            rest = self._loader.epoch(trainer.epoch, trainer.steps_in_epoch, ready)
+            with closing(rest) as steps:
                 for batch in steps:
                     timeline.add("data", start)
                     if not trainer.step(batch):
@@ -74,6 +82,7 @@ class FitLoop:
                     self._steps += 1
                     self._tell("on_step_end")
                     evaluated = self._evaluation_is_due() and self._evaluate()
+                    self._after_step()
                     if reason := self._reason_to_stop(evaluated):
                         return reason
                     start = timeline.now()

@@ -18,24 +18,31 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from scaledtrain.launching import FAILED, INTERRUPTED, MISUSED, TERMINATED, tell
+from scaledtrain.launching import FAILED, INTERRUPTED, MISUSED, PREEMPTED, TERMINATED, tell
 
-__all__ = ["start_workers", "threads_for"]
+__all__ = ["SAVE_SECONDS", "UNWIND_SECONDS", "start_workers", "threads_for"]
 
 _POLL_SECONDS = 0.05
 _LEAVE_SECONDS = 300.0  # for the other ranks, when rank 0 has ended without an error
-_UNWIND_SECONDS = 5.0  # for ranks that were asked to end, before they are ended
+UNWIND_SECONDS = 5.0  # for ranks that were asked to end, before they are ended
+SAVE_SECONDS = 600.0  # the same, if they save the run first
 
 _Ranks = Sequence["subprocess.Popen[bytes]"]
 
 
-def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
+def start_workers(
+    module: str,
+    arguments: Sequence[str],
+    workers: int,
+    unwind_seconds: float = UNWIND_SECONDS,
+) -> None:
     """Run ``module.main()`` in new processes on this host.
 
     Args:
         module: what each process imports; its ``main`` is `guarded`.
         arguments: of the command line, for each.
         workers: how many.
+        unwind_seconds: that they have to end by themselves, when they are asked to.
 
     Raises:
         SystemExit: the job failed, or a signal came; all have ended then.
@@ -61,8 +68,8 @@ def start_workers(module: str, arguments: Sequence[str], workers: int) -> None:
                 ranks.append(subprocess.Popen(command, env={**environment, **own}))
             _wait(ranks, store, stop)
         finally:
-            codes = _end(ranks, stop)
-    if stop.number is not None:
+            codes = _end(ranks, stop, unwind_seconds)
+    if stop.number is not None and PREEMPTED not in codes.values():
         raise SystemExit(128 + stop.number)
     if codes[0] != 0 or any(code > 0 for code in codes.values()):
         raise SystemExit(_summary(codes))
@@ -96,12 +103,13 @@ def _environment(rank: int, workers: int, port: int) -> dict[str, str]:
 
 
 class _Stop:
-    """Takes note of Ctrl-C and SIGTERM."""
+    """Takes note of Ctrl-C, SIGTERM and SIGUSR1."""
 
     number: int | None = None
 
     def __enter__(self) -> _Stop:
-        self._old = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._old = {n: signal.signal(n, self._note) for n in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,23 +131,23 @@ def _wait(ranks: _Ranks, store: dist.Store, stop: _Stop) -> None:
     deadline = float("inf")
     while stop.number is None and time.monotonic() < deadline:
         codes = [rank.poll() for rank in ranks]
-        if None not in codes or any(code is not None and code > 0 for code in codes):
+        if None not in codes or any(code not in (None, PREEMPTED) and code > 0 for code in codes):
             return
         killed = any(code is not None and code < 0 for code in codes)
         if killed and not store.check(["scaledtrain/0/met"]):
             return  # the others would wait for it
-        if codes[0] is not None and deadline == float("inf"):
+        if (codes[0] is not None or PREEMPTED in codes) and deadline == float("inf"):
             deadline = time.monotonic() + _LEAVE_SECONDS
         time.sleep(_POLL_SECONDS)
 
 
-def _end(ranks: _Ranks, stop: _Stop) -> dict[int, int]:
+def _end(ranks: _Ranks, stop: _Stop, unwind_seconds: float) -> dict[int, int]:
     """End those that still run; returns the exit codes."""
     for rank in ranks:
         with suppress(ProcessLookupError):
             if rank.poll() is None:
                 rank.send_signal(stop.number or signal.SIGTERM)
-    deadline = time.monotonic() + _UNWIND_SECONDS
+    deadline = time.monotonic() + (unwind_seconds if stop.number else UNWIND_SECONDS)
     for rank in ranks:
         try:
             rank.wait(max(deadline - time.monotonic(), 0.0))
@@ -155,7 +163,7 @@ def _how(code: int) -> str:
 
 def _summary(codes: Mapping[int, int]) -> int:
     """The job's exit code; says what no rank could say."""
-    for code in (INTERRUPTED, MISUSED, FAILED):
+    for code in (INTERRUPTED, MISUSED, FAILED, PREEMPTED):
         if code in codes.values():
             return code
     for rank, code in codes.items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,11 @@ class LossScaler(ABC):
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, a scalar, to the parameters' ``.grad``."""
+
+    @contextmanager
+    def passes(self) -> Iterator[float]:
+        """Backward passes inside are made by the caller, of the loss times what this gives."""
+        yield 1.0
 
     @abstractmethod
     def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
@@ -190,9 +196,15 @@ class DynamicScaler(LossScaler):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to the parameters' ``.grad``, computed S times larger."""
+        with self.passes() as scale:
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def passes(self) -> Iterator[float]:
+        """Backward passes inside are of S times the loss; their gradients are unscaled."""
         self._under_way = True
         try:
-            (loss * self.scale).backward()  # type: ignore[no-untyped-call]
+            yield self.scale
         finally:
             self._under_way = False
 

@@ -40,6 +40,14 @@ def _peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _is_of(line: str, last_step: int) -> bool:
+    """Whether a record is whole, and of this step or an earlier one."""
+    try:
+        return bool(json.loads(line)["step"] <= last_step)
+    except ValueError:  # cut off by a crash
+        return False
+
+
 class Metrics:
     """Collects the steps of one rank and writes them down at intervals.
 
@@ -118,6 +126,7 @@ class Metrics:
 
                 self._events = EventFileWriter(str(run_dir / "tensorboard"))
         self._begin = timeline.now()
+        self._seconds_before = 0.0  # of the run that this one continues
         self._forget(0, self._begin)
 
     def _forget(self, step: int, now: float) -> None:
@@ -134,6 +143,23 @@ class Metrics:
     def seconds(self) -> float:
         """Since fit began."""
         return self._timeline.now() - self._begin
+
+    def state_dict(self) -> dict[str, float]:
+        """How long the run has taken so far."""
+        return {"seconds": self._seconds_before + self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float], step: int) -> None:
+        """Go on from there; the records of later steps, which will be made again, are removed."""
+        self._seconds_before = state["seconds"]
+        if self._run_dir is None:
+            return
+        path = self._run_dir / f"metrics-rank{self._rank}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _is_of(line, step)]
+        if len(kept) < len(lines):
+            unfinished = path.with_name(f".{path.name}")
+            unfinished.write_text("".join(kept), encoding="utf-8")
+            unfinished.replace(path)
 
     def start(self, step: int, total: int | None) -> None:
         """A fit begins at this step."""
@@ -248,7 +274,8 @@ class Metrics:
         Console(None, self._show).say(text)
 
     def _write(self, kind: str, step: int, values: dict[str, float], **more: Any) -> None:
-        record = {"kind": kind, "step": step, "seconds": self.seconds, **values, **more}
+        seconds = self._seconds_before + self.seconds
+        record = {"kind": kind, "step": step, "seconds": seconds, **values, **more}
         self._append("metrics", [record])
         if self._events is not None:
             from tensorboard.compat.proto.event_pb2 import Event

@@ -183,6 +183,11 @@ class Precision:
         dtype = self.autocast_dtype
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether backward passes are of a loss that is scaled into the range of float16."""
+        return _FORMATS[self.name].scaled
+
     def scaler(self, replica: Replica) -> LossScaler:
         """What runs the backward passes of a replica; once, as the parameters are prepared."""
         if not _FORMATS[self.name].scaled:

@@ -149,7 +149,7 @@ class Connection:
         """The link among some of the ranks, who call this together; it ends with this one.
 
         Args:
-            name: of the part, the same on its ranks; a new part of an old name takes its place.
+            name: of the part, the same on its ranks, and no other part's; it may be made again.
             ranks: of this connection, in the order of their ranks in the part.
             pieces: the name of a part made before, of the ranks that have this rank's replica
                 together; None: each rank of the new part has a whole one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,8 @@ class Replica:
         make_rounding: makes what updates of 16-bit parameters go through; None: nothing.
         named_parameters: this rank's tensors of the model; None: the model's own parameters.
         pieces: the ranks that have the copy together; None: this one.
+        counted_elsewhere: names of parameters that another of these ranks has as well, and counts
+            in norms.
 
     Raises:
         ConfigError: the model has nothing to train, or ``make_optimizer`` is an optimizer.
@@ -128,6 +130,7 @@ class Replica:
         *,
         named_parameters: Sequence[tuple[str, nn.Parameter]] | None = None,
         pieces: Group | None = None,
+        counted_elsewhere: Collection[str] = (),
     ) -> None:
         if isinstance(make_optimizer, Optimizer):
             name = type(make_optimizer).__name__
@@ -145,6 +148,7 @@ class Replica:
             )
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
+        self._counted = [p for name, p in named if name not in counted_elsewhere]
         # Frozen parameters are not trained but must be equal everywhere like all other state.
         self.frozen = [p for _, p in everything if not p.requires_grad]
         self._pieces: Group = pieces or LocalGroup()
@@ -219,7 +223,7 @@ class Replica:
         return squared.sqrt().to(norm.dtype)
 
     def _norm_here(self) -> Tensor:
-        present = [p.grad for p in self.parameters if p.grad is not None]
+        present = [p.grad for p in self._counted if p.grad is not None]
         if any(g.dtype in _HALF for g in present):
             # Of float16 it would be infinite where it is above 65504, of bfloat16 8 bits.
             norms = torch._foreach_norm(present, 2.0, torch.float32)

@@ -26,7 +26,9 @@ __all__ = [
     "Pace",
     "Schedule",
     "Slowdown",
+    "as_arguments",
     "call_model",
+    "inputs_and_targets",
 ]
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -40,6 +42,8 @@ class Computed(NamedTuple):
     """The mean over ``samples``, a detached scalar on the device; the gradients are those of it."""
     samples: int
     """How many of the batch's samples were computed with."""
+    share: float = 1.0
+    """Of the batch's samples, exactly 1 for all, so that equal weights stay equal."""
 
 
 class Schedule(Protocol):
@@ -57,11 +61,25 @@ class Schedule(Protocol):
             Loss and samples; None if it was abandoned: the gradients are then of no use.
         """
 
+    def backward_passes(self, batch: StepBatch) -> int:
+        """How many will add up in that step's gradients; 0: that is not known."""
+
+    def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
+        """Forward passes alone, without gradients, of a batch's microbatches as they are.
+
+        Returns:
+            Their outputs, None where another rank has them; and their mean loss.
+        """
+
+    @property
+    def pending(self) -> int:
+        """Steps on no batch after the last one, until all gradients have come."""
+
 
 def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> tuple[Any, Tensor]:
     """Outputs and loss of one microbatch: ``model(**batch).loss``, or ``loss_fn(model(x), y)``."""
     if loss_fn is None:
-        outputs = model(**batch) if isinstance(batch, Mapping) else model(*_as_tuple(batch))
+        outputs = model(**batch) if isinstance(batch, Mapping) else model(*as_arguments(batch))
         loss = _own_loss(outputs)
         if loss is None:
             raise ConfigError(
@@ -70,13 +88,7 @@ def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) ->
                 "put the labels into the batch so that the model computes its loss"
             )
     else:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ConfigError(
-                f"with a loss_fn each batch must be (inputs, targets); the loader gave "
-                f"{_describe(batch)}. For a dict batch leave out loss_fn and let the model return "
-                "its loss"
-            )
-        inputs, targets = batch
+        inputs, targets = inputs_and_targets(batch)
         outputs = model(inputs)
         loss = loss_fn(outputs, targets)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -96,7 +108,23 @@ def _own_loss(outputs: Any) -> Any:
     return getattr(outputs, "loss", None)
 
 
-def _as_tuple(batch: Any) -> tuple[Any, ...]:
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """The two parts of a batch for a ``loss_fn``.
+
+    Raises:
+        ConfigError: it has not two.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigError(
+            f"with a loss_fn each batch must be (inputs, targets); the loader gave "
+            f"{_describe(batch)}. For a dict batch leave out loss_fn and let the model return "
+            "its loss"
+        )
+    return batch[0], batch[1]
+
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """With which a model is called that returns its own loss; a mapping gives keywords instead."""
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
@@ -130,6 +158,7 @@ class MicrobatchLoop:
 
     Args:
         model: called as ``model(inputs)``, or as ``model(**batch)`` when there is no ``loss_fn``.
+        evaluated: called so in evaluations; None: the model.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over the microbatch's samples, a scalar.
         precision: its ``autocast`` is used.
         parameters: whose gradients are computed.
@@ -150,12 +179,14 @@ class MicrobatchLoop:
         precision: Precision,
         parameters: Sequence[nn.Parameter],
         *,
+        evaluated: Callable[..., Any] | None = None,
         scaler: LossScaler | None = None,
         drop_compute: DropCompute | None = None,
         paces: Sequence[Pace] = (),
         clock: Clock | None = None,
     ) -> None:
         self.model = model
+        self._evaluated = evaluated or model
         self.microbatch_seconds: list[float] = []
         self._loss_fn = loss_fn
         self._precision = precision
@@ -204,7 +235,25 @@ class MicrobatchLoop:
         if computed < samples:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
             torch._foreach_mul_(gradients, samples / computed)
-        return Computed(total, computed)
+        return Computed(total, computed, 1.0 if computed == samples else computed / samples)
+
+    def backward_passes(self, batch: StepBatch) -> int:
+        """One for each microbatch."""
+        return len(batch.microbatches)
+
+    @torch.no_grad()
+    def predict(self, batch: StepBatch) -> tuple[list[Any], Tensor]:
+        """Outputs and mean loss."""
+        outputs: list[Any] = []
+        total = torch.zeros((), device=self._parameters[0].device)
+        for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
+            with self._precision.autocast(total.device):
+                made, loss = call_model(self._evaluated, microbatch, self._loss_fn)
+            outputs.append(made)
+            total = loss if size == batch.samples else total + loss * (size / batch.samples)
+        return outputs, total
+
+    pending = 0
 
     def _take_time(self, start: float, share: float, abandon: Abandon) -> bool:
         seconds = self._clock.now() - start

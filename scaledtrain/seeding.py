@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["be_deterministic", "kept_generators", "seed_everything"]
+__all__ = [
+    "be_deterministic",
+    "generator_states",
+    "kept_generators",
+    "seed_everything",
+    "set_generator_states",
+]
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
@@ -41,3 +48,22 @@ def be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators (all devices)."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_generator_states(states: Mapping[str, Any]) -> None:
+    """Put the generators back into what `generator_states` returned."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

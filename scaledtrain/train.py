@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.launching import Interrupted, guarded, workers_to_start
-from scaledtrain.local_job import start_workers
+from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
 from scaledtrain.rendezvous import Connection, Transport, connect
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
@@ -74,7 +74,8 @@ def _main() -> None:
         config.mesh.check(workers)  # rather here, once, than on every rank
         data_ranks = config.mesh.replicas(workers) * config.mesh.shard
         batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps)
-        start_workers("scaledtrain.train", sys.argv[1:], workers)
+        seconds = SAVE_SECONDS if config.checkpointing is not None else UNWIND_SECONDS
+        start_workers("scaledtrain.train", sys.argv[1:], workers, seconds)
         return
     with join(config) as link:
         run_dir = choose_run_dir(config, link)
@@ -143,10 +144,10 @@ def make_run_dir(config: TrainConfig) -> Path:
 def _make_run_dir(config: TrainConfig) -> Path:
     if config.run_dir is not None:
         path = Path(config.run_dir)
-        if any(path.glob("metrics-rank*.jsonl")):
+        if config.resume is None and any(path.glob("metrics-rank*.jsonl")):
             raise ConfigError(
                 f"run_dir {path} holds a run already, and two runs in one folder cannot be told "
-                "apart; give another run_dir, or remove it"
+                "apart; go on with it (resume=auto), give another run_dir, or remove it"
             )
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -202,6 +203,8 @@ def run_settled(
                 eval=test,
                 eval_every=config.eval_every,
             )
+        except Interrupted:  # which says what has been saved
+            raise
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted at step {trainer.step_count}") from None
     if run_dir is not None and writes:
@@ -314,6 +317,7 @@ def _assemble(
         strategy=strategy,
         mesh=config.mesh,
         engine=None if config.engine is None else make(config.engine),
+        pipeline=None if config.mesh.pipe == 1 else replace(config.pipeline, example=_first(train)),
         precision=config.precision,
         activation_checkpointing=(
             None
@@ -333,9 +337,18 @@ def _assemble(
         log_every=config.log_every,
         console=config.console,
         trace=config.trace,
+        checkpointing=config.checkpointing,
+        resume=config.resume,
         link=link,
     )
     return trainer, train, test
+
+
+def _first(loader: Iterable[Any]) -> Any:
+    """A batch, the same on every rank."""
+    steps = ReplicaLoader(loader).epoch(0)
+    with closing(steps):
+        return next(steps).microbatches[0]
 
 
 def batch_sizes(config: TrainConfig) -> BatchSizes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.callbacks import Callback
+from scaledtrain.checkpoint import Checkpointing
+from scaledtrain.checkpoint.resume import CHECKPOINTS, find, load
+from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, must_end
@@ -24,14 +27,19 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
-from scaledtrain.parallel import FullyShard, lay_out
+from scaledtrain.parallel import FullyShard, Pipeline, lay_out
 from scaledtrain.parallel.layout import Steps
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
-from scaledtrain.seeding import be_deterministic, seed_everything
+from scaledtrain.seeding import (
+    be_deterministic,
+    generator_states,
+    seed_everything,
+    set_generator_states,
+)
 from scaledtrain.strategies import Strategy, Sync
 
 __all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
@@ -72,6 +80,7 @@ class Trainer:
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
         engine: what divides parameters among the ranks of ``mesh.shard``; default `FullyShard`.
+        pipeline: how the ranks of ``mesh.pipe`` run their stages; default `Pipeline`, 1F1B.
         precision: the number formats, or their name (``"bf16-mixed"``); default fp32.
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
@@ -90,14 +99,18 @@ class Trainer:
         log_every: steps between records.
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
+        checkpointing: when the run is saved; None: never.
+        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir`` (none:
+            it begins), or the path of a checkpoint or of a run.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
 
     Raises:
         ConfigError: something asked for cannot be; the message says what to change.
+        CheckpointError: the checkpoint to resume from is damaged.
         ClusterError: the ranks did not meet.
 
-    A crash loses what was not saved: see ``state_dict``.
+    A crash loses what was not saved: see ``checkpointing``, and ``state_dict``.
 
     Example:
         >>> from functools import partial
@@ -120,6 +133,7 @@ class Trainer:
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
         engine: FullyShard | None = None,
+        pipeline: Pipeline | None = None,
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
@@ -135,6 +149,8 @@ class Trainer:
         log_every: int = 50,
         console: bool = True,
         trace: bool = False,
+        checkpointing: Checkpointing | None = None,
+        resume: str | Path | None = None,
         link: Link | None = None,
     ) -> None:
         if gradient_accumulation_steps < 1:
@@ -153,17 +169,28 @@ class Trainer:
         self.link: Link = link
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
-        self.layout = lay_out(converted, self.link, mesh or Mesh(), self.precision, engine)
+        self.layout = lay_out(
+            converted,
+            self.link,
+            mesh or Mesh(),
+            self.precision,
+            engine,
+            pipeline,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            accumulation=gradient_accumulation_steps,
+        )
         self.model = self.layout.model
         self.strategy: Strategy = strategy or Sync()
-        self._check_layout(drop_compute)
+        self._check_layout(drop_compute, slowdown if self._paces(slowdown, seed) else None)
         self.replica = Replica(
             self.model,
             optimizer,
-            lr_scheduler,
+            self.layout.scheduler(lr_scheduler),
             partial(self.precision.rounding, seed),
             named_parameters=self.layout.named_parameters(),
-            pieces=self.layout.pieces,
+            pieces=self.layout.updated_together,
+            counted_elsewhere=self.layout.counted_elsewhere(),
         )
         self.scaler = self.precision.scaler(self.replica)
         self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
@@ -178,12 +205,14 @@ class Trainer:
             loss_fn,
             self.precision,
             self.replica.parameters,
+            evaluated=self.model,
             scaler=self.scaler,
             drop_compute=drop_compute,
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
         )
-        self.schedule = self.layout.schedule(loop, self.scaler)
+        recomputed = activation_checkpointing is not None
+        self.schedule = self.layout.schedule(loop, self.scaler, recomputed)
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(
@@ -209,8 +238,72 @@ class Trainer:
         self._introduced = False
         self._unplanned = activation_checkpointing  # until there is a batch
         self._checkpointing: Executor | None = None
+        self._loader: Steps | None = None
+        self._resumed: dict[str, Any] = {}  # what only the next fit can restore
+        self._saver: Saver | None = None
+        try:
+            self._saver = self._resume_and_save(checkpointing, resume, run_dir)
+        except BaseException:
+            self._release()
+            raise
 
-    def _check_layout(self, drop_compute: DropCompute | None) -> None:
+    def _resume_and_save(
+        self, options: Checkpointing | None, resume: str | Path | None, run_dir: str | Path | None
+    ) -> Saver | None:
+        """Go on from a checkpoint, and get ready to write others."""
+        if self.link.returned:  # to a job that has gone on: the server has the state
+            return None
+        if options is None and resume is None:
+            return None
+        from scaledtrain.checkpoint.export import config_of
+        from scaledtrain.checkpoint.part import Owner  # with DCP, which takes a second to import
+
+        folder = None if run_dir is None else Path(run_dir) / CHECKPOINTS
+        if options is not None and options.folder is not None:
+            folder = Path(options.folder)
+        owner = Owner(
+            self.link.group.rank,
+            self.link.group.size,
+            self.layout.link.group.rank,
+            self.layout.pieces.size,
+            self.layout.stage_ranks,
+            dict(self.model.named_parameters()),
+            self.strategy.replicas_equal,
+            self.layout.whole,
+            self.layout.counted_elsewhere(),
+        )
+        saver = None
+        if options is not None:
+            if folder is None:
+                raise ConfigError(
+                    "checkpointing needs a folder: set run_dir, or checkpointing.folder"
+                )
+            saver = Saver(
+                options,
+                folder,
+                self.link,
+                self.strategy,
+                is_resumed=resume is not None,
+                state=self.state_dict,
+                evaluation=lambda: self._loop.evaluation if self._loop is not None else {},
+                owner=owner,
+                agree=self.layout.agree,
+                facts={
+                    "model": type(self.model).__name__,
+                    "strategy": str(self.strategy),
+                    "precision": str(self.precision),
+                    "config": config_of(self.model),
+                },
+            )
+        saved = None if resume is None else find(resume, folder, self.link)
+        if saved is not None:
+            self.load_state_dict(load(saved, owner))
+            self.metrics.say(f"resumed at step {saved.step} from {saved.path}")
+            if saver is not None:
+                saver.resumed(saved)
+        return saver
+
+    def _check_layout(self, drop_compute: DropCompute | None, slowdown: Slowdown | None) -> None:
         """Ranks that have a replica together begin and end all microbatches together."""
         if self.layout.pieces.size == 1:
             return
@@ -218,6 +311,11 @@ class Trainer:
             raise ConfigError(
                 "drop_compute lets each rank end a step by itself, but with mesh.shard or "
                 "mesh.pipe ranks compute each microbatch together; leave one of them out"
+            )
+        if slowdown is not None and self.layout.stage_ranks > 1:
+            raise ConfigError(
+                "slowdown makes a rank compute slower, but with mesh.pipe a schedule decides what "
+                "it computes when; leave one of them out"
             )
         if self.strategy.may_abandon:
             raise ConfigError(
@@ -231,19 +329,25 @@ class Trainer:
         policy = self._unplanned
         if policy is None or not batch.microbatches:
             return
+        if self.layout.pieces.size > 1:  # nothing is tried out apart from the step that all make
+            self._checkpointing = self.layout.checkpoint(policy, self._compile)
+        else:
+            largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
+
+            def sample(called: Callable[..., Any]) -> Tensor:
+                with self.precision.autocast(self.link.device):
+                    return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
+
+            self._checkpointing = checkpoint_activations(
+                self.model, policy, sample, compile=self._compile
+            )
         self._unplanned = None
-        largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
-
-        def sample(called: Callable[..., Any]) -> Tensor:
-            with self.precision.autocast(self.link.device):
-                return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
-
-        # Pieces cannot be tried out apart from the step that all ranks make together.
-        whole = self.layout.pieces.size == 1
-        self._checkpointing = checkpoint_activations(
-            self.model, policy, sample if whole else None, compile=self._compile
-        )
         self.metrics.say(self._checkpointing.told)
+
+    @property
+    def _in_lockstep(self) -> bool:
+        """Whether all replicas make the same steps at the same time."""
+        return self.strategy.lockstep.size == self.layout.link.group.size
 
     @property
     def step_count(self) -> int:
@@ -260,16 +364,18 @@ class Trainer:
         computed = None
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
-            going = self.strategy.before_forward(len(batch.microbatches), batch.weight)
+            going = self.strategy.before_forward(self.schedule.backward_passes(batch), batch.weight)
             self.metrics.saw_staleness(self.strategy.staleness)
-            if self.layout.agree(not going):
+            if not self._in_lockstep:  # else its other pieces come to the same
+                going = not self.layout.agree(not going)
+            if not going:
                 return False
             start = self.timeline.now()
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
         self._call("on_gradients")
-        self.strategy.reduce_gradients(batch.weight * _share(computed.samples, batch.samples))
+        self.strategy.reduce_gradients(batch.weight * computed.share)
         finite, norm = self.scaler.check_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
@@ -278,6 +384,18 @@ class Trainer:
         self.strategy.after_step()
         self.metrics.record(self.strategy, computed.loss, computed.samples, norm)
         return True
+
+    def _drain(self) -> None:
+        """Let the gradients that are still under way make their updates."""
+        while self.schedule.pending:
+            self.replica.zero_grad()
+            self.schedule.run(StepBatch([], []))
+            here = any(p.grad is not None for p in self.replica.parameters)
+            if here:
+                self.strategy.reduce_gradients()
+            self.scaler.check_and_clip(self.replica, self._max_grad_norm, False)
+            if here:
+                self.strategy.apply_gradients()
 
     def fit(
         self,
@@ -331,8 +449,10 @@ class Trainer:
             replicas.size,
             accumulation=self._accumulation,
             seed=self._seed,
-            alone=self.strategy.lockstep.size < replicas.size,
+            alone=not self._in_lockstep,
         )
+        self._loader = loader
+        self._find_place(loader)
         self._introduce(loader)
         run = self._loop = FitLoop(
             self,
@@ -345,6 +465,8 @@ class Trainer:
             eval_every=eval_every,
             # Without these nobody can want to stop, and replicas need not ask each other.
             may_stop=max_seconds is not None or bool(self._callbacks),
+            after_step=self._saver.after_step if self._saver is not None else lambda: None,
+            ready=self._ready,
         )
         total = max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
@@ -358,10 +480,18 @@ class Trainer:
         # All begin at once, so times of different ranks are seconds since the same moment.
         self.strategy.start(max_steps)
         self.metrics.start(self.step_count, total)
+        if self._saver is not None:
+            self._saver.start(max_steps)
         try:
-            self._call("on_fit_start")
-            stopped_by = run.run()
-            self.strategy.settle()
+            with self._saver.stop_request if self._saver is not None else nullcontext():
+                self._call("on_fit_start")
+                stopped_by = run.run()
+                self._drain()
+                if self._saver is not None:
+                    self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
+                else:
+                    self.strategy.settle()
+            self._resumed = {}
             self.layout.refresh()
             run.evaluate_at_end()
             self.metrics.flush(self.strategy)
@@ -409,24 +539,27 @@ class Trainer:
             self.layout.refresh()
             for step in steps:
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
-                    values = self._measure(batch)
-                    sums[:-1] += torch.stack([v.double() for v in values]) * size
-                    sums[-1] += size
+                    values = self._measure(batch, size)
+                    if values:  # else another rank has them
+                        sums[:-1] += torch.stack([v.double() for v in values]) * size
+                        sums[-1] += size
         self.timeline.add("evaluation", start)
         group.all_reduce([sums], "sum").wait()
         self.layout.sum(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         return dict(zip(names, means, strict=True))
 
-    def _measure(self, batch: Any) -> list[Tensor]:
-        with self.precision.autocast(self.link.device):
-            outputs, loss = call_model(self.model, batch, self._loss_fn)
+    def _measure(self, batch: Any, size: int) -> list[Tensor]:
+        outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
+        if outputs is None:
+            return []
         if self._eval_metrics and not isinstance(batch, (tuple, list)):
             raise ConfigError(
                 f"eval_metrics ({', '.join(self._eval_metrics)}) compare outputs with targets, but "
                 f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
             )
-        return [loss, *(metric(outputs, batch[1]) for metric in self._eval_metrics.values())]
+        metrics = self._eval_metrics.values()
+        return [loss, *(metric(outputs[0], batch[1]) for metric in metrics)]
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
         """The model's outputs for each batch of a loader, in its order, in eval mode.
@@ -448,7 +581,8 @@ class Trainer:
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of this rank's model, strategy (optimizer, server), scaler, place in the data."""
+        """A copy of what this rank needs to go on: also its place in the data, and generators."""
+        loader = self._loader
         self.layout.refresh()
         return {
             "model": copy.deepcopy(self.model.state_dict()),
@@ -456,15 +590,49 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "steps_in_epoch": self.steps_in_epoch,
+            "seed": self._seed,
+            "loader": None if loader is None else copy.deepcopy(loader.state_dict()),
+            "step_size": None if loader is None else loader.step_size,
+            "generators": generator_states(),
+            "metrics": self.metrics.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, on every rank, before ``fit``."""
+        """Restore what ``state_dict`` returned, on every rank, before ``fit``.
+
+        Raises:
+            ConfigError: it is of a run with another seed, whose data have another order.
+        """
+        if state["seed"] != self._seed:
+            raise ConfigError(
+                f"the state is of a run with seed {state['seed']}, this one has {self._seed}, by "
+                "which the samples come in another order; give it the same seed"
+            )
         self.model.load_state_dict(state["model"])
         self.strategy.load_state_dict(state["strategy"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
         self.steps_in_epoch = state["steps_in_epoch"]
+        self.metrics.load_state_dict(state["metrics"], self.step_count)
+        self._resumed = {
+            "loader": state["loader"],
+            "step_size": state["step_size"],
+            "generators": state.get("generators"),
+        }
+        self._ready()
+
+    def _ready(self) -> None:
+        """All is as it was, and nothing random has happened since: so are the generators."""
+        if self._resumed.get("generators") is not None:
+            set_generator_states(self._resumed["generators"])
+
+    def _find_place(self, loader: Steps) -> None:
+        """Go on in the epoch where a resumed run was, also if steps have another size now."""
+        then = self._resumed.get("step_size")
+        if then is not None:
+            self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
+        if self._resumed.get("loader") is not None:
+            loader.load_state_dict(self._resumed["loader"])
 
     def close(self) -> None:
         """Close files, and the connection if the Trainer made it; all ranks call it."""
@@ -491,6 +659,8 @@ class Trainer:
 
     def _release(self) -> None:
         """Close files; the model is the user's again."""
+        if self._saver is not None:
+            self._saver.close()
         self.metrics.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()
@@ -516,11 +686,8 @@ class Trainer:
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
         )
-
-
-def _share(computed: int, planned: int) -> float:
-    """Exactly 1 for all of them, so that equal weights stay equal."""
-    return 1.0 if computed == planned else computed / planned
+        if self.layout.told:
+            self.metrics.say(self.layout.told)
 
 
 @contextmanager

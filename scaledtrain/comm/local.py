@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ __all__ = ["AbsentGroup", "Done", "LocalBoard", "LocalGroup", "LocalPeers", "Und
 
 class Undivided:
     """What a link lacks whose ranks are always whole replicas."""
+
+    timeout_seconds = math.inf
 
     def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Any:
         """Raise ConfigError."""

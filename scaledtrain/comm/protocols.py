@@ -293,7 +293,7 @@ class Link(Protocol):
         """The link among some of the ranks, who call this together; it ends with this one.
 
         Args:
-            name: of the part, the same on its ranks; a new part of an old name takes its place.
+            name: of the part, the same on its ranks, and no other part's; it may be made again.
             ranks: of this link, in the order of their ranks in the part.
             pieces: the name of a part made before, of the ranks that have this rank's replica
                 together: for each of them a part like the new one is made, and a server of these
@@ -320,6 +320,10 @@ class Link(Protocol):
     @property
     def bytes_sent(self) -> int:
         """Of the tensors that this rank has handed to a transport so far."""
+
+    @property
+    def timeout_seconds(self) -> float:
+        """The longest that a rank waits for another."""
 
     event_log: Path | None
     """Where the next server that is made writes its events; None: nowhere."""

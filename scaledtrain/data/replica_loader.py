@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -37,7 +38,14 @@ from scaledtrain.data.ragged import Ragged
 from scaledtrain.errors import ConfigError
 from scaledtrain.seeding import kept_generators, seed_everything
 
-__all__ = ["ReplicaLoader", "StepBatch", "StridedLoader", "count_samples", "must_end"]
+__all__ = [
+    "ReplicaLoader",
+    "StatefulLoader",
+    "StepBatch",
+    "StridedLoader",
+    "count_samples",
+    "must_end",
+]
 
 
 @runtime_checkable
@@ -65,6 +73,20 @@ class StridedLoader(Protocol):
         the step. None stands for a batch of which nothing could be read. Without a length, the
         iterations from all starts below ``step`` are equally long: None stands for no batch.
         """
+
+
+_EPOCH_SEEDS = 1_000_003  # apart from each other by more than there are ranks
+
+
+@runtime_checkable
+class StatefulLoader(Protocol):
+    """A loader that keeps its own place inside an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the iteration under way; of numbers, texts, tensors, lists and dicts."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration goes on from there."""
 
 
 class StepBatch(NamedTuple):
@@ -239,6 +261,7 @@ class ReplicaLoader:
         self.batch_size: int | None = None
         self._total: int | None = None
         self._length: int | None = None
+        self._generator: torch.Generator | None = None
         self._own: Iterable[Any] = loader
         self._reads_all = True
         if isinstance(loader, DataLoader):
@@ -252,6 +275,11 @@ class ReplicaLoader:
             self._reads_all = False
         else:
             self._length = _length(loader)
+        # One that gives all replicas' batches, and can go on inside an epoch by itself.
+        self._stateful: StatefulLoader | None = None
+        if self._reads_all and isinstance(loader, StatefulLoader):
+            self._stateful = loader
+        self._is_placed = False
 
     def _shard(self, loader: DataLoader[Any]) -> None:
         """Rebuild a map-style loader so that it reads only this replica's batches."""
@@ -273,6 +301,7 @@ class ReplicaLoader:
         except TypeError:  # a sampler without a length: read everything, keep what is ours
             return
         own = self._order = _EveryNth(sampler, self._replicas, self._seed)
+        self._generator = torch.Generator()
         options: dict[str, Any] = {"sampler": own, "batch_size": None}
         self._own = DataLoader(
             loader.dataset,
@@ -283,7 +312,7 @@ class ReplicaLoader:
             timeout=loader.timeout,
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator().manual_seed(self._seed + self._rank),
+            generator=self._generator,
             prefetch_factor=loader.prefetch_factor,
             persistent_workers=loader.persistent_workers,
         )
@@ -296,12 +325,61 @@ class ReplicaLoader:
             return None
         return math.ceil(self._total / (self._replicas * self._accumulation))
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[StepBatch, None, None]:
+    @property
+    def step_size(self) -> tuple[int, int | None]:
+        """Batches of a step, of all replicas together, and samples of a batch if that is known."""
+        return self._replicas * self._accumulation, self.batch_size
+
+    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
+        """How many steps of this loader pass over as many samples as those of another one.
+
+        Args:
+            steps: of the other one.
+            step_size: of the other one.
+
+        Raises:
+            ConfigError: no number of whole steps does.
+        """
+        batches, samples = self.step_size
+        batches_then, samples_then = step_size
+        if samples is not None and samples_then is not None:
+            batches, batches_then = batches * samples, batches_then * samples_then
+        moved, rest = divmod(steps * batches_then, batches)
+        if rest:
+            raise ConfigError(
+                f"the run was saved after {steps} steps of an epoch, of {batches_then} "
+                f"{'batches' if samples is None or samples_then is None else 'samples'} each, and "
+                f"is resumed with steps of {batches}, of which no number is as many; choose batch "
+                "size and accumulation so that the global batch is the same"
+            )
+        return moved
+
+    def state_dict(self) -> Any:
+        """That of a loader which keeps its own place, as it is now; None: it does not."""
+        return self._stateful.state_dict() if self._stateful is not None else None
+
+    def load_state_dict(self, state: Any) -> None:
+        """The next epoch goes on where ``state_dict`` was called."""
+        if self._stateful is not None:
+            self._stateful.load_state_dict(state)
+            self._is_placed = True
+
+    def epoch(
+        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
+    ) -> Generator[StepBatch, None, None]:
         """The steps of one epoch, from step ``start`` on.
 
         The order of the samples is the same for the same (seed, epoch). Of a loader over a
         map-style data set, or of a `StridedLoader`, no skipped sample is read.
+
+        Args:
+            epoch: its number, from 0.
+            start: steps to skip.
+            ready: called when they have been, before anything else is read.
         """
+        self._ready = ready or (lambda: None)
+        if self._generator is not None:  # of the seeds of the loader's workers
+            self._generator.manual_seed(self._seed + self._rank + _EPOCH_SEEDS * epoch)
         rank = self._rank
         if self._alone and self._length is not None:
             rank = (self._rank - epoch * self._length) % self._replicas
@@ -337,6 +415,7 @@ class ReplicaLoader:
             if count or not self._alone:
                 if batches is None:
                     batches = iter(self._own)
+                    self._ready()
                 own = [batch for batch in islice(batches, count) if batch is not None]
                 if own or not self._alone:
                     yield own
@@ -344,6 +423,7 @@ class ReplicaLoader:
     def _own_of_unknown(self) -> Iterator[list[Any]]:
         """The same where no length is known: it yields equally many on every replica."""
         batches = iter(self._own)
+        self._ready()
         while given := list(islice(batches, self._accumulation)):
             own = [batch for batch in given if batch is not None]
             if own or not self._alone:
@@ -352,7 +432,11 @@ class ReplicaLoader:
     def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
         size = self._replicas * self._accumulation
-        batches = islice(iter(self._own), first * size, None)
+        batches = iter(self._own)
+        if not self._is_placed:
+            deque(islice(batches, first * size), maxlen=0)
+        self._is_placed = False
+        self._ready()
         while window := list(islice(batches, size)):
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])

@@ -156,6 +156,7 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
     batches = ReplicaLoader(task.train_loader(_SAMPLES), seed=training.seed).epoch(0)
     (batch,) = next(batches).microbatches
     batches.close()
+    chosen = training.activation_checkpointing
     return MemoryEstimator(
         _model_without_memory(training),
         task.loss_fn,
@@ -164,6 +165,7 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
         microbatches=training.gradient_accumulation_steps,
         strategy=lambda: make(training.strategy),
         workers=workers,
+        blocks=None if chosen is None else chosen.get("blocks"),
         device=device,
     )
 

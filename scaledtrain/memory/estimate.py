@@ -263,7 +263,8 @@ class _Step:
         size: int,
     ) -> None:
         self.model = copied(prepared.model, of._device)
-        self.blocks = _blocks(self.model, of._blocks, needed=policy is not None)
+        of_policy = None if policy is None else policy.blocks
+        self.blocks = _blocks(self.model, of_policy or of._blocks, needed=policy is not None)
         self._batch = batch_of(size, of._batch, of._device)
         self._loss_fn = of._loss_fn
         self._precision = prepared.precision
@@ -350,7 +351,8 @@ def estimate_memory(
         microbatches: batches in a step.
         strategy: makes what replicas tell each other; None: each keeps model and optimizer.
         workers: replicas.
-        blocks: names of the submodules that are the chain; None: they are found.
+        blocks: names of the submodules that are the chain, unless the policy has some; None: they
+            are found.
         device: whose kernels are meant: this host must have it.
 
     Raises:

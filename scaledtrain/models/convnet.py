@@ -76,13 +76,41 @@ class ConvNet(nn.Module):
         Raises:
             ConfigError: ``images`` has not four dims, or another number of channels.
         """
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ConfigError(
-                f"ConvNet got images of shape {tuple(images.shape)}, but takes "
-                f"[batch, {self.channels}, height, width]: reshape the images or change channels"
-            )
+        _check(images, self.channels)
         features = self.stages(self.stem(images))
-        return cast(Tensor, self.head(features.mean(dim=(2, 3))))
+        return cast(Tensor, self.head(_mean(features)))
+
+    def pipeline_parts(self) -> list[nn.Module]:
+        """The stem, each residual block, and the classifier, to be cut into stages."""
+        first = nn.Sequential(_Check(self.channels), self.stem)
+        return [first, *self.stages, nn.Sequential(_Mean(), self.head)]
+
+
+class _Check(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        _check(images, self.channels)
+        return images
+
+
+class _Mean(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return _mean(features)
+
+
+def _check(images: Tensor, channels: int) -> None:
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ConfigError(
+            f"ConvNet got images of shape {tuple(images.shape)}, but takes "
+            f"[batch, {channels}, height, width]: reshape the images or change channels"
+        )
+
+
+def _mean(features: Tensor) -> Tensor:
+    return features.mean(dim=(2, 3))
 
 
 class _ResidualBlock(nn.Module):

@@ -135,22 +135,15 @@ class GPT(nn.Module):
         Raises:
             ConfigError: ``tokens`` has not two dims, or is longer than ``sequence_length``.
         """
-        if tokens.dim() != 2:
-            raise ConfigError(
-                f"GPT got tokens of shape {tuple(tokens.shape)}, but takes [batch, time]: "
-                "add a batch dim of 1 to a single sequence"
-            )
-        time = tokens.shape[1]
-        if time > self.sequence_length:
-            raise ConfigError(
-                f"GPT got sequences of {time} tokens, but has learned positions for only "
-                f"sequence_length={self.sequence_length}: cut the input or build a longer model"
-            )
-        positions = torch.arange(time, device=tokens.device)
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        x = _embed(tokens, self.token_embedding, self.position_embedding, self.dropout)
         for block in self.blocks:
             x = block(x)
         return cast(Tensor, self.head(self.norm(x)))
+
+    def pipeline_parts(self) -> list[nn.Module]:
+        """The embedding, each block, and norm and head, to be cut into stages."""
+        embedding = _Embedding(self.token_embedding, self.position_embedding, self.dropout)
+        return [embedding, *self.blocks, nn.Sequential(self.norm, self.head)]
 
     @torch.no_grad()
     def _initialise(self, residual_std: float) -> None:
@@ -189,6 +182,43 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
             "give [batch, time, vocab] and [batch, time]"
         )
     return F.cross_entropy(logits.flatten(end_dim=-2), targets.flatten())
+
+
+def _embed(
+    tokens: Tensor,
+    token_embedding: nn.Embedding,
+    position_embedding: nn.Embedding,
+    dropout: nn.Module,
+) -> Tensor:
+    if tokens.dim() != 2:
+        raise ConfigError(
+            f"GPT got tokens of shape {tuple(tokens.shape)}, but takes [batch, time]: "
+            "add a batch dim of 1 to a single sequence"
+        )
+    time = tokens.shape[1]
+    sequence_length = position_embedding.num_embeddings
+    if time > sequence_length:
+        raise ConfigError(
+            f"GPT got sequences of {time} tokens, but has learned positions for only "
+            f"sequence_length={sequence_length}: cut the input or build a longer model"
+        )
+    positions = torch.arange(time, device=tokens.device)
+    return cast(Tensor, dropout(token_embedding(tokens) + position_embedding(positions)))
+
+
+class _Embedding(nn.Module):
+    """The first part of a model that is cut into stages."""
+
+    def __init__(
+        self, token_embedding: nn.Embedding, position_embedding: nn.Embedding, dropout: nn.Module
+    ) -> None:
+        super().__init__()
+        self.token_embedding = token_embedding
+        self.position_embedding = position_embedding
+        self.dropout = dropout
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _embed(tokens, self.token_embedding, self.position_embedding, self.dropout)
 
 
 class _Block(nn.Module):

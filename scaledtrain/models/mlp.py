@@ -61,10 +61,30 @@ class MLP(nn.Module):
         Raises:
             ConfigError: A sample has another size than ``in_features``.
         """
-        flat = inputs.flatten(start_dim=1)
-        if flat.shape[1] != self.in_features:
-            raise ConfigError(
-                f"MLP got inputs of shape {tuple(inputs.shape)}, {flat.shape[1]} numbers a sample, "
-                f"but was built for in_features={self.in_features}: build it for the data's size"
-            )
-        return cast(Tensor, self.layers(flat))
+        return cast(Tensor, self.layers(_flat(inputs, self.in_features)))
+
+    def pipeline_parts(self) -> list[nn.Module]:
+        """Each linear layer with its ReLU, to be cut into stages."""
+        layers = [*self.layers, nn.Identity()]
+        pairs = list(zip(layers[::2], layers[1::2], strict=True))
+        first = nn.Sequential(_Flatten(self.in_features), *pairs[0])
+        return [first, *(nn.Sequential(*pair) for pair in pairs[1:])]
+
+
+class _Flatten(nn.Module):
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return _flat(inputs, self.in_features)
+
+
+def _flat(inputs: Tensor, in_features: int) -> Tensor:
+    flat = inputs.flatten(start_dim=1)
+    if flat.shape[1] != in_features:
+        raise ConfigError(
+            f"MLP got inputs of shape {tuple(inputs.shape)}, {flat.shape[1]} numbers a sample, "
+            f"but was built for in_features={in_features}: build it for the data's size"
+        )
+    return flat

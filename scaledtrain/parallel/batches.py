@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -42,9 +42,28 @@ class AgreedBatches:
         """Steps of an epoch; None if only the end will tell."""
         return self._loader.steps_per_epoch
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[StepBatch, None, None]:
-        """The steps of one epoch, from step ``start`` on."""
-        for step in self._loader.epoch(epoch, start):
+    @property
+    def step_size(self) -> tuple[int, int | None]:
+        """Batches of a step, of all ranks together, and samples of a batch if that is known."""
+        return self._loader.step_size
+
+    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
+        """How many steps are as many samples as those of another loader."""
+        return self._loader.moved(steps, step_size)
+
+    def state_dict(self) -> Any:
+        """That of a loader which keeps its own place."""
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """The next epoch goes on where ``state_dict`` was called."""
+        self._loader.load_state_dict(state)
+
+    def epoch(
+        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
+    ) -> Generator[StepBatch, None, None]:
+        """The steps of one epoch, from step ``start`` on; see `ReplicaLoader.epoch`."""
+        for step in self._loader.epoch(epoch, start, ready):
             yield self._agree(step)
 
     def _agree(self, step: StepBatch) -> StepBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,8 +14,12 @@ from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches
+from scaledtrain.parallel.pipe import Pipe
+from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.parallel.shard import FullyShard, Shards
-from scaledtrain.schedule import Abandon, Computed, Schedule
+from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
+from scaledtrain.replica import MakeOptimizer, MakeScheduler
+from scaledtrain.schedule import Abandon, Computed, LossFn, MicrobatchLoop, Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.loss_scale import LossScaler
@@ -35,7 +39,22 @@ class Steps(Protocol):
     def steps_per_epoch(self) -> int | None:
         """Steps of an epoch; None if only the end will tell."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[StepBatch, None, None]:
+    @property
+    def step_size(self) -> tuple[int, int | None]:
+        """See `ReplicaLoader`, as for the rest."""
+
+    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
+        """How many steps are as many samples as those of another loader."""
+
+    def state_dict(self) -> Any:
+        """That of a loader which keeps its own place."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """The next epoch goes on where ``state_dict`` was called."""
+
+    def epoch(
+        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
+    ) -> Generator[StepBatch, None, None]:
         """The steps of one epoch, from step ``start`` on."""
 
 
@@ -49,6 +68,7 @@ class Layout:
         link: to the ranks that have the same piece of other replicas: the strategy's.
         pieces: all ranks of this replica; None: this one.
         shards: of this rank's piece, and the ranks that have the others; None: it is whole.
+        pipe: this rank's stages, and what runs them; None: it has the whole chain.
 
     Attributes:
         model: as given.
@@ -62,15 +82,37 @@ class Layout:
         link: Link,
         pieces: Group | None = None,
         shards: tuple[Shards, Group] | None = None,
+        pipe: Pipe | None = None,
     ) -> None:
         self.model = model
         self.link = link
         self.pieces: Group = pieces or LocalGroup()
         self._shards = shards
+        self._pipe = pipe
 
     @property
     def _shard_group(self) -> Group:
         return LocalGroup() if self._shards is None else self._shards[1]
+
+    @property
+    def updated_together(self) -> Group:
+        """The ranks of this replica that make each update together, with one norm of all gradients.
+
+        Stages of an asynchronous pipeline make it each by itself.
+        """
+        if self._pipe is not None and self._pipe.pipeline.is_asynchronous:
+            return LocalGroup()
+        return self.pieces
+
+    @property
+    def stage_ranks(self) -> int:
+        """How many ranks of this replica have different stages of the model."""
+        return 1 if self._pipe is None else self._pipe.links[0].group.size
+
+    @property
+    def told(self) -> str:
+        """About the layout, for people to read."""
+        return "" if self._pipe is None else self._pipe.stages.told
 
     @property
     def data_ranks(self) -> int:
@@ -79,9 +121,32 @@ class Layout:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's tensors, also frozen ones, in the model's order."""
-        if self._shards is None:
-            return list(self.model.named_parameters())
-        return self._shards[0].named_parameters
+        if self._shards is not None:
+            return self._shards[0].named_parameters
+        return list(self.model.named_parameters())
+
+    def counted_elsewhere(self) -> set[str]:
+        """Names of parameters that another rank of this replica has as well, and counts."""
+        return set() if self._pipe is None else self._pipe.stages.counted_elsewhere()
+
+    def checkpoint(self, policy: CheckpointPolicy, compile: str | None) -> Executor:
+        """Let a policy decide what this rank's piece keeps; it is not tried out.
+
+        Raises:
+            ConfigError: a policy that has to measure, or names blocks.
+        """
+        if self._pipe is None:
+            return checkpoint_activations(self.model, policy, compile=compile)
+        if policy.blocks is not None or compile is not None:
+            raise ConfigError(
+                "with mesh.pipe the blocks that are computed again are those of each stage, as "
+                "they are; leave activation_checkpointing.blocks and compile out"
+            )
+        return policy.install(self.model, self._pipe.stages.blocks(), None)
+
+    def scheduler(self, make: MakeScheduler | None) -> MakeScheduler | None:
+        """A learning-rate schedule as this piece of the model wants it."""
+        return make if self._pipe is None else self._pipe.scheduler(make)
 
     def steps(
         self,
@@ -120,14 +185,34 @@ class Layout:
         )
         return own if self._shards is None else AgreedBatches(own, group)
 
-    def schedule(self, loop: Schedule, scaler: LossScaler) -> Schedule:
-        """Let the gradients of a schedule get to `named_parameters`."""
-        return loop if self._shards is None else _ShardedSchedule(loop, self._shards[0], scaler)
+    def schedule(self, loop: MicrobatchLoop, scaler: LossScaler, recomputed: bool) -> Schedule:
+        """What runs the forward and backward passes of a step.
+
+        Args:
+            loop: runs a whole model's, without more ado.
+            scaler: of the loss.
+            recomputed: activations are computed again.
+        """
+        schedule: Schedule = loop
+        if self._pipe is not None:
+            schedule = self._pipe.schedule(scaler, recomputed)
+        if self._shards is not None:
+            schedule = _ShardedSchedule(schedule, self._shards[0], scaler)
+        return schedule
 
     def refresh(self) -> None:
         """Let the model compute with the values that `named_parameters` have now."""
         if self._shards is not None:
             self._shards[0].refresh()
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole of a tensor of which this rank has the part that it has of that parameter.
+
+        Args:
+            name: of the parameter.
+            tensor: of the same shape as this rank's part, or it is returned as it is.
+        """
+        return tensor if self._shards is None else self._shards[0].whole(name, tensor)
 
     def agree(self, vote: bool) -> bool:
         """Whether a rank of this replica says so; all of them ask together."""
@@ -138,8 +223,8 @@ class Layout:
         return bool(votes.item())
 
     def sum(self, values: Tensor) -> None:
-        """Add up, in place, over the ranks of this replica that train on different samples."""
-        self._shard_group.all_reduce([values], "sum").wait()
+        """Add up, in place, over the ranks of this replica."""
+        self.pieces.all_reduce([values], "sum").wait()
 
 
 class _ShardedSchedule:
@@ -157,6 +242,19 @@ class _ShardedSchedule:
         self._scaler.hand_over(*self._shards.take_gradients())
         return computed
 
+    def backward_passes(self, batch: StepBatch) -> int:
+        """Gradients are handed over all at once."""
+        return 0
+
+    def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
+        """As the schedule inside."""
+        return self._loop.predict(batch)
+
+    @property
+    def pending(self) -> int:
+        """As the schedule inside."""
+        return self._loop.pending
+
 
 def lay_out(
     model: nn.Module,
@@ -164,6 +262,11 @@ def lay_out(
     mesh: Mesh,
     precision: Precision,
     engine: FullyShard | None = None,
+    pipeline: Pipeline | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: MakeOptimizer,
+    accumulation: int = 1,
 ) -> Layout:
     """Give each rank of a mesh its piece of a model. Collective.
 
@@ -174,18 +277,17 @@ def lay_out(
         mesh: the layout.
         precision: in which the model computes.
         engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
+        pipeline: what runs the stages where ``mesh.pipe`` is above 1; default 1F1B.
+        loss_fn: of outputs and targets; None: the model computes its loss.
+        optimizer: a factory.
+        accumulation: batches of a step on each rank.
 
     Raises:
         ConfigError: the mesh does not fit the job, or the model cannot be divided so.
     """
     mesh.check(link.group.size)
+    _check_asked(mesh, engine, pipeline)
     if mesh.ranks_per_replica == 1:
-        if engine is not None:
-            raise ConfigError(
-                f"engine is {engine}, but mesh.shard is 1, so that there is nothing to divide; set "
-                "mesh.shard to the number of ranks that have a replica together, or leave engine "
-                "out"
-            )
         return Layout(model, link)
     place, replicas = mesh.place(link.group.rank), mesh.replicas(link.group.size)
     if link.returned:
@@ -203,6 +305,33 @@ def lay_out(
         mesh.ranks(place, "replicate", replicas=replicas),
         of_replica,
     )
+    pipe: Pipe | None = None
+    roots = [model]
+    if mesh.pipe > 1:
+        among = [
+            link.part(f"pipe/{way}/{place.replicate}/{place.shard}", mesh.ranks(place, "pipe"))
+            for way in ("there", "back")
+        ]
+        pipe = Pipe.of(
+            model, pipeline or Pipeline(), among, precision, loss_fn, optimizer, accumulation
+        )
+        model, roots = pipe.stages, list(pipe.stages.stages.values())
+    if mesh.shard == 1:
+        return Layout(model, of_strategy, pieces, pipe=pipe)
+    if pipe is not None:
+        pipe.check_shardable()
     among_shards = link.part(f"shards/{place.replicate}/{place.pipe}", mesh.ranks(place, "shard"))
-    shards = (engine or FullyShard()).apply(model, among_shards.process_group(), precision)
-    return Layout(model, of_strategy, pieces, (shards, among_shards.group))
+    shards = (engine or FullyShard()).apply(roots, among_shards.process_group(), precision)
+    return Layout(model, of_strategy, pieces, (shards, among_shards.group), pipe)
+
+
+def _check_asked(mesh: Mesh, engine: FullyShard | None, pipeline: Pipeline | None) -> None:
+    for name, asked, axis, length, of in (
+        ("engine", engine, "shard", mesh.shard, "a replica"),
+        ("pipeline", pipeline, "pipe", mesh.pipe, "the stages of one"),
+    ):
+        if asked is not None and length == 1:
+            raise ConfigError(
+                f"{name} is {asked}, but mesh.{axis} is 1, so that there is nothing to divide; set "
+                f"mesh.{axis} to the number of ranks that have {of} together, or leave {name} out"
+            )

@@ -54,18 +54,20 @@ class FullyShard:
     offload: bool = False
     blocks: Sequence[str] | None = None
 
-    def apply(self, model: nn.Module, group: ProcessGroup, precision: Precision) -> Shards:
-        """Shard a model, in place, over the ranks of a group. Collective.
+    def apply(
+        self, roots: Sequence[nn.Module], group: ProcessGroup, precision: Precision
+    ) -> Shards:
+        """Shard a model, or stages of one, in place, over the ranks of a group. Collective.
 
         Args:
-            model: on the device on which it computes, the same on every rank.
+            roots: on the device on which they compute, the same on every rank.
             group: the ranks.
             precision: its format for computing.
 
         Raises:
             ConfigError: no such blocks, or offloading from a CPU.
         """
-        device = next(model.parameters()).device
+        device = next(roots[0].parameters()).device
         if self.offload and device.type == "cpu":
             raise ConfigError(
                 "engine.offload is true, but the model is in the host's memory already; leave it "
@@ -79,7 +81,7 @@ class FullyShard:
             cast_forward_inputs=False,  # autocast does
         )
         mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
-        for module in (*self._blocks_of(model), model):
+        for module in (m for root in roots for m in (*self._blocks_of(root), root)):
             _fully_shard(
                 module,
                 mesh=mesh,
@@ -87,7 +89,7 @@ class FullyShard:
                 mp_policy=policy if mixed else MixedPrecisionPolicy(),
                 offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy(),
             )
-        return Shards(model)
+        return Shards(roots)
 
     def _blocks_of(self, model: nn.Module) -> list[nn.Module]:
         if self.blocks is None:
@@ -109,21 +111,44 @@ class Shards:
     """This rank's shard of every parameter, as plain tensors that the model's own refer to.
 
     Args:
-        model: sharded.
+        roots: sharded.
 
     Attributes:
         named_parameters: (name, shard), in the model's order; some may have no element. They share
             the model's memory, as long as nobody gives them other memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self._modules = [m for m in modules if isinstance(m, FSDPModule)]
         self._sharded: list[nn.Parameter] = []
         self.named_parameters: list[tuple[str, nn.Parameter]] = []
-        for name, parameter in model.named_parameters():
+        self._by_name: dict[str, DTensor] = {}
+        for name, parameter in (named for root in roots for named in root.named_parameters()):
             shard = nn.Parameter(_local(parameter.detach()), parameter.requires_grad)
+            assert isinstance(parameter, DTensor)
+            self._by_name[name] = parameter
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
+
+    def whole(self, name: str, shard: Tensor) -> Tensor:
+        """The whole of a tensor that is divided as that parameter is, of which this is the shard.
+
+        One of another shape than the parameter's shard is returned as it is.
+        """
+        if name not in self._by_name:
+            return shard
+        parameter = self._by_name[name]
+        if not shard.dim() or shard.shape != _local(parameter).shape:
+            return shard
+        return DTensor.from_local(
+            shard,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:

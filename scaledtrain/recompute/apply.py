@@ -20,7 +20,6 @@ def checkpoint_activations(
     policy: CheckpointPolicy,
     sample: Sample | None = None,
     *,
-    blocks: Sequence[str] | None = None,
     compile: str | None = None,
 ) -> Executor:
     """Let a model compute activations again instead of keeping them, in any training loop.
@@ -29,10 +28,9 @@ def checkpoint_activations(
         model: that has a chain of blocks: an ``nn.Sequential``, or an ``nn.ModuleList`` whose
             modules it calls one after another, each with the output of the one before as its first
             argument.
-        policy: what is kept.
+        policy: what is kept, and of which blocks.
         sample: called with what runs the model's ``forward``, returns the loss of a microbatch, as
             large as any. `MemoryBudget` needs it; with it, every policy is tried out.
-        blocks: names of the submodules that are the chain; None: they are found.
         compile: backend for ``torch.compile`` (``"inductor"``), with which each block is compiled;
             what is not in a block is not. None: nothing is.
 
@@ -56,7 +54,8 @@ def checkpoint_activations(
         True
         >>> handle.remove()
     """
-    chain = find_blocks(model) if blocks is None else named_blocks(model, blocks)
+    names = policy.blocks
+    chain = find_blocks(model) if names is None else named_blocks(model, names)
     compiled = None if compile is None else Compiled(chain, compile)
     try:
         executor = _tried(policy, model, chain, sample)
@@ -76,12 +75,15 @@ def _tried(
         return policy.install(model, chain, sample)
     expected = loss_without_gradients(model, sample)
     executor = policy.install(model, chain, sample)
-    if not computes(model, sample, expected):
+    try:
+        if not computes(model, sample, expected):
+            raise ConfigError(
+                f"with activations that are computed again the model's loss is not {expected:g} "
+                "any more. Either it uses what blocks return for something else than the next "
+                "block: choose a policy that takes blocks one by one (full, selective). Or it does "
+                "not compute the same each time: only torch's default generators are rewound"
+            )
+    except BaseException:
         executor.remove()
-        raise ConfigError(
-            f"with activations that are computed again the model's loss is not {expected:g} any "
-            "more. Either it uses what blocks return for something else than the next block: "
-            "choose a policy that takes blocks one by one (full, selective). Or it does not "
-            "compute the same each time: only torch's default generators are rewound"
-        )
+        raise
     return executor

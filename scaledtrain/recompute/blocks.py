@@ -67,11 +67,22 @@ def _most_alike(modules: nn.Sequential | nn.ModuleList) -> tuple[int, int]:
 def named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """Submodules by name, in the order in which they are called.
 
+    Args:
+        model: that has them.
+        names: as in ``model.named_modules()``; an ``nn.ModuleList`` stands for its modules.
+
     Raises:
         ConfigError: there is no such submodule.
+
+    Example:
+        >>> lists = nn.ModuleDict({"deep": nn.ModuleList([nn.Tanh(), nn.ReLU()])})
+        >>> named_blocks(lists, ["deep"]) == named_blocks(lists, ["deep.0", "deep.1"])
+        True
     """
-    if not names:
-        raise ConfigError("blocks is empty; name the submodules, or leave it out to find them")
+    if isinstance(names, str) or not names:
+        raise ConfigError(
+            f"blocks is {names!r}; it is a list of names of submodules, or left out to find them"
+        )
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
@@ -79,7 +90,11 @@ def named_blocks(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
                 f"blocks has {name!r}, which {type(model).__name__} has not; it has "
                 f"{', '.join(list(modules)[1:21])}"
             )
-    return [modules[name] for name in names]
+    found: list[nn.Module] = []
+    for name in names:
+        named = modules[name]
+        found += named if isinstance(named, nn.ModuleList) else [named]
+    return found
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -73,7 +73,10 @@ class Executor:
             self._place += [(together, place) for place in range(n)]
         self._interception = Interception(blocks, self._call)
         self._when_removed: Callable[[], None] = _nothing
-        self._hook = model.register_forward_hook(_End(self._raise_if_waiting))
+        self._hooks = [
+            model.register_forward_pre_hook(_Tell(self._forget)),
+            model.register_forward_hook(_Tell(self._raise_if_waiting)),
+        ]
 
     def when_removed(self, call: Callable[[], None]) -> None:
         """Have something done after the blocks have been let go."""
@@ -82,7 +85,8 @@ class Executor:
     def remove(self) -> None:
         """Let the blocks run as they are."""
         self._interception.remove()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._when_removed()
 
     def _call(
@@ -104,10 +108,16 @@ class Executor:
         self._waiting = together if place < len(together.blocks) - 1 else None
         return output
 
+    def _forget(self) -> None:
+        """What is left of a forward pass that ended with an exception, is nobody's any more."""
+        if self._waiting is not None:
+            self._waiting.forget()
+            self._waiting = None
+
     def _raise_if_waiting(self) -> None:
         if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            waiting.forget()
+            waiting = self._waiting
+            self._forget()
             raise ConfigError(
                 "not all blocks that are computed again together were called, one after another, "
                 f"after the first of them ({type(waiting.blocks[0]).__name__}): choose a policy "
@@ -115,8 +125,8 @@ class Executor:
             )
 
 
-class _End:
-    """Calls something when a model's forward pass ends; a copy of the model does not."""
+class _Tell:
+    """A hook that calls something without arguments; a copy of the model's does nothing."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -125,7 +135,7 @@ class _End:
         self._call()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _End, (_nothing,)
+        return _Tell, (_nothing,)
 
 
 def _nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -26,11 +26,12 @@ from scaledtrain.recompute.blocks import (
 from scaledtrain.recompute.chain import Block, Chain, Way
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
+from scaledtrain.recompute.kinds import Kind, are_alike, kind_of
 from scaledtrain.recompute.live_bytes import LiveBytes
 from scaledtrain.recompute.offload import Store
 from scaledtrain.recompute.plan import every
 
-__all__ = ["measure_chain"]
+__all__ = ["measure_chain", "now"]
 
 _REPEATS = 5  # of what is timed
 _CHANGED = ("has been mutated", "in-place operation")  # what is kept, says torch
@@ -62,7 +63,7 @@ def measure_chain(
     Raises:
         ConfigError: the model does not call each block once, in this order.
     """
-    measured: dict[Hashable, Block] = {}
+    measured: dict[Kind, Block] = {}
     chain: list[Block] = []
     offload_seconds: float | None = None  # of a byte
     before: tuple[Any, Any, Any] | None = None  # arguments and output of the last block
@@ -75,10 +76,13 @@ def measure_chain(
                 "activations are to be computed again are called once each, in their order"
             )
         check_arguments(blocks[index], args, kwargs)
-        kind = _kind(blocks[index], args, kwargs)
+        kind = kind_of(blocks[index], args, kwargs)
         if kind not in measured:
             with torch.enable_grad():
-                measured[kind] = _measure(forward, args, kwargs, ways)
+                found = _measure(forward, args, kwargs, ways)
+            same_class = (b for (of, *_), b in measured.items() if of is type(blocks[index]))
+            alike = (known for known in same_class if are_alike(known, found))
+            measured[kind] = next(alike, found)
         if offload_seconds is None and store is not None:
             offload_seconds = _offload_seconds(store, args[0])
         joins = before is not None and _follows(args, kwargs, *before)
@@ -101,18 +105,6 @@ def measure_chain(
     return Chain((*chain, rest), base, offload_seconds)
 
 
-def _kind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """Equal for blocks that cost the same."""
-    inside = [(type(m).__name__, m.extra_repr(), _plain_of(m)) for m in block.modules()]
-    held = [(p.shape, p.dtype, p.requires_grad) for p in block.parameters()]
-    return type(block), tuple(inside), tuple(held), _shape(args), _shape(kwargs)
-
-
-def _plain_of(module: nn.Module) -> Hashable:
-    values = vars(module).items()
-    return tuple((k, v) for k, v in values if isinstance(v, (bool, int, float, str)))
-
-
 def _follows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -125,16 +117,6 @@ def _follows(
         output_before = output_before[0] if len(output_before) == 1 else None
     others_alike = same_arguments((args[1:], kwargs), (args_before[1:], kwargs_before))
     return args[0] is output_before and others_alike
-
-
-def _shape(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_shape, value))
-    if isinstance(value, dict):
-        return tuple((key, _shape(inside)) for key, inside in value.items())
-    return repr(value)
 
 
 def _measure(
@@ -266,13 +248,13 @@ def _seconds(run: Call, x: Tensor) -> tuple[float, float]:
     ahead, back = [], []
     for repeat in range(_REPEATS + 1):
         torch.clear_autocast_cache()
-        start = _now(x)
+        start = now(x)
         output = first_tensor(run(x))
-        middle = _now(x)
+        middle = now(x)
         if output.requires_grad:
             with _as_backward(output):
                 torch.autograd.backward(output, torch.ones_like(output))
-        end = _now(x)
+        end = now(x)
         x.grad = None
         if repeat > 0:  # the first one warms up
             ahead.append(middle - start)
@@ -284,10 +266,10 @@ def _offload_seconds(store: Store, x: Tensor) -> float:
     """Of a byte, there and back; the least."""
     found = []
     for _ in range(_REPEATS + 1):
-        start = _now(x)
+        start = now(x)
         store.put(x)()
-        found.append(_now(x) - start)
-    return min(found) / (x.numel() * x.element_size())
+        found.append(now(x) - start)
+    return min(found) / max(1, x.numel() * x.element_size())
 
 
 def _as_backward(like: Tensor) -> AbstractContextManager[Any]:
@@ -295,7 +277,8 @@ def _as_backward(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _now(x: Tensor) -> float:
+def now(x: Tensor) -> float:
+    """Seconds, when all that the tensor's device was told is done."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter()
@@ -316,7 +299,7 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
         nonlocal after, start
         tensor = first_tensor(output)
         counted.peak = after = counted.live
-        start = _now(tensor)
+        start = now(tensor)
         if not tensor.requires_grad:
             raise ConfigError(
                 "no gradient comes to the last block, so that nothing is kept for one; leave "
@@ -326,7 +309,7 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
 
     def came_back(gradient: Tensor) -> None:
         nonlocal most, end
-        most, end = counted.peak - after, _now(gradient)
+        most, end = counted.peak - after, now(gradient)
 
     hooks = [
         blocks[0].register_forward_pre_hook(entered),
@@ -335,7 +318,7 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
     try:
         with Apart(model) as apart, counted:
             loss = sample(apart)
-            middle = _now(loss)
+            middle = now(loss)
             torch.autograd.backward(loss)
     finally:
         executor.remove()

@@ -67,11 +67,14 @@ class DiskStore(Store):
             ) from error
         self._end = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # places by size
+        self._process = os.getpid()
 
     def put(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Write; what is not dense in memory is kept as it is."""
         if not _is_dense(tensor) or not tensor.numel():
             return lambda: tensor
+        if self._process != os.getpid():  # it was forked, and the file is the parent's
+            self.__init__(self._folder)  # type: ignore[misc]
         host = tensor.detach().cpu()
         n_bytes = host.numel() * host.element_size()
         if self._free[n_bytes]:

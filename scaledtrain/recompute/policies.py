@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,8 +26,17 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
 class CheckpointPolicy(ABC):
-    """Decides for each block of a model what it keeps for its backward pass."""
+    """Decides for each block of a model what it keeps for its backward pass.
+
+    Args:
+        blocks: names of the submodules that are the chain, in the order in which the model calls
+            them; an ``nn.ModuleList`` stands for its modules. None: they are found. Every policy
+            takes it, by name.
+    """
+
+    blocks: Sequence[str] | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def install(
@@ -134,7 +143,7 @@ class Selective(CheckpointPolicy):
         """Checkpoint each block by itself, and keep these operators' results.
 
         Raises:
-            ConfigError: the blocks are compiled.
+            ConfigError: the blocks are compiled, or have recurrent layers.
         """
         if any(map(is_compiled, blocks)):
             raise ConfigError(
@@ -142,6 +151,14 @@ class Selective(CheckpointPolicy):
                 "results can be kept: choose another policy (full, memory_budget), or do not "
                 "compile"
             )
+        for block in blocks:
+            for module in block.modules():
+                if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                    raise ConfigError(
+                        f"{type(block).__name__} has a {type(module).__name__}, which changes the "
+                        "results of its matrix products in place, so that they cannot be kept: "
+                        "choose another policy (full, memory_budget)"
+                    )
         n, contexts = len(blocks), contexts_of(self._overloads())
         told = f"activations: of each of {n} blocks only what is dear to compute is kept"
         return Executor(model, blocks, (Keep("dear"),) * n, {"dear": contexts}, told=told)

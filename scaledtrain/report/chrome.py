@@ -7,13 +7,19 @@ References: "Trace Event Format", The Chromium Project.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from scaledtrain.report.traces import WHOLE, Arrival, Trace, Window
 
-__all__ = ["trace_events", "write_chrome_trace"]
+__all__ = [
+    "complete_event",
+    "named_event",
+    "trace_events",
+    "write_chrome_trace",
+    "write_events",
+]
 
 
 def write_chrome_trace(path: Path, traces: Sequence[Trace], window: Window = WHOLE) -> int:
@@ -27,10 +33,15 @@ def write_chrome_trace(path: Path, traces: Sequence[Trace], window: Window = WHO
     Returns:
         How many events there are in the file.
     """
+    return write_events(path, trace_events(traces, window))
+
+
+def write_events(path: Path, events: Iterable[dict[str, Any]]) -> int:
+    """Write events into a file that viewers open; returns how many."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-        for event in trace_events(traces, window):
+        for event in events:
             file.write(f"{',' if count else ''}\n{json.dumps(event)}")
             count += 1
         file.write("\n]}\n")
@@ -46,20 +57,28 @@ def trace_events(traces: Sequence[Trace], window: Window = WHOLE) -> Iterator[di
     * A counter (``C``) of the staleness of each push.
     """
     for process, trace in enumerate(traces, start=1):
-        yield _named(process, 0, "process_name", name=trace.name)
-        yield _named(process, 0, "process_sort_index", sort_index=process)
+        yield named_event(process, 0, "process_name", name=trace.name)
+        yield named_event(process, 0, "process_sort_index", sort_index=process)
         for rank in trace.paths:
-            yield _named(process, rank, "thread_name", name=f"rank {rank}")
-            yield _named(process, rank, "thread_sort_index", sort_index=rank)
-            place = {"pid": process, "tid": rank}
+            yield named_event(process, rank, "thread_name", name=f"rank {rank}")
+            yield named_event(process, rank, "thread_sort_index", sort_index=rank)
             for phase, start, end in trace.spans(rank, window):
-                times = {"ts": _microseconds(start), "dur": _microseconds(end - start)}
-                yield {"name": phase, "cat": "phase", "ph": "X", **times, **place}
+                yield complete_event(process, rank, phase, "phase", start, end)
         for arrival in trace.arrivals(window):
             yield from _arrival(process, arrival)
 
 
-def _named(process: int, thread: int, what: str, **args: Any) -> dict[str, Any]:
+def complete_event(
+    process: int, thread: int, name: str, category: str, start: float, end: float, **args: Any
+) -> dict[str, Any]:
+    """Something that was done from ``start`` to ``end``, in seconds."""
+    times = {"ts": _microseconds(start), "dur": _microseconds(end - start)}
+    event = {"name": name, "cat": category, "ph": "X", **times, "pid": process, "tid": thread}
+    return {**event, "args": args} if args else event
+
+
+def named_event(process: int, thread: int, what: str, **args: Any) -> dict[str, Any]:
+    """A name, or another property, of a process or of a thread in it."""
     return {"name": what, "ph": "M", "pid": process, "tid": thread, "args": args}
 
 

@@ -17,6 +17,8 @@ class Alone(Strategy):
     ``step`` and ``max_steps`` count this replica's own steps, also those without an update.
     """
 
+    settles_to_save = True
+
     @property
     def gradients_per_step(self) -> int:
         """One of every replica, if all are equally fast."""

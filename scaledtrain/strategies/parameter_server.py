@@ -90,6 +90,8 @@ class ParameterServer(Strategy):
         2012, Large Scale Distributed Deep Networks.
     """
 
+    settles_to_save = True
+
     def __init__(
         self,
         admission: Admission | None = None,

@@ -37,10 +37,14 @@ class Strategy(ABC):
         staleness: of this replica's last gradient that was judged; None where there is no such
             thing.
         may_abandon: whether ``abandons`` is worth asking.
+        settles_to_save: ``state_dict`` is exact only when all replicas have settled.
+        replicas_equal: parameters and optimizer are the same on all replicas after every step.
     """
 
     staleness: int | None = None
     may_abandon = False
+    settles_to_save = False
+    replicas_equal = False
 
     def __init__(self) -> None:
         self.step = 0
@@ -67,7 +71,7 @@ class Strategy(ABC):
         """Whether to go on with this step.
 
         Args:
-            microbatches: how many backward passes will add up in the gradients.
+            microbatches: how many backward passes will add up in the gradients; 0: not known.
             weight: as ``reduce_gradients`` will be given it, unless computing is cut short.
         """
         return self._max_steps is None or self.step < self._max_steps

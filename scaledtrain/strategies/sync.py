@@ -65,6 +65,8 @@ class Sync(Strategy):
         Distributed: Experiences on Accelerating Data Parallel Training (buckets).
     """
 
+    replicas_equal = True
+
     def __init__(
         self,
         *,
@@ -130,10 +132,15 @@ class Sync(Strategy):
     def state_dict(self) -> dict[str, Any]:
         """Step, optimizer, and what the compression remembers on this replica."""
         kept = [] if self._buckets is None else self._buckets.state_dict()
-        return {**super().state_dict(), "compression": kept}
+        return {
+            **super().state_dict(),
+            "compression": kept,
+            "some_missing": self._some_missing,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; after ``attach``."""
         super().load_state_dict(state)
+        self._some_missing = state["some_missing"]
         if self._buckets is not None and state["compression"]:
             self._buckets.load_state_dict(state["compression"])

@@ -123,6 +123,8 @@ def test_every_choice_composes_and_builds(file: Path, link: Connection, tmp_path
     companions = [*COMPANIONS.get(group, []), *COMPANIONS.get(f"{group}/{choice}", [])]
     if (group, choice) == ("data", "sharded"):
         companions += write_data(tmp_path)
+    if group == "checkpointing" and choice != "none":
+        companions.append(f"checkpointing.folder={tmp_path}")
     config = compose([f"{group}={choice}", *companions, *SMALL])
     if "max_train_bytes" in config.data:
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(SMALL_TEXT))

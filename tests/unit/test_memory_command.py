@@ -81,6 +81,19 @@ def test_the_ways_of_the_config_take_the_place_of_the_usual_ones(
     assert found["cells"][0]["estimate"]["ranks"][0]["optimizer"] == PARAMETERS
 
 
+def test_the_blocks_of_the_config_are_those_of_every_policy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["precisions=[fp32]", "policies=[none,full]", "activation_checkpointing=full"]
+    named = "activation_checkpointing.blocks=[layers.0]"
+    cells = [told(monkeypatch, capsys, *few, *more)["cells"] for more in ([], [named])]
+    assert [len(cell["estimate"]["kept"]["blocks"]) for cell in cells[0]] == [
+        3,
+        3,
+    ]  # linear, relu, linear
+    assert [len(cell["estimate"]["kept"]["blocks"]) for cell in cells[1]] == [1, 1]
+
+
 def test_a_policy_that_does_not_fit_the_model_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

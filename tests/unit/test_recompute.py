@@ -305,6 +305,42 @@ def test_a_budget_groups_only_what_is_a_chain() -> None:
         )
 
 
+class Numbered(nn.Module):
+    """A block that knows its number, and scales its result by what follows from it."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.layer_idx, self.scale = index, 1 + index / 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) * self.scale
+
+
+def test_blocks_that_differ_by_noise_are_planned_as_equal_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(0.01 * i + 0.0001 * (i % 7) for i in range(10**6))  # each step takes about 10 ms
+    monkeypatch.setattr("scaledtrain.recompute.measure.time.perf_counter", lambda: next(clock))
+    model = nn.Sequential(*(Numbered(i) for i in range(8)))
+    *blocks, _ = measure_chain(
+        model, list(model), lambda called: called(ROWS).square().mean(), {}
+    ).blocks
+    assert len(set(blocks)) == 2  # the first one joins none before it
+    assert len({block.ways for block in blocks}) == 1
+
+
+def test_a_policy_says_which_blocks_it_means() -> None:
+    model = nn.ModuleDict({"long": nn.ModuleList(nn.Linear(4, 4) for _ in range(5))})
+    model["deep"] = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    for names in (["deep"], ["deep.0", "deep.1", "deep.2"]):
+        for policy in (CheckpointEvery(blocks=names), Selective(blocks=names)):
+            handle = checkpoint_activations(model, policy)
+            diverted = [name for name, m in model.named_modules() if "forward" in vars(m)]
+            assert diverted == ["deep.0", "deep.1", "deep.2"]
+            handle.remove()
+
+
 def test_a_copy_of_the_model_is_its_own() -> None:
     model = chain_of_layers().eval()
     handle = checkpoint_activations(model, CheckpointEvery(3))
@@ -387,7 +423,9 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no nn.Sequential or nn.ModuleList"):
         checkpoint_activations(nn.Linear(2, 2), CheckpointEvery())
     with pytest.raises(ConfigError, match="blocks has 'layer', which GPT has not"):
-        checkpoint_activations(gpt(), CheckpointEvery(), blocks=["layer"])
+        checkpoint_activations(gpt(), CheckpointEvery(blocks=["layer"]))
+    with pytest.raises(ConfigError, match="blocks is 'deep'; it is a list of names"):
+        checkpoint_activations(gpt(), CheckpointEvery(blocks="deep"))
     model = Convnet()
     checkpoint_activations(model, CheckpointEvery())
     with pytest.raises(ConfigError, match="given a Cache, which may change"):

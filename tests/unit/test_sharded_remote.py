@@ -100,7 +100,7 @@ class TestReading:
         ("make", "told"),
         [
             (lambda: ShardedDataset("memory://nowhere"), "memory://nowhere holds no data set"),
-            (lambda: ShardedDataset("gopher://x"), "gopher://x is no URL that fsspec knows"),
+            (lambda: ShardedDataset("gopher://x"), "gopher://x is no URL that fsspec can open"),
             (lambda: ShardedDataset(URL, cache_bytes="10 apples"), "cache_bytes of '10 apples'"),
             (lambda: ShardedDataset(URL, cache_bytes=0), "cache_bytes is 0"),
             (lambda: Remote(retries=-1), "retries is -1"),

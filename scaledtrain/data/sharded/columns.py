@@ -132,7 +132,10 @@ def as_array(value: Any) -> tuple[Array, str]:
         value = value.detach().cpu()
         if value.dtype == torch.bfloat16:
             return value.contiguous().view(torch.uint16).numpy(), "bfloat16"
-        value = value.numpy()
+        try:
+            value = value.numpy()
+        except TypeError as error:  # sparse, or of 8 bits
+            raise ConfigError(f"a value is no array: {error}") from error
     elif isinstance(value, (bytes, bytearray, memoryview)):
         return np.frombuffer(value, np.uint8), "uint8"
     try:

@@ -285,6 +285,8 @@ class ShardedDataset(Dataset[Any]):
                 for shard, piece in parts:
                     if shard.damage is not None:
                         self._give_up(piece.shard, shard.damage)
+                if (self._readable(indices) == kept).all():
+                    raise  # there is no memory, say, and nothing to leave out
                 continue
             if not kept.all():
                 with self._lock:

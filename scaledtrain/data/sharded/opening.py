@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,11 +16,12 @@ from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.shard import Shard
 from scaledtrain.data.sharded.storage import Folder, OpenFile
 from scaledtrain.data.sharded.storage.retry import in_daemon
-from scaledtrain.errors import DataError
+from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["OpenShards"]
 
-MAX_OPEN = 256  # shards at a time: each takes a file descriptor and a mapping
+MAX_OPEN = 256  # shards at a time, beside those of a batch: each takes two file descriptors
+MOST_FILES = 65_536  # of a process, as far as the system lets it
 
 
 class OpenShards:
@@ -62,6 +65,7 @@ class OpenShards:
 
         Raises:
             DataError: it is damaged, or cannot be read.
+            ConfigError: the process has too many files open.
         """
         self._begin_if_forked()
         ahead: Future[Shard] | None = None
@@ -119,6 +123,22 @@ class OpenShards:
         return shard
 
     def _opened(self, number: int, checked: dict[str, Array] | None) -> Shard:
+        while True:
+            try:
+                return self._mapped(number, checked)
+            except OSError as error:
+                where = f"{self._folder}/{self._manifest.shards[number].file}"
+                if error.errno != errno.EMFILE:
+                    raise DataError(f"shard {where} cannot be read: {error}") from error
+                if not _allow_more_files():
+                    raise ConfigError(
+                        f"shard {where} cannot be opened, since this process has too many files "
+                        "open, two for each shard that a batch needs: raise their limit (ulimit "
+                        "-n), write larger shards (scaledtrain data reshard), or mix fewer: "
+                        'shuffle="block", a smaller buffer_bytes'
+                    ) from error
+
+    def _mapped(self, number: int, checked: dict[str, Array] | None) -> Shard:
         info, manifest = self._manifest.shards[number], self._manifest
 
         def make(file: OpenFile, checked: dict[str, Array] | None) -> Shard:
@@ -130,9 +150,17 @@ class OpenShards:
             if checked is not None and found is not None:
                 checked.update(found)
 
-        try:
-            file = self._folder.open(info.file, info.bytes, info.checksum, check)
-        except OSError as error:
-            where = f"{self._folder}/{info.file}"
-            raise DataError(f"shard {where} cannot be read: {error}") from error
-        return make(file, checked)
+        return make(self._folder.open(info.file, info.bytes, info.checksum, check), checked)
+
+
+def _allow_more_files() -> bool:
+    """Raise this process's limit of open files, which is low for the sake of old programs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft >= most:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError):
+        return False
+    return True

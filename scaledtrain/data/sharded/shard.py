@@ -70,7 +70,8 @@ class Shard:
         damage: what was found to be wrong; None so far.
 
     Raises:
-        DataError: the file is missing, or is not what the manifest says; the message names it.
+        DataError: the file is not what the manifest says; the message names it.
+        OSError: it cannot be read or mapped.
     """
 
     def __init__(
@@ -90,8 +91,6 @@ class Shard:
         try:
             self.tensors = self._read_header(file.handle, info)
             self._map = mmap.mmap(file.handle, info.bytes, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise DataError(f"shard {file.name} cannot be read: {error}") from error
         except ValueError as error:
             raise self.damaged(str(error)) from error
         self._arrays = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,13 @@ class Threads:
         self._lock = threading.Lock()
         self._users = 0
         self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     @contextmanager
     def running(self) -> Iterator[ThreadPoolExecutor]:
         """The threads, for an iteration."""
+        if self._process != os.getpid():  # it was forked, without the parent's threads
+            self.__init__(self._count)  # type: ignore[misc]
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="sharded-loader")

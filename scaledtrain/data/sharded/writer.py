@@ -209,7 +209,12 @@ class ShardWriter:
         """
         given = batch
         batch = {n: v.unbind() if isinstance(v, Ragged) else v for n, v in batch.items()}
-        lengths = {name: len(values) for name, values in batch.items()}
+        try:
+            lengths = {name: len(values) for name, values in batch.items()}
+        except TypeError as error:
+            raise ConfigError(
+                f"a column of a batch is a single value ({error}); write one sample with write()"
+            ) from error
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"the columns of a batch have different lengths: {lengths}")
         if not any(lengths.values()):

@@ -38,7 +38,8 @@ class LocalFolder(Folder):
     ) -> OpenFile:
         """A file of the folder itself."""
         path = self.path / name
-        return OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody waits for a pipe's other end
+        return OpenFile(os.open(path, flags), str(path))
 
     def lock(self) -> Callable[[], None]:
         """A lock of the system, which ends with the process."""

@@ -13,6 +13,7 @@ from scaledtrain.data.sharded.storage.folder import Folder
 from scaledtrain.data.sharded.storage.local import LocalFolder
 from scaledtrain.data.sharded.storage.remote import RemoteFolder
 from scaledtrain.data.sharded.storage.retry import Remote
+from scaledtrain.errors import ConfigError
 
 __all__ = ["CACHE_BYTES", "open_folder"]
 
@@ -36,7 +37,8 @@ def open_folder(
         cache_bytes: how many bytes of copies it may hold.
 
     Raises:
-        ConfigError: the URL needs a package that is not installed, or is of no kind that is known.
+        ConfigError: the URL needs a package that is not installed, is of no kind that is known, or
+            is a file's of another host.
 
     Example:
         >>> str(open_folder("file:///data/a%20b")), str(open_folder("relative/folder"))
@@ -46,7 +48,13 @@ def open_folder(
     if not _URL.match(text):
         return LocalFolder(Path(text))
     if text.startswith("file://"):
-        return LocalFolder(Path(unquote(urlsplit(text).path)))
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(
+                f"{text} names a host, {parts.netloc!r}; files of this one are at file:///, with "
+                "three slashes and the whole path"
+            )
+        return LocalFolder(Path(unquote(parts.path)))
     copies = Cache(
         default_folder() if cache is None else Path(cache), parse_bytes(cache_bytes, "cache_bytes")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -69,8 +70,8 @@ class RemoteFolder(Folder):
             self._fs, self._root = fsspec.url_to_fs(self.url, **self._remote.options)
         except ImportError as error:  # it says which package
             raise ConfigError(f"{self.url} cannot be read here: {error}") from error
-        except ValueError as error:
-            raise ConfigError(f"{self.url} is no URL that fsspec knows: {error}") from error
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{self.url} is no URL that fsspec can open: {error}") from error
         self._downloads = threading.BoundedSemaphore(_DOWNLOADS)
         self._process = os.getpid()
 
@@ -101,19 +102,16 @@ class RemoteFolder(Folder):
             check(OpenFile(os.open(part, os.O_RDONLY | os.O_CLOEXEC), url))
 
         def attempt(deadline: float) -> int:
-            if not self._downloads.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"{_DOWNLOADS} other downloads went on for too long")
-            try:
-                return self._cache.fetch(copy, n_bytes, lambda part: fill(part, deadline), deadline)
-            finally:
-                self._downloads.release()
+            return self._cache.fetch(copy, n_bytes, lambda part: fill(part, deadline), deadline)
 
         try:
             handle = self._cache.find(copy, n_bytes)
             if handle is None:
-                handle = self._remote.persist(f"fetching shard {url}", attempt)
+                with self._downloads:  # each of which ends, and its time begins with its turn
+                    handle = self._remote.persist(f"fetching shard {url}", attempt)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) or not is_permanent(error):
+            too_many_open = error.errno == errno.EMFILE
+            if isinstance(error, FileNotFoundError) or too_many_open or not is_permanent(error):
                 raise
             raise DataError(
                 f"shard {url} cannot be copied into the cache {self._cache.folder}: {error}; see "

@@ -22,7 +22,7 @@ T = TypeVar("T")
 _LONGEST_PAUSE_SECONDS = 30.0
 _ATTEMPTS_IF_DAMAGED = 2  # the first may have been damaged on its way
 # What no other attempt changes, as there being no file, or no room for its copy.
-_PERMANENT_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_PERMANENT_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE}
 
 _jitter = random.Random()  # of its own, so that the draws of a seeded program stay what they are
 _log = logging.getLogger(__name__)

@@ -1,0 +1,146 @@
+"""The command that looks at checkpoints.
+
+```
+python -m scaledtrain.checkpoints list RUN          what there is
+python -m scaledtrain.checkpoints verify RUN        read every byte; exit code 1 if one is damaged
+python -m scaledtrain.checkpoints diff A B          what differs between two
+python -m scaledtrain.checkpoints export RUN TO     weights as safetensors, as save_pretrained does
+```
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaledtrain.checkpoint.export import export
+from scaledtrain.checkpoint.folder import MANIFEST, Manifest, SavedStep, saved_steps
+from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
+from scaledtrain.checkpoint.resume import CHECKPOINTS
+from scaledtrain.errors import CheckpointError, ConfigError
+from scaledtrain.launching import guarded
+
+__all__ = ["main", "run"]
+
+_RUN = "folder of a run, of its checkpoints, or of one of them"
+
+
+def main() -> None:
+    """Do what the command line says."""
+    guarded(_main)
+
+
+def _main() -> None:
+    if code := run(sys.argv[1:]):
+        raise SystemExit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what these arguments say; returns the exit code.
+
+    Args:
+        arguments: as in ``sys.argv[1:]``.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+        CheckpointError: the one that is needed is damaged.
+    """
+    parser = argparse.ArgumentParser(prog="python -m scaledtrain.checkpoints", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, do: Callable[[Any], int], about: str, *names: tuple[str, str]) -> None:
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(do=do)
+        for argument, text in names:
+            command.add_argument(argument, type=Path, help=text)
+
+    add("list", _list, "what there is", ("run", _RUN))
+    add("verify", _verify, "read every byte, and compare checksums", ("run", _RUN))
+    add("diff", _diff, "what differs between two", ("first", _RUN), ("second", _RUN))
+    to = ("to", "folder for model.safetensors, and config.json of a Hugging Face model")
+    add("export", _export, "write the weights as safetensors", ("run", _RUN), to)
+    parsed = parser.parse_args(arguments)
+    code: int = parsed.do(parsed)
+    return code
+
+
+def _at(path: Path) -> list[SavedStep]:
+    """The checkpoints that are meant, the oldest first."""
+    if (path / MANIFEST).exists():
+        return [SavedStep(Manifest.read(path).step, path)]
+    there = saved_steps(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
+    if not there:
+        raise ConfigError(f"{path} has no checkpoint; give the folder of a run that was saved")
+    return there
+
+
+def _newest(path: Path) -> Path:
+    """The newest intact one."""
+    there = _at(path)
+    for saved in reversed(there):
+        damage = saved.damage()
+        if damage is None:
+            return saved.path
+        print(f"{saved.path.name} is skipped: {damage}", file=sys.stderr)
+    raise CheckpointError(f"every checkpoint at {path} is damaged")
+
+
+def _list(parsed: Any) -> int:
+    for saved in _at(parsed.run):
+        try:
+            manifest = Manifest.read(saved.path)
+        except CheckpointError as error:
+            print(f"{saved.path.name}  damaged: {error}")
+            continue
+        megabytes = sum(file.bytes for file in manifest.files.values()) / 2**20
+        ranks = len(manifest.ranks)
+        values = "  ".join(f"{name} {value:.4f}" for name, value in manifest.evaluation.items())
+        about = f"{manifest.facts.get('model', '?')}, {manifest.facts.get('strategy', '?')}"
+        size = f"{megabytes:.1f} MiB  {ranks} rank{'s' if ranks > 1 else ''}"
+        print(f"{saved.path.name}  {size}  {about}  {values}".rstrip())
+    return 0
+
+
+def _verify(parsed: Any) -> int:
+    damages = [(saved, saved.damage()) for saved in _at(parsed.run)]
+    for saved, damage in damages:
+        print(f"{saved.path.name}  {'intact' if damage is None else f'damaged: {damage}'}")
+    return int(any(damage is not None for _, damage in damages))
+
+
+def _diff(parsed: Any) -> int:
+    """The largest difference of each tensor; exit code 1 if there is one, as diff's."""
+    first, second = (CheckpointReader(_newest(path)) for path in (parsed.first, parsed.second))
+    differences = 0
+    for name in sorted({*first.tensors, *second.tensors}):
+        if name not in first.tensors or name not in second.tensors:
+            text = f"only in the {'first' if name in first.tensors else 'second'}"
+        else:
+            a, b = (read_tensors(reader, [name])[name] for reader in (first, second))
+            if a.shape != b.shape or a.dtype != b.dtype:
+                text = f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+            elif torch.equal(a, b):
+                continue
+            else:
+                largest = (a.double() - b.double()).abs().max().item()
+                text = f"differs by at most {largest:.3g}"
+        differences += 1
+        print(f"{name}  {text}")
+    print(f"{differences} of {len({*first.tensors, *second.tensors})} tensors differ")
+    return int(differences > 0)
+
+
+def _export(parsed: Any) -> int:
+    for path in export(_newest(parsed.run), parsed.to):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

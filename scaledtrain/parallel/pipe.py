@@ -1,0 +1,127 @@
+"""A replica's stages on the ranks of a pipeline, as a layout needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.pipeline.execute import PipelineSchedule
+from scaledtrain.parallel.pipeline.pipedream import PipeDreamSchedule, delays
+from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
+from scaledtrain.parallel.pipeline.pipemare import pipemare
+from scaledtrain.replica import MakeOptimizer, MakeScheduler
+from scaledtrain.schedule import LossFn, Schedule
+
+if TYPE_CHECKING:
+    from scaledtrain.loss_scale import LossScaler
+    from scaledtrain.precision import Precision
+
+__all__ = ["Pipe"]
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """This rank's stages, and what is needed to run them.
+
+    Args:
+        stages: of this rank.
+        pipeline: what was asked for.
+        links: among the ranks of the pipeline, one for each direction.
+        precision: in which they compute.
+        loss_fn: of outputs and targets; None: the last stage returns the loss.
+        batches: in a step.
+    """
+
+    stages: OwnStages
+    pipeline: Pipeline
+    links: Sequence[Link]
+    precision: Precision
+    loss_fn: LossFn | None
+    batches: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        pipeline: Pipeline,
+        links: Sequence[Link],
+        precision: Precision,
+        loss_fn: LossFn | None,
+        optimizer: MakeOptimizer,
+        batches: int,
+    ) -> Pipe:
+        """Cut a model. Collective."""
+        link = links[0]
+        stages = pipeline.own_stages(
+            model, link.group, loss_fn, optimizer, batches, precision.autocast(link.device)
+        )
+        if pipeline.is_asynchronous and stages.tied:
+            raise ConfigError(
+                f"pipeline.schedule is {pipeline.schedule}, but stages have weights in common "
+                f"({stages.tied[0][0].name}), whose gradients it would add up from different "
+                "steps; untie them (model.tied_embedding=false), or choose 1F1B"
+            )
+        return cls(stages, pipeline, links, precision, loss_fn, batches)
+
+    def check_shardable(self) -> None:
+        """Raise ConfigError where stages cannot be sharded."""
+        if self.stages.tied:
+            raise ConfigError(
+                f"mesh.shard is above 1, but stages have weights in common "
+                f"({self.stages.tied[0][0].name}), which cannot be sharded as well; untie them "
+                "(model.tied_embedding=false), or set mesh.shard to 1"
+            )
+        if self.pipeline.schedule not in ("GPipe", "1F1B", "Interleaved1F1B"):
+            raise ConfigError(
+                f"mesh.shard is above 1, but pipeline.schedule is {self.pipeline.schedule}, which "
+                "takes backward passes apart, or keeps old weights, and so misses fully_shard's "
+                "hooks; choose GPipe, 1F1B or Interleaved1F1B, or set mesh.shard to 1"
+            )
+
+    def schedule(self, scaler: LossScaler, recomputed: bool) -> Schedule:
+        """What runs the stages; see `Layout.schedule`."""
+        forth, back = (link.process_group() for link in self.links)
+        link, pipeline, stages = self.links[0], self.pipeline, self.stages.stages
+        if pipeline.is_asynchronous:
+            (stage,) = stages.values()
+            return PipeDreamSchedule(
+                pipeline.schedule,  # type: ignore[arg-type]
+                stage,
+                pipeline.n_microbatches,
+                self.loss_fn,
+                forth,
+                back,
+                batches=self.batches,
+                precision=self.precision,
+                timeout_seconds=link.timeout_seconds,
+                timeline=link.timeline,
+            )
+        return PipelineSchedule(
+            pipeline.schedule,
+            stages,
+            pipeline.n_microbatches,
+            self.loss_fn,
+            forth,
+            back,
+            batches=self.batches,
+            n_stages=self.stages.n_stages,
+            precision=self.precision,
+            scaler=scaler,
+            tied=self.stages.tied,
+            recomputed=recomputed,
+            timeout_seconds=link.timeout_seconds,
+            timeline=link.timeline,
+        )
+
+    def scheduler(self, make: MakeScheduler | None) -> MakeScheduler | None:
+        """A learning-rate schedule, with the correction for this rank's staleness."""
+        if self.pipeline.anneal_steps is None:
+            return make
+        group, n = self.links[0].group, self.batches * self.pipeline.n_microbatches
+        late = delays(self.pipeline.schedule, group.size, n)  # type: ignore[arg-type]
+        return pipemare(late[group.rank], self.pipeline.anneal_steps, make)

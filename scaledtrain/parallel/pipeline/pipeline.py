@@ -1,0 +1,311 @@
+"""What is asked of a pipeline, and this rank's part of a model cut so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from scaledtrain.byte_sizes import parse_bytes
+from scaledtrain.comm.protocols import Group
+from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.errors import ConfigError
+from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
+from scaledtrain.parallel.pipeline.cut import cut_step
+from scaledtrain.parallel.pipeline.partition import describe_cut, partition
+from scaledtrain.parallel.pipeline.parts import ModelParts, find_parts
+from scaledtrain.parallel.pipeline.pipedream import AsynchronousName
+from scaledtrain.parallel.pipeline.schedules import SCHEDULES, pipeline_order
+from scaledtrain.parallel.pipeline.simulate import peak_live
+from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
+from scaledtrain.parallel.pipeline.stage import Held, Stage, find_tied, make_stage
+from scaledtrain.recompute.blocks import find_blocks
+from scaledtrain.replica import MakeOptimizer
+from scaledtrain.schedule import LossFn
+from scaledtrain.schema import did_you_mean
+
+__all__ = ["OwnStages", "Pipeline"]
+
+_ASYNCHRONOUS: tuple[str, ...] = get_args(AsynchronousName)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model's blocks, one after another, on the ranks of ``mesh.pipe``.
+
+    Each rank has a stage of the model, or several; a batch goes through in microbatches, so that
+    all ranks have something to do. Which rank computes what when is the schedule's choice. Sent are
+    the activations between stages, and their gradients back. A crash of a rank ends the run for its
+    replica.
+
+    The cut into stages is the one with the smallest slowest stage, by the measured time of each
+    part, unless ``split`` says otherwise. What a model's parts are, see
+    `scaledtrain.parallel.pipeline.parts.find_parts`.
+
+    Args:
+        schedule: ``"GPipe"``, ``"1F1B"``, ``"Interleaved1F1B"``, ``"InterleavedZeroBubble"``,
+            ``"ZBVZeroBubble"``, ``"DualPipeV"`` (see
+            `scaledtrain.parallel.pipeline.schedules.pipeline_order`), which give the gradients of
+            the whole model; ``"PipeDream"``, ``"PipeDream-2BW"`` (see
+            `scaledtrain.parallel.pipeline.pipedream.PipeDreamSchedule`), which never drain, and
+            give stale ones.
+        n_microbatches: into how many each batch is cut.
+        stages_per_rank: for the schedules that can have more; None: as few as they can have.
+        split: names of the parts with which the second stage begins, the third and so on; or how
+            many parts each stage has. None: as is best.
+        blocks: names of submodules between which a model is cut that has to be traced; None: they
+            are found.
+        memory: bytes that a rank may need for its stages, as a number or as ``"2GiB"``; None: there
+            are enough.
+        bandwidth: between two ranks, in bytes per second, if sending may take longer than
+            computing.
+        anneal_steps: of an asynchronous pipeline: updates for which the learning rate of a stale
+            stage is divided by a power of its staleness that falls from 1 to 0 (PipeMare). None: it
+            is the same for all stages.
+        example: a batch like those of the training, to measure the parts with, and to trace a
+            model. None: a part is taken to cost as much as it has parameters. A config's comes from
+            its data.
+
+    Raises:
+        ConfigError: an unknown schedule, or options that do not fit it.
+    """
+
+    schedule: str = "1F1B"
+    n_microbatches: int = 4
+    stages_per_rank: int | None = None
+    split: Sequence[str | int] | None = None
+    blocks: Sequence[str] | None = None
+    memory: str | int | None = None
+    bandwidth: float | None = None
+    anneal_steps: int | None = None
+    example: Any = None
+
+    def __post_init__(self) -> None:
+        names = (*SCHEDULES, *_ASYNCHRONOUS)
+        if self.schedule not in names:
+            raise ConfigError(
+                f"pipeline.schedule is {self.schedule!r}{did_you_mean(self.schedule, names)}; it "
+                f"can be: {', '.join(names)}"
+            )
+        if self.n_microbatches < 1:
+            raise ConfigError(f"pipeline.n_microbatches is {self.n_microbatches}; it is >= 1")
+        if self.anneal_steps is not None and not self.is_asynchronous:
+            raise ConfigError(
+                f"pipeline.anneal_steps corrects the learning rate of stale stages, but with "
+                f"{self.schedule} none is; leave it out, or choose {' or '.join(_ASYNCHRONOUS)}"
+            )
+        if self.is_asynchronous and self.stages_per_rank not in (None, 1):
+            raise ConfigError(
+                f"pipeline.stages_per_rank is {self.stages_per_rank}, but {self.schedule} has one; "
+                "leave it out, or choose Interleaved1F1B"
+            )
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether gradients are stale."""
+        return self.schedule in _ASYNCHRONOUS
+
+    def own_stages(
+        self,
+        model: nn.Module,
+        group: Group,
+        loss_fn: LossFn | None,
+        optimizer: MakeOptimizer,
+        batches: int = 1,
+        autocast: AbstractContextManager[Any] | None = None,
+    ) -> OwnStages:
+        """Cut a model, and keep what is this rank's. Collective.
+
+        Args:
+            model: whole; nothing of it is kept but this rank's stages.
+            group: of the pipeline's ranks.
+            loss_fn: of outputs and targets; None: the model computes its loss.
+            optimizer: for the memory that it takes.
+            batches: in a step.
+            autocast: in which the model computes.
+
+        Raises:
+            ConfigError: it cannot be cut so.
+        """
+        microbatch = self._example_microbatch()
+        traced = microbatch
+        if loss_fn is not None and microbatch is not None:
+            traced = microbatch[0]
+        parts = find_parts(model, traced, own_loss=loss_fn is None, blocks=self.blocks)
+        ranks = self._rank_of(group.size, batches)
+        if self.split is not None:
+            cut, told = given_cut(parts.names, self.split, len(ranks)), ""
+        else:
+            with autocast or nullcontext():
+                costs = self._costs(parts, microbatch, group, loss_fn, optimizer)
+            live = self._live(ranks, group.size, batches)
+            cut = self._cut(costs, ranks, group.size, live)
+            measured = microbatch is not None
+            told = describe_cut(cut, costs, parts.names, live if measured else None)
+        own = {
+            stage: make_stage(parts, cut, stage)
+            for stage, rank in enumerate(ranks)
+            if rank == group.rank
+        }
+        return OwnStages(own, len(ranks), find_tied(parts, cut), _blocks_of(model), told)
+
+    def _example_microbatch(self) -> Any:
+        if self.example is None:
+            if self.memory is not None:
+                raise ConfigError(
+                    "pipeline.memory is given, but no example batch to measure the model's parts "
+                    "with; give pipeline.example"
+                )
+            return None
+        step = StepBatch([self.example], [count_samples(self.example)])
+        return cut_step(step, self.n_microbatches)[0].batch
+
+    def _rank_of(self, n_ranks: int, batches: int) -> Sequence[int]:
+        """Of each stage its rank."""
+        if self.is_asynchronous:
+            return range(n_ranks)
+        n = batches * self.n_microbatches
+        return pipeline_order(self.schedule, n_ranks, n, self.stages_per_rank).rank_of
+
+    def _live(self, rank_of: Sequence[int], n_ranks: int, batches: int) -> list[int]:
+        """For each stage, how many microbatches are between their passes at most."""
+        if self.is_asynchronous:
+            return [n_ranks - rank for rank in rank_of]
+        n = batches * self.n_microbatches
+        peaks = peak_live(pipeline_order(self.schedule, n_ranks, n, self.stages_per_rank))
+        v = len(rank_of) // n_ranks
+        return [math.ceil(peaks[rank] / v) for rank in rank_of]
+
+    def _costs(
+        self,
+        parts: ModelParts,
+        microbatch: Any,
+        group: Group,
+        loss_fn: LossFn | None,
+        optimizer: MakeOptimizer,
+    ) -> list[PartCost]:
+        """Rank 0's, on all ranks, so that all make the same cut."""
+        told = torch.zeros(len(parts), 6, dtype=torch.float64)
+        if group.rank == 0:
+            if microbatch is None:
+                costs = [_estimate(part) for part in parts.modules]
+            else:
+                costs = measure_parts(parts, microbatch, loss_fn, optimizer)
+            told = torch.tensor([astuple(cost) for cost in costs], dtype=torch.float64)
+        group.broadcast([told])
+        return [PartCost(a, b, *map(int, sizes)) for a, b, *sizes in told.tolist()]
+
+    def _cut(
+        self, costs: Sequence[PartCost], rank_of: Sequence[int], n_ranks: int, live: Sequence[int]
+    ) -> Cut:
+        memory = None
+        if self.memory is not None:
+            v = len(rank_of) // n_ranks
+            memory = parse_bytes(self.memory, "pipeline.memory") // v
+        return partition(
+            costs,
+            len(rank_of),
+            bandwidth=self.bandwidth,
+            memory_bytes=memory,
+            live_microbatches=live,
+        )
+
+
+def _blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    try:
+        return find_blocks(model)
+    except ConfigError:
+        return ()
+
+
+def _estimate(part: nn.Module) -> PartCost:
+    n = float(sum(p.numel() for p in part.parameters()))
+    return PartCost(n, 2 * n)
+
+
+class OwnStages(nn.Module):
+    """This rank's stages, with the names that the whole model has for what is in them.
+
+    Args:
+        stages: by number.
+        n_stages: of all ranks.
+        tied: groups of parameters that are one.
+        blocks: of the whole model, in the order in which it calls them.
+        told: about the cut, for people to read.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        n_stages: int,
+        tied: list[tuple[Held, ...]],
+        blocks: Sequence[nn.Module],
+        told: str,
+    ) -> None:
+        super().__init__()
+        self._stages = nn.ModuleDict({str(number): stage for number, stage in stages.items()})
+        self.n_stages = n_stages
+        self.tied = tied
+        self._parts = [part for stage in stages.values() for part in stage.parts]
+        own = {module for part in self._parts for module in part.modules()}
+        self._blocks = [block for block in blocks if block in own]
+        self.told = told
+
+    @property
+    def stages(self) -> dict[int, nn.Module]:
+        """By number."""
+        return {int(number): stage for number, stage in self._stages.items()}
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Of these stages, in order; the parts where no other blocks are known."""
+        return self._blocks or self._parts
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """With the whole model's names; those of several stages here come once."""
+        found: dict[str, nn.Parameter] = {}
+        for stage in self._stages.values():
+            found |= stage.named_parameters(prefix, recurse, remove_duplicate)
+        yield from found.items()
+
+    def counted_elsewhere(self) -> set[str]:
+        """Names of parameters that an earlier stage on another rank has, too."""
+        own = self.stages
+        return {
+            held.name
+            for group in self.tied
+            for held in group
+            if held.stage in own and group[0].stage not in own
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Of all stages here, with the whole model's names."""
+        state: dict[str, Any] = {}
+        for stage in self._stages.values():
+            state |= stage.state_dict(*args, **kwargs)
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Restore what ``state_dict`` returned."""
+        for stage in self._stages.values():
+            own = {name: state_dict[name] for name in stage.state_dict() if name in state_dict}
+            stage.load_state_dict(own, strict, assign)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A rank cannot run the model alone.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "this rank has some stages of the model and cannot run it alone; use the Trainer's fit "
+            "and evaluate, which all ranks of the pipeline call together"
+        )

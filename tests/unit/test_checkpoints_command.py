@@ -1,0 +1,156 @@
+"""The command that looks at checkpoints; weights in and out; what launch/slurm.sh does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from scaledtrain import Checkpointing, ConfigError, Trainer
+from scaledtrain.checkpoint.export import export, load_weights, model_state
+from scaledtrain.checkpoint.folder import Manifest
+from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, files_of
+from scaledtrain.checkpoints import run
+
+ROOT = Path(__file__).parents[2]
+
+
+class Config:
+    """As transformers has it."""
+
+    def to_json_string(self) -> str:
+        return '{"model_type": "tiny"}'
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Config()
+        self.inside = nn.Linear(2, 2)
+        self.head = nn.Linear(2, 2, bias=False)
+        self.head.weight = self.inside.weight  # tied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inside(x))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A run with two checkpoints, of steps 2 and 3."""
+    torch.manual_seed(0)
+    options = Checkpointing(every_steps=2)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    run_dir = tmp_path / "run"
+    with Trainer(
+        Tiny(), F.mse_loss, sgd, run_dir=run_dir, checkpointing=options, console=False
+    ) as trainer:
+        trainer.fit([(torch.ones(4, 2), torch.zeros(4, 2))] * 3, max_steps=3)
+    return run_dir
+
+
+def test_list_and_verify(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", str(saved)]) == run(["verify", str(saved)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "step-000000002" in lines[0]
+    assert "1 rank  Tiny, Sync" in lines[1]
+    assert lines[2:] == ["step-000000002  intact", "step-000000003  intact"]
+    damaged = saved / "checkpoints" / "step-000000003" / "rank-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert run(["verify", str(saved)]) == 1
+    assert "instead of" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        run(["list", str(saved / "nowhere")])
+
+
+def test_diff(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two, three = sorted((saved / "checkpoints").iterdir())
+    assert run(["diff", str(two), str(two)]) == 0
+    assert capsys.readouterr().out.endswith("tensors differ\n")
+    assert run(["diff", str(two), str(three)]) == 1
+    assert "model/inside.bias  differs by at most" in capsys.readouterr().out
+
+
+def test_export_is_what_from_pretrained_reads(saved: Path, tmp_path: Path) -> None:
+    assert run(["export", str(saved), str(tmp_path / "out")]) == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert sorted(weights) == ["head.weight", "inside.bias", "inside.weight"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "tiny"}
+    model = Tiny()
+    load_weights(model, tmp_path / "out")
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ConfigError, match="is there already"):
+        export(saved / "checkpoints" / "step-000000003", tmp_path / "out")
+
+
+def test_where_replicas_differ_their_mean_is_exported(tmp_path: Path) -> None:
+    """Of 1 and 4: 2.5. A count is the first one's."""
+    for rank, value in enumerate([1.0, 4.0]):
+        state = {"model": {"w": torch.tensor([value]), "n": torch.tensor(rank)}}
+        Part(Owner(rank, 2, rank), state).write(tmp_path)
+    files = {**files_of(tmp_path, 0), **files_of(tmp_path, 1)}
+    Manifest(7, [0, 1], files).write(tmp_path)
+    state = model_state(CheckpointReader(tmp_path))
+    assert (state["w"].item(), state["n"].item()) == (2.5, 0)
+
+
+def test_others_weights(tmp_path: Path) -> None:
+    """In two files, of tied weights one only."""
+    given = {"inside.weight": torch.ones(2, 2), "inside.bias": torch.full((2,), 3.0)}
+    for name, tensor in given.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in given}}
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    model = Tiny()
+    load_weights(model, tmp_path)
+    assert model.inside.bias.tolist() == [3.0, 3.0]
+    assert model.head.weight is model.inside.weight
+    assert model.head.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    with pytest.raises(ConfigError, match=r"lacks head\.weight, inside\.weight, .* no nothing"):
+        load_weights(Tiny(), tmp_path / "inside.bias.safetensors")
+    load_weights(model, tmp_path / "inside.bias.safetensors", partial=True)
+    save_file({"inside.bias": torch.ones(3)}, tmp_path / "wrong.safetensors")
+    with pytest.raises(ConfigError, match=r"inside\.bias is of shape \(3,\)"):
+        load_weights(model, tmp_path / "wrong.safetensors", partial=True)
+    path.write_text(json.dumps({"weight_map": {"inside.bias": "../elsewhere.safetensors"}}))
+    with pytest.raises(ConfigError, match="names a file elsewhere"):
+        load_weights(model, tmp_path)
+    path.write_text("no json")
+    with pytest.raises(ConfigError, match="is damaged"):
+        load_weights(model, tmp_path)
+    with pytest.raises(ConfigError, match="no safetensors file that can be read"):
+        load_weights(model, path)
+
+
+def fake(folder: Path, name: str, text: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False)])
+def test_a_slurm_job_that_was_saved_is_queued_again(
+    code: int, requeued: bool, tmp_path: Path
+) -> None:
+    fake(tmp_path, "srun", f'echo "$@" > {tmp_path}/srun.txt; exit {code}')
+    fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/scontrol.txt')
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    command = [str(ROOT / "launch" / "slurm.sh"), "strategy=async"]
+    done = subprocess.run(command, env=environment, check=False, timeout=30)
+    assert done.returncode == (0 if requeued else code)
+    assert (tmp_path / "srun.txt").read_text().split()[-5:] == [
+        "scaledtrain.train",
+        "checkpointing=minutes",
+        "strategy=async",
+        "run_dir=runs/slurm-12",
+        "resume=auto",
+    ]
+    assert (tmp_path / "scontrol.txt").exists() is requeued
