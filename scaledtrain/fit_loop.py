@@ -132,18 +132,21 @@ class FitLoop:
     def _reason_to_stop(self, evaluated: bool) -> str | None:
         """Why to stop now, if the replicas in lockstep agree.
 
-        A replica alone stops as soon as it wants to. Several ask each other at moments that all
-        reach at the same step: after an evaluation and every ``log_every`` steps.
+        A replica alone, on one rank, stops as soon as it wants to. Several, and ranks that have
+        pieces of one, ask each other at moments that all reach at the same step: after an
+        evaluation and every ``log_every`` steps.
         """
         trainer = self._trainer
         late = self._max_seconds is not None and trainer.metrics.seconds >= self._max_seconds
-        vote = self.stopping or late
+        stopping = self.stopping
         if trainer.strategy.lockstep.size == 1 and trainer.layout.pieces.size == 1:
-            ask = vote
+            ask = stopping or late
         else:
             ask = self.may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
-        if not ask or not trainer.strategy.agree_to_stop(trainer.layout.agree(vote)):
+            if ask:
+                stopping, late = trainer.layout.agree(stopping), trainer.layout.agree(late)
+        if not ask or not trainer.strategy.agree_to_stop(stopping or late):
             return None
-        if self.stopping:
+        if stopping:
             return "callback"
         return "max_seconds" if late else "another replica"

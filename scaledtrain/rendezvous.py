@@ -40,6 +40,7 @@ from scaledtrain.comm.protocols import (
     ServeOptions,
     Store,
 )
+from scaledtrain.comm.serving.piece_store import Pieces
 from scaledtrain.comm.serving.serve import Serving, serve
 from scaledtrain.comm.shared_group import SharedMemoryGroup
 from scaledtrain.comm.shared_memory import SharedSegment
@@ -52,7 +53,7 @@ from scaledtrain.timeline import Timeline
 
 __all__ = ["Connection", "Transport", "connect"]
 
-_ABANDON_SECONDS = 3.0  # for workers to hear from the server; longer than they compare notes
+_ABANDON_SECONDS = 6.0  # for workers to hear from the server; longer than they compare notes
 
 Transport = Literal["auto", "shared_memory", "torch", "torch_ordered"]
 _OVER_TORCH = ("torch", "torch_ordered")
@@ -110,6 +111,8 @@ class Connection:
         self._made: dict[str, int] = {}
         self._peers: list[WirePeers] = []
         self._parts: list[Connection] = []
+        self._named: dict[str, Connection] = {}
+        self._pieces: Connection | None = None
         self._closing: list[Callable[[], None]] = []
         self.event_log: Path | None = None
         self.attempt = 0
@@ -142,12 +145,14 @@ class Connection:
             self._owns_process_group = True
         self._open_group()
 
-    def part(self, name: str, ranks: Sequence[int]) -> Connection:
+    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Connection:
         """The link among some of the ranks, who call this together; it ends with this one.
 
         Args:
             name: of the part, the same on its ranks, and no other part's; it may be made again.
             ranks: of this connection, in the order of their ranks in the part.
+            pieces: the name of a part made before, of the ranks that have this rank's replica
+                together; None: each rank of the new part has a whole one.
         """
         place = list(ranks).index(self.group.rank)
         info = replace(self.info, rank=place, size=len(ranks))
@@ -155,6 +160,8 @@ class Connection:
             info, self.device, self.timeout_seconds, self._wanted, (self, list(ranks))
         )
         self._parts.append(part)
+        self._named[name] = part
+        part._pieces = None if pieces is None else self._named[pieces]
         if self.store is not None and len(ranks) > 1:
             number = self._made[name] = self._made.get(name, 0) + 1
             part.store = dist.PrefixStore(f"part/{name}/{number}", self.store)
@@ -185,6 +192,7 @@ class Connection:
                 self.info.size,
                 dist.PrefixStore("shared_memory", self.store),
                 self.timeout_seconds,
+                ranks=self._ranks,
             )
         if self._shared is not None:
             self._shared.observe = self.timeline.add
@@ -196,12 +204,17 @@ class Connection:
             )
         else:
             group = TorchGroup(
-                self.process_group(), self.store, self.timeline, self.timeout_seconds
+                self.process_group(), self.store, self.timeline, self.timeout_seconds, self._ranks
             )
             self._closing.append(group.close)
             ordered = self._wanted == "torch_ordered"
             self.group = OrderedGroup(group) if ordered else group
             self.transport = self._wanted if ordered else "torch"
+
+    @property
+    def _ranks(self) -> Sequence[int] | None:
+        """Of the job, in the order of their ranks here; None if they are the same."""
+        return None if self._whole is None else self._whole[1]
 
     def pace(self, seed: int) -> None:
         """Computing takes as long as it takes."""
@@ -234,8 +247,10 @@ class Connection:
         self, like: Sequence[Tensor], make_server: MakeServer, options: ServeOptions
     ) -> Store:
         """Start a server and connect every rank to it; all ranks call this together."""
-        job = self._job(self._store_of_new("server"))
-        serving = serve(job, like, make_server, options, self.timeline, self.event_log)
+        job, pieces = self._job(self._store_of_new("server")), None
+        if (others := self._pieces) is not None:
+            pieces = Pieces(others._job(others._store_of_new("server")), others.group)
+        serving = serve(job, like, make_server, options, self.timeline, self.event_log, pieces)
         self._serving.append(serving)
         assert serving.store is not None
         return serving.store
@@ -246,6 +261,7 @@ class Connection:
         Raises:
             ConfigError: they are not on the CPU, or the ranks not on one host.
         """
+        self._check_whole()
         if any(t.device.type != "cpu" for t in like):
             raise ConfigError(
                 "only the CPU's memory can be shared by ranks as if it were their own, but the "
@@ -266,6 +282,7 @@ class Connection:
 
     def board(self) -> Board:
         """Make a board; all ranks call this together."""
+        self._check_whole()
         store = self._store_of_new("board")
         if store is None:
             return LocalBoard()
@@ -281,12 +298,24 @@ class Connection:
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
         """Let all ranks send messages to each other's peers; all ranks call this together."""
+        self._check_whole()
         store = self._store_of_new("peers")
         if store is None:
             return LocalPeers()
         peers = WirePeers(self._job(store), like, peer, answers)
         self._peers.append(peers)
         return peers
+
+    def _check_whole(self) -> None:
+        """What one rank of a replica hears from others, and when, the rest of it would not know."""
+        if self._pieces is not None:
+            raise ConfigError(
+                "Gossip, PushSum and Hogwild let each rank hear from others at any moment, so that "
+                "the pieces of a replica that mesh.shard or mesh.pipe divides over "
+                f"{self._pieces.group.size} ranks would be of different moments; let each rank "
+                "have a whole replica (mesh.shard=1, mesh.pipe=1), or take another strategy: "
+                "ParameterServer, AsyncLocalSGD, LocalSGD or DiLoCo"
+            )
 
     def _share(self, store: dist.Store, n_bytes: int) -> SharedSegment | None:
         return SharedSegment.connect(
@@ -316,11 +345,12 @@ class Connection:
             self.device,
             self.timeout_seconds,
             self.attempt,
+            self._ranks,
         )
 
     def abandon(self) -> None:
         """Leave without waiting for anybody: after an error, or at the end of the process."""
-        self._leave(_ABANDON_SECONDS)
+        self._leave(_ABANDON_SECONDS, abandoned=True)
 
     def close(self) -> None:
         """Leave the job: end servers, give back memory and connections. All ranks call it."""
@@ -328,15 +358,15 @@ class Connection:
             for serving in connection._serving:
                 assert serving.store is not None
                 serving.store.close()
-        self._leave(self.timeout_seconds)
+        self._leave(self.timeout_seconds, abandoned=False)
 
-    def _leave(self, seconds: float) -> None:
+    def _leave(self, seconds: float, abandoned: bool) -> None:
         atexit.unregister(self.abandon)
         for part in self._parts:
-            part._leave(seconds)
+            part._leave(seconds, abandoned)
         deadline = time.monotonic() + seconds
         for serving in self._serving:
-            serving.end(deadline)
+            serving.end(deadline, abandoned)
         for peers in self._peers:
             peers.close()
         for close in reversed(self._closing):

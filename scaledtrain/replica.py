@@ -202,6 +202,14 @@ class Replica:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         return [p.grad for p in self.parameters if p.grad is not None]
 
+    def largest(self, value: float) -> float:
+        """The largest of what the ranks that have pieces of the replica found; all call this."""
+        if self._pieces.size == 1:
+            return value
+        found = torch.tensor([value], dtype=torch.float64)
+        self._pieces.all_reduce([found], "max").wait()
+        return float(found.item())
+
     def gradient_norm(self) -> Tensor:
         """2-norm of all gradients together, a scalar on the replica's device; float32 at least.
 

@@ -60,7 +60,7 @@ class FitResult:
     """Wall time of this fit."""
     stopped_by: str
     """``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"callback"`` or, when it was not
-    this replica's own decision, ``"another replica"``."""
+    this replica's own decision, ``"another replica"``; the same on all ranks of a replica."""
     evaluation: Mapping[str, float] = field(default_factory=dict)
     """The last evaluation's values, on the ranks that evaluate."""
 
@@ -421,8 +421,8 @@ class Trainer:
                 asynchronous update is made from one replica's gradient, a synchronous one from all.
             max_epochs: end when every replica has passed over its share this many times since
                 training began. A fit that ended inside an epoch is continued there.
-            max_seconds: end after this time; replicas in lockstep look at it every ``log_every``
-                steps.
+            max_seconds: end after this time; replicas in lockstep, and ranks that have one
+                together, look at it every ``log_every`` steps.
             eval: loader to evaluate on: after each epoch, or every ``eval_every`` steps, and at the
                 end. Replicas in lockstep share it; asynchronous ones leave it to rank 0.
             eval_every: steps (updates) between evaluations.
@@ -509,8 +509,9 @@ class Trainer:
     def stop(self) -> None:
         """End the run soon; from a callback.
 
-        A replica alone ends after this step; replicas in lockstep after their next evaluation or
-        their next multiple of ``log_every`` steps, together.
+        A replica alone, on one rank, ends after this step; replicas in lockstep, or the ranks that
+        have one together, after their next evaluation or their next multiple of ``log_every``
+        steps, together.
         """
         if self._loop is not None:
             self._loop.stopping = True

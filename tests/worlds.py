@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scaledtrain import Replica, Strategy
 from scaledtrain.clock import HostClock
-from scaledtrain.comm.local import Done, Undivided
+from scaledtrain.comm.local import Done, LocalGroup, Undivided
 from scaledtrain.comm.protocols import Handle, MakeServer, Peer, ReduceOp, ServeOptions
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Piece
@@ -120,7 +120,7 @@ class WorldLink(Undivided):
         if self.rank == 0:
             host = ServerHost(make_server([Piece(i) for i in range(len(like))]), TIMEOUT_SECONDS)
         host = self.world.exchange(self.rank, host)[0]
-        return DirectStore(cast(ServerHost, host), self.rank, like, self.timeline)
+        return DirectStore(cast(ServerHost, host), self.rank, like, self.timeline, LocalGroup())
 
     def share(self, like: Sequence[Tensor]) -> list[Tensor]:
         mine = [torch.zeros_like(t, requires_grad=False) for t in like]

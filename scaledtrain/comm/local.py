@@ -20,7 +20,7 @@ class Undivided:
 
     timeout_seconds = math.inf
 
-    def part(self, name: str, ranks: Sequence[int]) -> Any:
+    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Any:
         """Raise ConfigError."""
         raise self._error()
 

@@ -15,7 +15,7 @@ from scaledtrain.comm.protocols import Handle, ReduceOp
 from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTimeoutError
 from scaledtrain.timeline import Timeline
 
-__all__ = ["TorchGroup", "clear_errors"]
+__all__ = ["TorchGroup"]
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _GRACE_SECONDS = 4.0  # for other ranks to say that they wait, too
@@ -32,6 +32,8 @@ class TorchGroup:
         store: where ranks find out who is missing when a collective fails.
         timeline: where time is recorded.
         timeout_seconds: only for messages; the process group has its own, equal one.
+        ranks: what they are called in messages, if that is not 0, 1, ... (of the job, where only
+            some of its ranks are in the group).
     """
 
     overlaps = True
@@ -42,6 +44,7 @@ class TorchGroup:
         store: dist.Store,
         timeline: Timeline,
         timeout_seconds: float,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         self._open: dist.ProcessGroup | None = process_group
         self._store = store
@@ -49,6 +52,7 @@ class TorchGroup:
         self._timeout_seconds = timeout_seconds
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
+        self._ranks = list(range(self.size)) if ranks is None else list(ranks)
         self.bytes_sent = 0
         # Tensors that nobody else holds would be freed by a thread of the backend when it is done
         # with them; if Python is ending just then, that aborts the process.
@@ -75,7 +79,7 @@ class TorchGroup:
         """Begin to reduce; the sums' order is the backend's, so results may differ by rounding."""
         start = self._timeline.now()
         self.bytes_sent += bytes_of(tensors)
-        with clear_errors("all_reduce", self.rank, self.size, self._store, self._timeout_seconds):
+        with self.clear_errors("all_reduce"):
             pending = _Pending(self, tensors, op, weight)
         self._under_way.add(pending)
         self._timeline.add("communication", start)
@@ -86,7 +90,7 @@ class TorchGroup:
         start = self._timeline.now()
         if src == self.rank:
             self.bytes_sent += bytes_of(tensors)
-        with clear_errors("broadcast", self.rank, self.size, self._store, self._timeout_seconds):
+        with self.clear_errors("broadcast"):
             for tensor in tensors:
                 value = tensor.detach().contiguous()
                 dist.broadcast(value, group=self._process_group, group_src=src)
@@ -102,11 +106,51 @@ class TorchGroup:
         rows = torch.empty(self.size, flat_bytes(tensors), dtype=torch.uint8, device=device)
         views = [FlatBuffer(tensors, row).views for row in rows]
         torch._foreach_copy_(views[self.rank], [t.detach() for t in tensors])
-        with clear_errors("all_gather", self.rank, self.size, self._store, self._timeout_seconds):
+        with self.clear_errors("all_gather"):
             dist.all_gather(list(rows), rows[self.rank].clone(), group=self._process_group)
         views[self.rank] = list(tensors)
         self._timeline.add("communication", start)
         return views
+
+    @contextmanager
+    def clear_errors(self, what: str) -> Iterator[None]:
+        """Say who is missing when torch.distributed only says that a connection broke.
+
+        Every rank that fails leaves a note in the store; those that left none are where the trouble
+        is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, ClusterError):
+                raise
+            text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            me, absent = self._ranks[self.rank], self._absent()
+            names = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}"
+            if _is_late(text):
+                who = f"{names}, which did not come" if absent else "another rank"
+                raise WaitTimeoutError(
+                    f"rank {me} waited {self._timeout_seconds:g} s in {what} for {who}; it is "
+                    "stuck or too slow, or runs another number of steps: look at it, or raise "
+                    f"timeout_seconds ({text})"
+                ) from error
+            who = f"{names} died" if absent else "a rank died"
+            raise PeerLostError(
+                f"{who} while rank {me} was in {what}; all ranks end. Its own message says why, or "
+                f"the system's log if it was killed (out of memory?) ({text})"
+            ) from error
+
+    def _absent(self) -> list[int]:
+        try:
+            self._store.set(f"failed/{self.rank}", "1")
+            time.sleep(_GRACE_SECONDS)
+            return [
+                called
+                for rank, called in enumerate(self._ranks)
+                if not self._store.check([f"failed/{rank}"])
+            ]
+        except (RuntimeError, dist.DistError):  # the store was on the rank that died
+            return [0] if self._ranks[self.rank] != 0 else []
 
 
 class _Pending:
@@ -144,9 +188,7 @@ class _Pending:
         if self not in group._under_way:
             return
         start = timeline.now()
-        with clear_errors(
-            "all_reduce", group.rank, group.size, group._store, group._timeout_seconds
-        ):
+        with group.clear_errors("all_reduce"):
             for work in self._works:
                 work.wait()
         total = self._flats[torch.float32][-1].clone() if self._is_mean else None
@@ -168,40 +210,5 @@ class _Pending:
         timeline.add("communication", start)
 
 
-@contextmanager
-def clear_errors(
-    what: str, rank: int, size: int, store: dist.Store, timeout_seconds: float
-) -> Iterator[None]:
-    """Say who is missing when torch.distributed only says that a connection broke.
-
-    Every rank that fails leaves a note in the store; those that left none are where the trouble is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, ClusterError):
-            raise
-        text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        absent = _absent(store, rank, size)
-        names = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}"
-        if "imed out" in text or "timeout" in text.lower():
-            who = f"{names}, which did not come" if absent else "another rank"
-            raise WaitTimeoutError(
-                f"rank {rank} waited {timeout_seconds:g} s in {what} for {who}; it is stuck or too "
-                f"slow, or runs another number of steps: look at it, or raise timeout_seconds "
-                f"({text})"
-            ) from error
-        who = f"{names} died" if absent else "a rank died"
-        raise PeerLostError(
-            f"{who} while rank {rank} was in {what}; all ranks end. Its own message says why, or "
-            f"the system's log if it was killed (out of memory?) ({text})"
-        ) from error
-
-
-def _absent(store: dist.Store, rank: int, size: int) -> list[int]:
-    try:
-        store.set(f"failed/{rank}", "1")
-        time.sleep(_GRACE_SECONDS)
-        return [r for r in range(size) if not store.check([f"failed/{r}"])]
-    except (RuntimeError, dist.DistError):  # the store was on the rank that died
-        return [0] if rank != 0 else []
+def _is_late(text: str) -> bool:
+    return "imed out" in text or "timeout" in text.lower()

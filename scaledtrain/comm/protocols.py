@@ -289,12 +289,15 @@ class Link(Protocol):
     def clock(self) -> Clock:
         """By which this rank computes and waits."""
 
-    def part(self, name: str, ranks: Sequence[int]) -> Link:
+    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Link:
         """The link among some of the ranks, who call this together; it ends with this one.
 
         Args:
-            name: of the part, the same on its ranks, and no other part's.
+            name: of the part, the same on its ranks, and no other part's; it may be made again.
             ranks: of this link, in the order of their ranks in the part.
+            pieces: the name of a part made before, of the ranks that have this rank's replica
+                together: for each of them a part like the new one is made, and a server of these
+                has a shard for each. None: each rank of the new part has a whole replica.
 
         Raises:
             ConfigError: ranks here are never divided.

@@ -127,6 +127,7 @@ class SharedMemoryGroup:
         store: dist.Store,
         timeout_seconds: float,
         observe: Observe | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> SharedMemoryGroup | None:
         """Make the group, or find that these ranks cannot share memory. Collective.
 
@@ -136,6 +137,7 @@ class SharedMemoryGroup:
             store: where they meet.
             timeout_seconds: the longest to wait for another rank, here and in every collective.
             observe: told what time was spent on; see the class.
+            ranks: what they are called in messages; see `SharedSegment.connect`.
 
         Returns:
             The group; None on every rank if one of them is on another host or in another container,
@@ -151,6 +153,7 @@ class SharedMemoryGroup:
             size,
             n_bytes=_memory_bytes(size),
             n_semaphores=size * size,
+            ranks=ranks,
             timeout_seconds=timeout_seconds,
         )
         return None if segment is None else cls(segment, timeout_seconds, observe)

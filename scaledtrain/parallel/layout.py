@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
-from scaledtrain.errors import ConfigError
+from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches
 from scaledtrain.parallel.engine import Divided, Engine, Recipe
@@ -339,12 +339,21 @@ def lay_out(
     if mesh.ranks_per_replica == 1:
         return Layout(model, link)
     place, replicas = mesh.place(link.group.rank), mesh.replicas(link.group.size)
+    if link.returned:
+        raise ClusterError(
+            f"rank {link.group.rank} came back, but it has only a piece of replica "
+            f"{place.replicate}, whose other ranks have ended with it; restart the whole job, from "
+            "its last checkpoint if it keeps any"
+        )
     # All start with the same values, whose parts are taken below.
     link.group.broadcast([*model.parameters(), *model.buffers()])
+    of_replica = f"replica/{place.replicate}"
+    pieces = link.part(of_replica, mesh.ranks(place, "pipe", "shard")).group
     of_strategy = link.part(
-        f"replicas/{place.pipe}/{place.shard}", mesh.ranks(place, "replicate", replicas=replicas)
+        f"replicas/{place.pipe}/{place.shard}",
+        mesh.ranks(place, "replicate", replicas=replicas),
+        of_replica,
     )
-    pieces = link.part(f"replica/{place.replicate}", mesh.ranks(place, "pipe", "shard")).group
     pipe: Pipe | None = None
     roots = [model]
     if mesh.pipe > 1:

@@ -116,6 +116,8 @@ class AsyncLocalSGD(Alone):
 
     @torch.no_grad()
     def _push(self) -> None:
+        # Ranks that have the replica together make the same steps, whatever each has measured.
+        self._round.seconds = self._replica.largest(self._round.seconds)
         own: list[Tensor] = list(self._replica.parameters)
         self._centre.push(torch._foreach_sub(self._anchor, own), self._round.speed)
 

@@ -39,6 +39,12 @@ class ParameterServer(Strategy):
     instead of n - 1), and may want a smaller learning rate. ``Admission.releases`` is then asked
     one step earlier, too: under `StaleSynchronous` a worker's lead may be one more than the bound.
 
+    Where ``mesh.shard`` or ``mesh.pipe`` lays a replica out over several ranks, the replica is one
+    worker: its first rank speaks to the server, which has a shard for each piece on the ranks of
+    replica 0. They agree on each push, whole, and hear the same from the server. The death of one
+    of them is the death of the worker. ``shards``, ``overlap``, ``compression`` and policies that
+    stop work under way are refused then.
+
     A parameter that a step gives no gradient counts as one of gradient zero.
 
     Sent: parameters down and a gradient up, once per step and worker, in memory that both ranks

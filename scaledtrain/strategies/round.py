@@ -17,6 +17,11 @@ class Round:
         steps: H.
         proportional: let slower replicas make fewer steps.
 
+    Attributes:
+        length: steps in this round.
+        made: of them so far.
+        seconds: that these took.
+
     Example:
         >>> round = Round(steps=4, proportional=True)
         >>> for t in (0.0, 1.0, 2.0, 3.0):
@@ -32,9 +37,9 @@ class Round:
     def __init__(self, steps: int, proportional: bool) -> None:
         self.length = steps
         self.made = 0
+        self.seconds = 0.0
         self._steps = steps
         self._proportional = proportional
-        self._seconds = 0.0
         self._began = 0.0
 
     def begin_step(self, now: float) -> None:
@@ -43,7 +48,7 @@ class Round:
 
     def end_step(self, now: float) -> None:
         """It ends."""
-        self._seconds += now - self._began
+        self.seconds += now - self._began
         self.made += 1
 
     @property
@@ -54,19 +59,19 @@ class Round:
     @property
     def speed(self) -> float:
         """Steps per second of this round."""
-        return self.made / max(self._seconds, 1e-9)
+        return self.made / max(self.seconds, 1e-9)
 
     def restart(self, fastest: float = 0.0) -> None:
         """The next round begins; ``fastest``: the largest speed of a replica, 0 if not known."""
         if self._proportional and fastest > 0.0:
             share = min(self.speed / fastest, 1.0)
             self.length = max(1, int(self._steps * share))
-        self.made, self._seconds = 0, 0.0
+        self.made, self.seconds = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the round is."""
-        return {"length": self.length, "made": self.made, "seconds": self._seconds}
+        return {"length": self.length, "made": self.made, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.length, self.made, self._seconds = state["length"], state["made"], state["seconds"]
+        self.length, self.made, self.seconds = state["length"], state["made"], state["seconds"]

@@ -336,6 +336,11 @@ def test_closing_ends_those_that_wait(threads: ThreadPoolExecutor) -> None:
 # Other shards, and processes that took another's place
 
 
+def pulled(version: int, staleness: int = -1, flags: int = 2) -> list[float]:
+    """What an answer holds: the learning rate is 1, no speed is known; flag 2: nobody was lost."""
+    return [version, staleness, 1.0, flags, 0.0]
+
+
 def test_shards_are_told_in_order_and_of_what_will_not_be_used() -> None:
     host, shard = host_of(2), Recorded()
     host.add_shard(shard)  # type: ignore[arg-type]
@@ -344,10 +349,38 @@ def test_shards_are_told_in_order_and_of_what_will_not_be_used() -> None:
     host.lose(1, "stuck")
     host.push(1, ONE, 1)
     assert shard.sent == [
-        [Kind.PULL, 1, -1, False],
+        [Kind.PULL, 1, *pulled(0)],
         [Kind.PUSH, 1, 0, True],
         [Kind.REMOVE, 1, -1, False],
         [Request.DISCARD, 1],
+    ]
+
+
+def test_a_shard_that_answers_for_this_one_is_told_all_that_workers_hear(
+    threads: ThreadPoolExecutor,
+) -> None:
+    host, shard, silent = host_of(2, StaleSynchronous(0), seconds=4.0), Recorded(), Recorded()
+    host.add_shard(shard, relays=True)  # type: ignore[arg-type]
+    host.add_shard(silent)  # type: ignore[arg-type]
+    host.push(1, ONE, 0)
+    waiting = threads.submit(pull, host, 1)  # one step ahead of worker 0
+    until(lambda: [Request.STILL, 1] in shard.sent)
+    assert host.version(0) == 1
+    host.push(0, ONE, 0)
+    waiting.result()
+    host.lose(1, "its connection broke")
+    host.fail(ClusterError("over"))
+    host.fail(ClusterError("said before"))
+    silent_of = [numbers for numbers in shard.sent if numbers[0] in set(Kind)]
+    assert silent.sent == silent_of
+    assert [numbers for numbers in shard.sent if numbers != [Request.STILL, 1]] == [
+        [Kind.PUSH, 1, 0, True],
+        [Request.VERSION, 0, 1],
+        [Kind.PUSH, 0, 0, True],
+        [Kind.PULL, 1, *pulled(2, staleness=0)],
+        [Kind.REMOVE, 1, -1, False],
+        [Request.FAILED, 1],
+        [Request.FAILED, -1],
     ]
 
 

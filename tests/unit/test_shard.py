@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain.comm.serving.requests import Request
+from scaledtrain.comm.protocols import Pulled
+from scaledtrain.comm.serving.requests import Request, pulled_from
 from scaledtrain.comm.serving.shard import ServerShard
 from scaledtrain.comm.wires.wire import LocalWire, Message, Wire
 from scaledtrain.errors import ClusterError, PeerLostError, RendezvousError, WaitTimeoutError
@@ -68,6 +69,29 @@ class Shard:
         self.first.send([Request.CLOSE])
         workers: dict[int, Wire] = {0: self._worker, 1: self.deaf}  # type: ignore[dict-item]
         self.shard.guarded(lambda: self.shard.run(self._first, workers))
+
+
+def test_what_the_first_shard_tells_a_piece_of_a_replica_is_passed_on() -> None:
+    """Worker 1 is deaf: it keeps nobody from hearing."""
+    shard = Shard()
+    told: list[list[float]] = [
+        [Request.START, 0],
+        [Request.STILL, 1],
+        [Request.STILL, 0],
+        [Kind.PULL, 0, 3, 2, 0.5, 1, 7.0],  # version, staleness, learning rate, flags, fastest
+        [Request.VERSION, 0, 4],
+        [Request.FAILED, -1],
+    ]
+    shard.run(*told)
+    heard = [shard.worker.receive(LONG) for _ in range(5)]
+    assert [message.numbers[0] for message in heard] == [
+        Request.START, Request.STILL, Kind.PULL, Request.VERSION, Request.FAILED
+    ]  # fmt: skip
+    assert pulled_from(heard[2].numbers) == Pulled(
+        3, 2, 0.5, stopped=True, fastest=7.0, complete=False
+    )
+    assert heard[2].tensors is not None
+    assert heard[3].numbers[1] == 4
 
 
 def test_a_part_is_used_or_thrown_away_as_the_first_shard_says() -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from scaledtrain.comm.protocols import Pulled
 from scaledtrain.comm.serving.event_log import EventLog
-from scaledtrain.comm.serving.requests import Request
+from scaledtrain.comm.serving.requests import Request, numbers_of
 from scaledtrain.comm.serving.roll import Meeting, Roll
 from scaledtrain.comm.wires.wire import Wire
 from scaledtrain.errors import ClusterError, PeerLostError, WaitTimeoutError
@@ -99,6 +100,7 @@ class ServerHost:
         self._timeout_seconds = timeout_seconds
         self._log = log
         self._shards: list[Wire] = []
+        self._relays: list[Wire] = []  # those of them that pass answers on
         self._changed = condition()  # on which those wait whom the admission policy keeps
         self._met = condition()  # ... who have come to a meeting
         self._now = now
@@ -113,9 +115,17 @@ class ServerHost:
         self._heard = dict.fromkeys(range(server.n_workers), now())
         self._speeds: dict[int, float] = {}
 
-    def add_shard(self, wire: Wire) -> None:
-        """Tell another shard of the server, at the end of this wire, everything from now on."""
+    def add_shard(self, wire: Wire, relays: bool = False) -> None:
+        """Tell another shard of the server everything from now on.
+
+        Args:
+            wire: to it.
+            relays: it answers for this server ranks that speak to no other shard: those that have
+                a piece of a worker's replica.
+        """
         self._shards.append(wire)
+        if relays:
+            self._relays.append(wire)
 
     def push(
         self,
@@ -192,13 +202,13 @@ class ServerHost:
 
             if not ready():
                 self._wait(self._changed, worker, "pull", ready, still)
-            write(self._do(Operation(Kind.PULL, worker)).tensors)
-            return self._tell(worker, self._roll.complete)
+            return self._give(Kind.PULL, worker, write, self._roll.complete)
 
     def version(self, worker: int, attempt: int = 0) -> int:
         """Updates made; asking is a sign of life."""
         with self._changed:
             self._hear(worker, attempt)
+            self._relay(Request.VERSION, worker, self._server.version)
             return self._server.version
 
     def start(
@@ -217,13 +227,13 @@ class ServerHost:
             self._hear(worker, attempt)
             if worker not in self._roll.alive:
                 self._take_back(worker)
-            if not self._roll.begins(worker):
-                return
-            self._stopped = False
-            if self._server.last_version != last_version:
-                limit = -1 if last_version is None else last_version
-                self._do(Operation(Kind.LIMIT, -1, limit))
-            self._meet(worker, self._roll.beginning, still)
+            if self._roll.begins(worker):
+                self._stopped = False
+                if self._server.last_version != last_version:
+                    limit = -1 if last_version is None else last_version
+                    self._do(Operation(Kind.LIMIT, -1, limit))
+                self._meet(worker, self._roll.beginning, still)
+            self._relay(Request.START, worker)
 
     def stop(self) -> None:
         """Tell every worker at its next pull that the run is over."""
@@ -251,8 +261,7 @@ class ServerHost:
             self._changed.notify_all()
             if waits:
                 self._meet(worker, self._roll.end, still)
-            write(self._do(Operation(Kind.READ, worker)).tensors)
-            pulled = self._tell(worker, self._roll.ended_complete)
+            pulled = self._give(Kind.READ, worker, write, self._roll.ended_complete)
             self._roll.has_ended(worker)
             self._do(Operation(Kind.ADD, worker))
             return pulled
@@ -268,6 +277,7 @@ class ServerHost:
         with self._changed:
             if attempt == self._roll.attempts[worker]:
                 self._lose(worker, why)
+                self._relay(Request.FAILED, worker)
 
     def join(self, worker: int, attempt: int = 0) -> None:
         """Let a worker that was lost take part again, level with the slowest."""
@@ -287,7 +297,9 @@ class ServerHost:
     def fail(self, error: BaseException) -> None:
         """Every call from now on, and every waiting one, raises: the run cannot go on."""
         with self._changed:
-            self._failure = self._failure or error
+            if self._failure is None:
+                self._failure = error
+                self._relay(Request.FAILED, -1)
             self._notify_everybody()
 
     @property
@@ -346,20 +358,40 @@ class ServerHost:
         self._do(Operation(Kind.ADD, worker, self._roll.attempts[worker]))
         self._changed.notify_all()
 
-    def _do(self, operation: Operation, gradient: Sequence[Tensor] = (), why: str = "") -> Outcome:
+    def _do(
+        self,
+        operation: Operation,
+        gradient: Sequence[Tensor] = (),
+        why: str = "",
+        pulled: Pulled | None = None,
+    ) -> Outcome:
         """Let the server do it, then its other shards, and write it down."""
-        if operation.kind not in (Kind.PULL, Kind.READ):
+        if pulled is None:
             self._progress += 1
         try:
             outcome = apply(self._server, operation, gradient, why)
+            numbers: list[float] = [*operation, outcome.accepted]
+            if pulled is not None:
+                numbers[2:] = numbers_of(operation.kind, pulled)[1:]
             for shard in self._shards:
-                shard.send([*operation, outcome.accepted])
+                shard.send(numbers)
         except Exception as error:
             self.fail(error)
             raise
         if self._log is not None:
             self._log.add(operation, outcome.accepted, outcome.staleness)
         return outcome
+
+    def _relay(self, request: Request, worker: int, *numbers: float) -> None:
+        """Let other ranks of a worker hear what its first one hears."""
+        for shard in self._relays:
+            with suppress(ClusterError):  # with the next operation all will learn of it
+                shard.send([request, worker, *numbers])
+
+    def _give(self, kind: Kind, worker: int, write: Write, complete: bool) -> Pulled:
+        pulled = self._tell(worker, complete)
+        write(self._do(Operation(kind, worker), pulled=pulled).tensors)
+        return pulled
 
     def _tell(self, worker: int, complete: bool) -> Pulled:
         staleness, self._staleness[worker] = self._staleness[worker], -1  # told once
@@ -427,6 +459,7 @@ class ServerHost:
                         still()
                     finally:
                         condition.acquire()
+                self._relay(Request.STILL, worker)
                 self._give_up_the_silent(worker, what)
                 if before != self._progress:
                     begin, before = self._now(), self._progress

@@ -15,7 +15,13 @@ VERSION                                VERSION, the version
 
 While a worker waits it is sent STILL now and then. FAILED in place of an answer: the server
 stopped. The first shard tells the others every `Operation` (its kind, worker and version, and
-whether it was accepted), and besides DISCARD, JOIN and CLOSE.
+whether it was accepted; of a PULL or READ the kind, the worker, and what `Pulled` holds), and
+besides DISCARD, JOIN and CLOSE.
+
+Where a worker is several ranks, with a piece of its replica each, the first one asks and is
+answered by the first shard as above. Each other one has a wire to the shard of its piece alone, to
+which it sends STAGE and nothing else; that shard hands on what the first shard tells it: START,
+VERSION, STILL, FAILED (of one worker, or -1: of all), and the answers to PULL and SETTLE.
 """
 
 from __future__ import annotations
@@ -66,7 +72,7 @@ def pulled_from(numbers: Sequence[float]) -> Pulled:
     )
 
 
-def numbers_of(kind: Request, pulled: Pulled) -> list[float]:
+def numbers_of(kind: int, pulled: Pulled) -> list[float]:
     """The answer to PULL or SETTLE."""
     flags = pulled.stopped + 2 * pulled.complete
     return [

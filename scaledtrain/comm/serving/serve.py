@@ -12,11 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from scaledtrain.comm.compress import Feedback
-from scaledtrain.comm.protocols import MakeServer, ServeOptions, Store
+from scaledtrain.comm.local import LocalGroup
+from scaledtrain.comm.protocols import Group, MakeServer, ServeOptions, Store
 from scaledtrain.comm.serving.answering import Decode, serve_worker
 from scaledtrain.comm.serving.event_log import EventLog
 from scaledtrain.comm.serving.host import SIGNS_OF_LIFE, ServerHost
 from scaledtrain.comm.serving.partition import Partition
+from scaledtrain.comm.serving.piece_store import Pieces, PieceStore
 from scaledtrain.comm.serving.requests import Request
 from scaledtrain.comm.serving.server_store import DirectStore, Local, WireStore
 from scaledtrain.comm.serving.shard import ServerShard
@@ -42,24 +44,33 @@ class Serving:
     shards: list[Wire] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
-    def end(self, deadline: float) -> None:
-        """Wait for the threads, which end when their workers have left, then close everything."""
+    def end(self, deadline: float, abandoned: bool) -> None:
+        """Wait for the threads, which end when their workers have left, then close everything.
+
+        Args:
+            deadline: for all of it, on the monotonic clock.
+            abandoned: workers hear at once that there is no server any more.
+        """
         self.over.set()
-        first = [t for t in self.threads if t.name.startswith("server")]
-        for thread in first:
-            thread.join(max(deadline - time.monotonic(), 0.0))
+        if not abandoned:
+            first = [t for t in self.threads if t.name.startswith("server")]
+            self._join(first, deadline)
+        if self.host is not None:
+            self.host.close()
         for wire in self.shards:
             with suppress(ClusterError):
                 wire.send([Request.CLOSE])
-        for thread in self.threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-        if self.host is not None:
-            self.host.close()
+        self._join(self.threads, deadline)
         wires = [*self.wires, *self.shards]
         for wire in wires:
             wire.close()
         for wire in wires:
             wire.join(max(deadline - time.monotonic(), 0.0))
+
+    @staticmethod
+    def _join(threads: Sequence[threading.Thread], deadline: float) -> None:
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def serve(
@@ -69,27 +80,48 @@ def serve(
     options: ServeOptions,
     timeline: Timeline,
     event_log: Path | None,
+    pieces: Pieces | None = None,
 ) -> Serving:
     """Start this rank's part of a server, and its worker's access to it. Collective.
 
+    Where a worker is several ranks, all of them call this, each with those that have the same piece
+    of other replicas: the server has a shard for each piece, on the ranks of replica 0.
+
+    Args:
+        job: the workers; of each the rank that has the same piece as this one.
+        like: the parameters; this piece of them.
+        make_server: makes a shard.
+        options: where it lives, and how it is reached.
+        timeline: of this rank.
+        event_log: where the first shard writes.
+        pieces: the ranks of this rank's worker; None: it is this rank alone.
+
     Raises:
-        ConfigError: more shards than ranks.
+        ConfigError: more shards than ranks, or an option that pieces cannot have.
         ClusterError: a rank did not come.
     """
+    if pieces is not None:
+        pieces.check(options)
     if not 1 <= options.shards <= job.size:
         raise ConfigError(
             f"shards is {options.shards}; a server's shards live on ranks of the job, so it is 1 "
             f"to {job.size} here"
         )
-    return _Builder(job, like, options).build(make_server, timeline, event_log)
+    return _Builder(job, like, options, pieces).build(make_server, timeline, event_log)
 
 
 class _Builder:
     """Makes the parts of one server that this rank has."""
 
-    def __init__(self, job: Job, like: Sequence[Tensor], options: ServeOptions) -> None:
+    def __init__(
+        self, job: Job, like: Sequence[Tensor], options: ServeOptions, pieces: Pieces | None
+    ) -> None:
         self._job = job
         self._options = options
+        self._pieces = pieces
+        # Of each replica one rank asks the server; the others hear what it hears.
+        self._listens = pieces is not None and pieces.job.rank > 0
+        self._group: Group = LocalGroup() if pieces is None else pieces.group
         self._like = list(like)
         self._partition = Partition(like, options.shards, options.cut)
         self._parts = [
@@ -106,11 +138,12 @@ class _Builder:
             self._announce_return()
         server = None if self._mine is None else make_server(self._partition.pieces[self._mine])
         host: ServerHost | None = None
-        if self._mine == 0 and server is not None:
+        if self._mine == 0 and server is not None and not self._listens:
             log = None if event_log is None else EventLog(event_log)
             host = ServerHost(server, job.timeout_seconds, log)
             if (options.shards, options.overlap, options.compression) == (1, False, None):
-                serving = Serving(DirectStore(host, job.rank, self._like, timeline), host)
+                store = DirectStore(host, job.rank, self._like, timeline, self._group)
+                serving = Serving(store, host)
                 self._serve_others(serving, host, {})
                 return serving
         serving = Serving(host=host)
@@ -120,7 +153,7 @@ class _Builder:
             local[job.rank], ours[self._mine] = LocalWire.pair(
                 (self._sent[self._mine], self._parts[self._mine]),
                 (1, self._slots),
-                (f"rank {job.rank}'s server", f"rank {job.rank}'s worker"),
+                (f"rank {job.name(job.rank)}'s server", f"rank {job.name(job.rank)}'s worker"),
                 job.timeout_seconds,
             )
         here: Local | None = None
@@ -134,6 +167,9 @@ class _Builder:
                 ours[shard] = self._wire_to(shard, home, job.rank, job.attempt, at_shard=False)
         wires = [ours[shard] for shard in range(options.shards)]
         serving.wires.extend(wires)
+        if self._pieces is not None and self._listens:
+            serving.store = PieceStore(wires[0], self._like, job, self._pieces, here, timeline)
+            return serving
         serving.store = WireStore(
             wires,
             self._partition,
@@ -144,6 +180,7 @@ class _Builder:
             here,
             timeline,
             job.timeout_seconds,
+            self._group,
         )
         return serving
 
@@ -163,6 +200,11 @@ class _Builder:
         """Sets of parameters that a worker holds at once."""
         return 2 if self._options.overlap else 1
 
+    @property
+    def _reads_ahead(self) -> bool:
+        """Whether a worker's end of a wire does; see `_wire_to`."""
+        return self._options.overlap or len(self._parts) > 1 or self._listens
+
     def _encoder(self) -> Callable[[Sequence[Tensor], int], Sequence[Tensor]] | None:
         codec = self._options.compression
         if codec is None:
@@ -177,15 +219,14 @@ class _Builder:
     def _serve_others(self, serving: Serving, host: ServerHost, local: dict[int, Wire]) -> None:
         """Start the threads of the first shard: one for each worker, one for who comes back."""
         job = self._job
-        for shard, home in enumerate(self._homes):
-            if shard > 0:
-                wire = open_wire(self._job, f"shard/{shard}", 0, ([], []), (1, 1), (job.rank, home))
-                host.add_shard(wire)
-                serving.shards.append(wire)
+        for shard in range(1, max(len(self._homes), self._group.size)):
+            wire = self._wire_between_shards(shard, 0)
+            host.add_shard(wire, relays=self._pieces is not None)
+            serving.shards.append(wire)
         for worker in range(job.size):
             if worker in local or worker != job.rank:
                 self._serve_in_thread(serving, host, worker, 0, local.get(worker))
-        if job.store is not None:
+        if job.store is not None and self._pieces is None:
             self._start(serving, "listener", self._listen, serving, host)
 
     def _serve_in_thread(
@@ -228,8 +269,8 @@ class _Builder:
         part = ServerShard(server, connect, self._decoder(shard), job.timeout_seconds)
 
         def run() -> None:
-            ranks = (self._homes[0], job.rank)
-            first = open_wire(job, f"shard/{shard}", 1, ([], []), (1, 1), ranks)
+            number = shard if self._pieces is None else self._group.rank
+            first = self._wire_between_shards(number, 1)
             serving.wires.append(first)
             workers = range(job.size)
             part.run(first, {w: local.get(w) or connect(w, 0) for w in workers})
@@ -244,13 +285,21 @@ class _Builder:
         serving.threads.append(thread)
         thread.start()
 
+    def _wire_between_shards(self, shard: int, end: int) -> Wire:
+        """The wire between the first shard (end 0) and another one."""
+        if self._pieces is None:
+            job, ranks = self._job, (self._homes[0], self._homes[shard])
+        else:
+            job, ranks = self._pieces.job, (0, shard)
+        return open_wire(job, f"shard/{shard}", end, ([], []), (1, 1), ranks)
+
     def _wire_to(self, shard: int, home: int, worker: int, attempt: int, at_shard: bool) -> Wire:
         """The wire between a shard and a worker, as one of them sees it."""
         likes = self._sent[shard], self._parts[shard]
         name = f"worker/{worker}/{attempt}/{shard}"
         slots = (1, self._slots)
         # Only the first shard judges a push, so the others have to have their parts before.
-        receipts = shard > 0
+        receipts = shard > 0 or self._listens
         job, accept_seconds = self._job, self._job.timeout_seconds
         if receipts and at_shard:
             # It serves one after another: a worker that is stuck must not keep it for as long as
@@ -266,7 +315,7 @@ class _Builder:
             slots,
             (home, worker),
             # A shard must not wait until a worker comes to it, with others in the queue.
-            reads_ahead=receipts if at_shard else self._options.overlap or len(self._parts) > 1,
+            reads_ahead=receipts if at_shard else self._reads_ahead,
             gives_receipts=receipts and at_shard,
             wants_receipts=receipts and not at_shard,
             accept_seconds=accept_seconds,

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.protocols import Pulled
+from scaledtrain.comm.protocols import Group, Pulled
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Partition
+from scaledtrain.comm.serving.pushes import Pushes
 from scaledtrain.comm.serving.requests import FAULTS, Request, find_fault, pulled_from
 from scaledtrain.comm.wires.wire import Message, Wire
 from scaledtrain.errors import ClusterError, ConfigError
@@ -36,7 +37,7 @@ class Local(Protocol):
         """Restore its state."""
 
 
-class DirectStore:
+class DirectStore(Pushes):
     """The store of the worker in the process of a server of one shard: plain calls.
 
     Args:
@@ -44,15 +45,22 @@ class DirectStore:
         worker: this worker's number.
         like: the parameters.
         timeline: where waiting and communication are recorded.
+        pieces: see `Pushes`.
     """
 
     def __init__(
-        self, host: ServerHost, worker: int, like: Sequence[Tensor], timeline: Timeline
+        self,
+        host: ServerHost,
+        worker: int,
+        like: Sequence[Tensor],
+        timeline: Timeline,
+        pieces: Group,
     ) -> None:
+        super().__init__(timeline, pieces)
         self._host = host
         self._worker = worker
         self._like = like
-        self._timeline = timeline
+        self._update: Sequence[Tensor] = ()
 
     def start(self, last_version: int | None) -> None:
         """Wait for all workers."""
@@ -60,15 +68,19 @@ class DirectStore:
         self._host.start(self._worker, last_version)
         self._timeline.add("waiting", start)
 
-    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
-        """Let the server take the gradient now."""
-        start = self._timeline.now()
-        fault = find_fault(self._worker, update, self._like)
-        if fault is None:
-            self._host.push(self._worker, update, version, speed)
-        else:
-            self._host.reject(self._worker, version, FAULTS[fault])
-        self._timeline.add("communication", start)
+    def _judge(self, update: Sequence[Tensor]) -> int | None:
+        self._update = update
+        return find_fault(self._worker, update, self._like)
+
+    def _stage(self) -> None:
+        pass
+
+    def _hand_over(self, version: int, speed: float) -> None:
+        update, self._update = self._update, ()
+        self._host.push(self._worker, update, version, speed)
+
+    def _reject(self, version: int, fault: int) -> None:
+        self._host.reject(self._worker, version, FAULTS[fault])
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:
         """Copy the parameters, when the admission policy says so."""
@@ -108,7 +120,7 @@ class DirectStore:
         """Nothing to do: the server needs no message to know."""
 
 
-class WireStore:
+class WireStore(Pushes):
     """The store of a worker that reaches the shards of the server over wires.
 
     Args:
@@ -124,6 +136,7 @@ class WireStore:
             (its queue and the admission policy cannot be told apart from here), then as
             communication.
         timeout_seconds: the longest to wait for a sign of life.
+        pieces: see `Pushes`.
     """
 
     def __init__(
@@ -137,7 +150,9 @@ class WireStore:
         local: Local | None,
         timeline: Timeline,
         timeout_seconds: float,
+        pieces: Group,
     ) -> None:
+        super().__init__(timeline, pieces)
         self._wires = wires
         self._partition = partition
         self._like = like
@@ -145,8 +160,8 @@ class WireStore:
         self._encode = encode
         self._overlap = overlap
         self._local = local
-        self._timeline = timeline
         self._timeout_seconds = timeout_seconds
+        self._parts: list[Sequence[Tensor]] = []
         self._asked = False
         self._borrowed = False  # the model computes in memory of the wires
         self._closed = False
@@ -158,17 +173,20 @@ class WireStore:
         self._receive(0)
         self._timeline.add("waiting", start)
 
-    def push(self, update: Sequence[Tensor], version: int, speed: float = 0.0) -> None:
-        """Send each shard its part; does not wait for the server to use it."""
-        start = self._timeline.now()
-        parts, fault = self._written(update)
-        if fault is None:
-            for wire, part in zip(self._wires[1:], parts[1:], strict=True):
-                wire.send([Request.STAGE], part)
-            self._wires[0].send([Request.PUSH, version, speed], parts[0])
-        else:
-            self._wires[0].send([Request.REJECT, version, fault])
-        self._timeline.add("communication", start)
+    def _judge(self, update: Sequence[Tensor]) -> int | None:
+        self._parts, fault = self._written(update)
+        return fault
+
+    def _stage(self) -> None:
+        for wire, part in zip(self._wires[1:], self._parts[1:], strict=True):
+            wire.send([Request.STAGE], part)
+
+    def _hand_over(self, version: int, speed: float) -> None:
+        parts, self._parts = self._parts, []
+        self._wires[0].send([Request.PUSH, version, speed], parts[0])
+
+    def _reject(self, version: int, fault: int) -> None:
+        self._wires[0].send([Request.REJECT, version, fault])
 
     def _written(self, update: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], int | None]:
         """Each shard's part where its wire sends it from; and what is wrong with the update."""

@@ -18,12 +18,17 @@ from scaledtrain.server.operations import Kind, Operation, apply
 
 __all__ = ["ServerShard"]
 
+_RELAYED = {Request.START, Request.VERSION, Request.STILL, Request.FAILED}
+
 
 class ServerShard:
     """Holds a part of the parameters; every operation on them comes from the first shard.
 
     A worker sends the shard its part of a gradient before it tells the first shard of the push. So
     the part is here when the verdict comes, and it is the same for all parts.
+
+    A worker may be the rank that has this part of a replica, which speaks to no other shard: what
+    the first one has to tell it comes through here.
 
     Args:
         server: this part of it.
@@ -69,22 +74,29 @@ class ServerShard:
         """
         self._first, self._workers = first, workers
         while (message := first.receive(None)).numbers[0] != Request.CLOSE:
-            kind, worker, version, accepted, *_ = map(int, message.numbers)
+            kind, worker, *rest = message.numbers[:-1]
             if kind == Request.JOIN:
-                self._replace(worker, attempt=version)
+                self._replace(int(worker), attempt=int(rest[0]))
             elif kind == Request.DISCARD:
-                self._take_part(worker)
-                self._workers[worker].release()
+                self._take_part(int(worker))
+                self._workers[int(worker)].release()
+            elif kind in _RELAYED:
+                self._relay(int(worker), [kind, *rest])
             else:
                 with self._lock:
-                    self._do(Operation(Kind(kind), worker, version), bool(accepted))
+                    self._do(Operation(Kind(int(kind)), int(worker), int(rest[0])), rest)
+
+    def _relay(self, worker: int, numbers: Sequence[float]) -> None:
+        for wire in self._workers.values() if worker < 0 else [self._workers[worker]]:
+            with suppress(ClusterError):  # the first rank of its replica will be lost, too
+                wire.send(numbers)
 
     def _replace(self, worker: int, attempt: int) -> None:
         self._workers[worker].close()
         with suppress(ClusterError):  # it died once more: the first shard will say so
             self._workers[worker] = self._connect(worker, attempt)
 
-    def _do(self, operation: Operation, accepted: bool) -> None:
+    def _do(self, operation: Operation, rest: Sequence[float]) -> None:
         wire = self._workers[operation.worker] if operation.worker >= 0 else None
         gradient: Sequence[Tensor] = ()
         if operation.kind == Kind.PUSH:
@@ -92,6 +104,7 @@ class ServerShard:
         outcome = apply(self._server, operation, gradient)
         if operation.kind == Kind.PUSH and wire is not None:
             wire.release()
+            accepted = bool(rest[1])
             if outcome.accepted != accepted:
                 raise ClusterError(
                     f"the shards of the server disagree over a push of worker {operation.worker}: "
@@ -100,7 +113,7 @@ class ServerShard:
                 )
         if operation.kind in (Kind.PULL, Kind.READ) and wire is not None:
             with suppress(ClusterError):  # the first shard will say that it is lost
-                wire.send([operation.kind], wire.write(outcome.tensors))
+                wire.send([operation.kind, *rest], wire.write(outcome.tensors))
 
     def _take_part(self, worker: int) -> Sequence[Tensor]:
         """This part of the gradient that a worker has staged; to be released."""

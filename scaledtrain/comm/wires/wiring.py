@@ -32,6 +32,7 @@ class Job:
         device: where this rank computes.
         timeout_seconds: the longest wait of one rank for another.
         attempt: how often this rank has come back to its job.
+        names: of the job's ranks, for messages, if they are a part of a larger one; None: 0, 1...
     """
 
     store: dist.Store | None
@@ -41,6 +42,11 @@ class Job:
     device: torch.device
     timeout_seconds: float
     attempt: int = 0
+    names: Sequence[int] | None = None
+
+    def name(self, rank: int) -> int:
+        """What messages call this rank."""
+        return rank if self.names is None else self.names[rank]
 
 
 def open_wire(
@@ -74,6 +80,7 @@ def open_wire(
         ClusterError: the other end did not come.
     """
     assert job.store is not None
+    ranks = job.name(ranks[0]), job.name(ranks[1])
     if job.share_memory:
         meeting = dist.PrefixStore(name, job.store)
         wire = SharedWire.connect(meeting, "memory", end, like, slots, ranks, job.timeout_seconds)
