@@ -211,8 +211,7 @@ class Trainer:
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
         )
-        recomputed = activation_checkpointing is not None
-        self.schedule = self.layout.schedule(loop, self.scaler, recomputed)
+        self.schedule = self.layout.schedule(loop, self.scaler, recipe.recomputed)
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(
@@ -329,7 +328,6 @@ class Trainer:
         policy = self._unplanned
         if policy is None or not batch.microbatches:
             return
-        self._unplanned = None
         largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
 
         def sample(called: Callable[..., Any]) -> Tensor:
@@ -347,6 +345,7 @@ class Trainer:
                 "own error says why"
             )
         assert self._checkpointing is not None
+        self._unplanned = None
         self.metrics.say(self._checkpointing.told)
 
     @property
