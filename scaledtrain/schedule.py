@@ -306,6 +306,11 @@ class Slowdown:
                 "times), or None for times that do not vary"
             )
 
+    @property
+    def slows(self) -> bool:
+        """Whether any rank computes slower than it can."""
+        return (self.factors, self.min_compute_seconds, self.gamma_shape) != ({}, 0.0, None)
+
     def pace(self, rank: int, seed: int = 0) -> Pace | None:
         """How fast that rank is to compute, None: as it can; draws follow from rank and seed."""
         factor = self.factors.get(rank, 1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
-from scaledtrain.checkpoint.resume import CHECKPOINTS, find, load
+from scaledtrain.checkpoint.begin import resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
@@ -182,7 +181,7 @@ class Trainer:
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
         self.strategy: Strategy = strategy or Sync()
-        self._check_layout(drop_compute, slowdown if self._paces(slowdown, seed) else None)
+        self.layout.check_fits(self.strategy, drop_compute, slowdown)
         self.replica = Replica(
             self.model,
             self.layout.optimizer(optimizer),
@@ -241,87 +240,10 @@ class Trainer:
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
         self._saver: Saver | None = None
         try:
-            self._saver = self._resume_and_save(checkpointing, resume, run_dir)
+            self._saver = resume_and_save(self, checkpointing, resume, run_dir)
         except BaseException:
             self._release()
             raise
-
-    def _resume_and_save(
-        self, options: Checkpointing | None, resume: str | Path | None, run_dir: str | Path | None
-    ) -> Saver | None:
-        """Go on from a checkpoint, and get ready to write others."""
-        if self.link.returned:  # to a job that has gone on: the server has the state
-            return None
-        if options is None and resume is None:
-            return None
-        from scaledtrain.checkpoint.export import config_of
-        from scaledtrain.checkpoint.part import Owner  # with DCP, which takes a second to import
-
-        folder = None if run_dir is None else Path(run_dir) / CHECKPOINTS
-        if options is not None and options.folder is not None:
-            folder = Path(options.folder)
-        owner = Owner(
-            self.link.group.rank,
-            self.link.group.size,
-            self.layout.link.group.rank,
-            self.layout.pieces.size,
-            self.layout.stage_ranks,
-            dict(self.model.named_parameters()),
-            self.strategy.replicas_equal,
-            self.layout.whole,
-            self.layout.counted_elsewhere(),
-        )
-        saver = None
-        if options is not None:
-            if folder is None:
-                raise ConfigError(
-                    "checkpointing needs a folder: set run_dir, or checkpointing.folder"
-                )
-            saver = Saver(
-                options,
-                folder,
-                self.link,
-                self.strategy,
-                is_resumed=resume is not None,
-                state=self.state_dict,
-                evaluation=lambda: self._loop.evaluation if self._loop is not None else {},
-                owner=owner,
-                agree=self.layout.agree,
-                facts={
-                    "model": type(self.model).__name__,
-                    "strategy": str(self.strategy),
-                    "precision": str(self.precision),
-                    "config": config_of(self.model),
-                },
-            )
-        saved = None if resume is None else find(resume, folder, self.link)
-        if saved is not None:
-            self.load_state_dict(load(saved, owner))
-            self.metrics.say(f"resumed at step {saved.step} from {saved.path}")
-            if saver is not None:
-                saver.resumed(saved)
-        return saver
-
-    def _check_layout(self, drop_compute: DropCompute | None, slowdown: Slowdown | None) -> None:
-        """Ranks that have a replica together begin and end all microbatches together."""
-        if self.layout.pieces.size == 1:
-            return
-        if drop_compute is not None and math.isfinite(drop_compute.threshold_seconds):
-            raise ConfigError(
-                "drop_compute lets each rank end a step by itself, but with mesh.shard or "
-                "mesh.pipe ranks compute each microbatch together; leave one of them out"
-            )
-        if slowdown is not None and self.layout.stage_ranks > 1:
-            raise ConfigError(
-                "slowdown makes a rank compute slower, but with mesh.pipe a schedule decides what "
-                "it computes when; leave one of them out"
-            )
-        if self.strategy.may_abandon:
-            raise ConfigError(
-                f"{self.strategy} lets each rank abandon a step by itself, but with mesh.shard or "
-                "mesh.pipe ranks compute it together; choose a policy that does not stop work "
-                "under way, or replicas of one rank"
-            )
 
     def _plan_activations(self, batch: StepBatch) -> None:
         """With a batch it can be seen what activations take, and that the loss stays; once."""
@@ -352,6 +274,11 @@ class Trainer:
     def _in_lockstep(self) -> bool:
         """Whether all replicas make the same steps at the same time."""
         return self.strategy.lockstep.size == self.layout.link.group.size
+
+    @property
+    def evaluation(self) -> Mapping[str, float]:
+        """Values of the last evaluation; none before the first."""
+        return {} if self._loop is None else self._loop.evaluation
 
     @property
     def step_count(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,8 +26,10 @@ from scaledtrain.replica import MakeOptimizer, MakeScheduler
 from scaledtrain.schedule import Abandon, Computed, MicrobatchLoop, Schedule
 
 if TYPE_CHECKING:
+    from scaledtrain.drop_compute import DropCompute
     from scaledtrain.loss_scale import LossScaler
-    from scaledtrain.replica import MakeOptimizer
+    from scaledtrain.schedule import Slowdown
+    from scaledtrain.strategies import Strategy
 
 __all__ = ["Layout", "Steps", "lay_out"]
 
@@ -244,6 +247,33 @@ class Layout:
         if self._shards is not None:
             return self._shards[0].full_state_dict(keep=self.pieces.rank == 0)
         return copy.deepcopy(to_device(self.model.state_dict(), torch.device("cpu")))
+
+    def check_fits(
+        self, strategy: Strategy, drop_compute: DropCompute | None, slowdown: Slowdown | None
+    ) -> None:
+        """See that ranks which have a replica together can run all microbatches together.
+
+        Raises:
+            ConfigError: something lets one of them go its own way.
+        """
+        if self.pieces.size == 1:
+            return
+        if drop_compute is not None and math.isfinite(drop_compute.threshold_seconds):
+            raise ConfigError(
+                "drop_compute lets each rank end a step by itself, but with mesh.shard or "
+                "mesh.pipe ranks compute each microbatch together; leave one of them out"
+            )
+        if self._pipe is not None and slowdown is not None and slowdown.slows:
+            raise ConfigError(
+                "slowdown makes a rank compute slower, but with mesh.pipe a schedule decides what "
+                "it computes when; leave one of them out"
+            )
+        if strategy.may_abandon:
+            raise ConfigError(
+                f"{strategy} lets each rank abandon a step by itself, but with mesh.shard or "
+                "mesh.pipe ranks compute it together; choose a policy that does not stop work "
+                "under way, or replicas of one rank"
+            )
 
     def refresh(self) -> None:
         """Let the model compute with the values that `named_parameters` have now."""
