@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain import Mesh, Trainer, connect
-from scaledtrain.parallel import FullyShard
+from scaledtrain.parallel import FullyShard, Pipeline
 from scaledtrain.recompute import CheckpointEvery, MemoryBudget
 from tests.ranks import run_ranks
 
@@ -116,3 +116,39 @@ def test_a_sharded_model_is_trained_as_a_plain_one() -> None:
         for (whole, _, _), (_, mesh, _) in zip(second, runs, strict=True)
         if mesh.shard > 1
     )
+
+
+def train_stages(mesh: Mesh, options: dict[str, Any]) -> list[tuple[dict[str, Tensor], Any, int]]:
+    found = []
+    with connect(transport="torch", timeout_seconds=100) as link:
+        for name in NAMES:
+            with Trainer(
+                make(name),
+                None,
+                partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+                mesh=mesh,
+                console=False,
+                link=link,
+                **options,
+            ) as trainer:
+                result = trainer.fit(batches(), max_epochs=2, eval=batches()[:1])
+                own = {name: v.clone() for name, v in trainer.model.state_dict().items()}
+            found.append((own, result.evaluation["loss"], result.step))
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_a_traced_model_in_stages_is_trained_as_a_plain_one() -> None:
+    """GPT-2's embedding is in the first stage and, as the head, in the last."""
+    (plain,) = run_ranks(train_stages, 1, Mesh(), {}, timeout_seconds=100)
+    options = {"pipeline": Pipeline("1F1B", n_microbatches=2, example=batches()[0])}
+    stages = run_ranks(train_stages, 2, Mesh(pipe=2), options, timeout_seconds=240)
+    for place, (expected, loss, steps) in enumerate(plain):
+        names: set[str] = set()
+        for own, own_loss, own_steps in (rank[place] for rank in stages):
+            names |= own.keys()
+            assert own_steps == steps == 10
+            assert own_loss == pytest.approx(loss, abs=1e-5)
+            for name, value in own.items():
+                torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0.0)
+        assert names == expected.keys()
