@@ -62,8 +62,9 @@ def test_the_wheel_holds_nothing_but_the_package_and_its_metadata(files: set[str
 def test_the_metadata_names_the_extras_the_licence_and_the_oldest_python(
     metadata: Message, files: set[str]
 ) -> None:
-    extras = {"bench", "data", "deepspeed", "examples", "huggingface", "remote", "test", "zstd"}
-    assert set(metadata.get_all("Provides-Extra", [])) == extras
+    engines = {"accelerate", "deepspeed"}
+    others = {"bench", "data", "examples", "huggingface", "remote", "test", "zstd"}
+    assert set(metadata.get_all("Provides-Extra", [])) == engines | others
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert any(file.endswith(".dist-info/licenses/LICENSE") for file in files)
@@ -76,6 +77,7 @@ def test_the_core_needs_few_other_packages(metadata: Message) -> None:
         "hydra-core",
         "numpy",
         "omegaconf",
+        "safetensors",
         "tensorboard",
         "torch",
         "tqdm",
