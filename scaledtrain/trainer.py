@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
-from scaledtrain.checkpoint.resume import CHECKPOINTS, find, load
+from scaledtrain.checkpoint.resume import CHECKPOINTS, find, goes_on_in, load
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
@@ -283,7 +283,7 @@ class Trainer:
                 folder,
                 self.link,
                 self.strategy,
-                is_resumed=resume is not None,
+                goes_on=resume is not None and goes_on_in(resume, folder),
                 state=self.state_dict,
                 evaluation=lambda: self._loop.evaluation if self._loop is not None else {},
                 owner=owner,
@@ -299,8 +299,10 @@ class Trainer:
         if saved is not None:
             self.load_state_dict(load(saved, owner))
             self.metrics.say(f"resumed at step {saved.step} from {saved.path}")
-            if saver is not None:
-                saver.resumed(saved)
+        elif resume is not None:
+            self.metrics.forget_after(0)  # of a run that ended before it was saved
+        if saver is not None and resume is not None:
+            saver.resumed(saved)
         return saver
 
     def _check_layout(self, drop_compute: DropCompute | None, slowdown: Slowdown | None) -> None:
