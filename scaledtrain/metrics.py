@@ -149,8 +149,17 @@ class Metrics:
         return {"seconds": self._seconds_before + self.seconds}
 
     def load_state_dict(self, state: Mapping[str, float], step: int) -> None:
-        """Go on from there; the records of later steps, which will be made again, are removed."""
+        """Go on from there."""
         self._seconds_before = state["seconds"]
+        self.forget_after(step)
+
+    def forget_after(self, step: int) -> None:
+        """Remove the records of later steps, which will be made again."""
+        if self._events is not None:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            begin = SessionLog(status=SessionLog.START)  # TensorBoard drops what is from here on
+            self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=begin))
         if self._run_dir is None:
             return
         path = self._run_dir / f"metrics-rank{self._rank}.jsonl"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from scaledtrain.checkpoint.folder import SavedStep
 from scaledtrain.checkpoint.policy import Checkpointing
-from scaledtrain.checkpoint.resume import CHECKPOINTS, find, load
+from scaledtrain.checkpoint.resume import CHECKPOINTS, find, goes_on_in, load
 from scaledtrain.checkpoint.saver import Saver
-from scaledtrain.errors import ConfigError
+from scaledtrain.errors import ConfigError, ScaledTrainError
 
 if TYPE_CHECKING:
     from scaledtrain.trainer import Trainer
@@ -68,7 +69,7 @@ def resume_and_save(
             folder,
             link,
             strategy,
-            is_resumed=resume is not None,
+            goes_on=resume is not None and goes_on_in(resume, folder),
             state=trainer.state_dict,
             evaluation=lambda: trainer.evaluation,
             owner=owner,
@@ -82,8 +83,23 @@ def resume_and_save(
         )
     saved = None if resume is None else find(resume, folder, link)
     if saved is not None:
-        trainer.load_state_dict(load(saved, owner))
+        _load(trainer, saved, load(saved, owner))
         trainer.metrics.say(f"resumed at step {saved.step} from {saved.path}")
-        if saver is not None:
-            saver.resumed(saved)
+    elif resume is not None:
+        trainer.metrics.forget_after(0)  # of a run that ended before it was saved
+    if saver is not None and resume is not None:
+        saver.resumed(saved)
     return saver
+
+
+def _load(trainer: Trainer, saved: SavedStep, state: dict[str, Any]) -> None:
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ScaledTrainError):
+            raise
+        raise ConfigError(
+            f"{saved.path} does not fit this run, a {type(trainer.model).__name__} under "
+            f"{trainer.strategy}: {error!r}; resume with the model, optimizer and strategy that it "
+            "was saved with, or begin anew in another run_dir"
+        ) from error

@@ -21,7 +21,7 @@ from scaledtrain.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from scaledtrain.checkpoint.part import Owner
 
-__all__ = ["CHECKPOINTS", "find", "load"]
+__all__ = ["CHECKPOINTS", "find", "goes_on_in", "load"]
 
 _logger = logging.getLogger(__name__)
 
@@ -62,6 +62,12 @@ def find(resume: str | Path, folder: Path | None, link: Link) -> SavedStep | Non
     if found is None:
         raise CheckpointError(f"all {len(there)} checkpoints in {inside} are damaged (see the log)")
     return found
+
+
+def goes_on_in(resume: str | Path, folder: Path) -> bool:
+    """Whether what is meant are the checkpoints in this folder, or one of them."""
+    path, own = Path(resume).resolve(), folder.resolve()
+    return resume == "auto" or own in (path, path / CHECKPOINTS, path.parent)
 
 
 def _one(path: Path, link: Link) -> SavedStep:

@@ -43,7 +43,7 @@ class Saver:
         folder: of the checkpoints.
         link: to the other ranks.
         strategy: attached.
-        is_resumed: whether the run goes on from what may be in the folder.
+        goes_on: whether the run goes on from what may be in the folder.
         state: makes a copy of this rank's state.
         evaluation: tells the last evaluation's values.
         owner: this rank.
@@ -61,7 +61,7 @@ class Saver:
         link: Link,
         strategy: Strategy,
         *,
-        is_resumed: bool,
+        goes_on: bool,
         state: Callable[[], Mapping[str, Any]],
         evaluation: Callable[[], Mapping[str, float]],
         owner: Owner,
@@ -69,7 +69,7 @@ class Saver:
         facts: Mapping[str, Any],
     ) -> None:
         self._options = options
-        if not is_resumed and saved_steps(folder):
+        if not goes_on and saved_steps(folder):
             raise ConfigError(
                 f"{folder} holds the checkpoints of a run already; go on from them with "
                 "resume='auto', or give this run another folder"
@@ -109,12 +109,16 @@ class Saver:
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
 
-    def resumed(self, saved: SavedStep) -> None:
-        """What the run has now is this checkpoint; later ones in the same folder are set aside."""
-        if saved.path.parent.resolve() == self._folder.resolve():
-            self._saved_step = saved.step
-            if self._rank == 0:
-                set_aside(self._folder, after=saved.step)
+    def resumed(self, saved: SavedStep | None) -> None:
+        """What the run has now is this checkpoint; None: it begins.
+
+        Others in the folder that are not older are set aside, or they would be the newest, which
+        stay, and this run's would go.
+        """
+        is_here = saved is not None and saved.path.parent.resolve() == self._folder.resolve()
+        self._saved_step = saved.step if saved is not None and is_here else None
+        if self._rank == 0:
+            set_aside(self._folder, after=-1 if self._saved_step is None else self._saved_step)
 
     def start(self, max_steps: int | None) -> None:
         """A fit begins; the strategy has been started with this limit."""

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -229,6 +230,24 @@ def test_records_of_steps_that_are_made_again_are_not_there_twice(tmp_path: Path
     assert (tmp_path / "checkpoints" / "step-000000012.aside-1").is_dir()
 
 
+def test_tensorboard_shows_no_step_twice(tmp_path: Path) -> None:
+    fit(tmp_path, 12, log_every=1)
+    fit(tmp_path, 14, log_every=1, resume=tmp_path / "checkpoints" / "step-000000010")
+    shown = EventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == list(range(1, 15))
+
+
+def test_a_run_that_died_before_it_was_saved_begins_again(tmp_path: Path) -> None:
+    die = patch("scaledtrain.trainer.FitLoop.run", side_effect=ZeroDivisionError)
+    with die, pytest.raises(ZeroDivisionError):
+        fit(tmp_path)
+    (tmp_path / "metrics-rank0.jsonl").write_text('{"step": 3}\n')
+    fit(tmp_path, 2, log_every=1, resume="auto")
+    lines = (tmp_path / "metrics-rank0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 class Counting:
     """A loader that keeps its place, and draws at random while it reads."""
 
@@ -287,8 +306,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, resume="auto", seed=1)
     with pytest.raises(ConfigError, match="holds the checkpoints of a run already"):
         trainer(tmp_path)
+    fit(tmp_path / "other", 5)
+    with pytest.raises(ConfigError, match="holds the checkpoints of a run already"):
+        trainer(tmp_path, resume=tmp_path / "other")  # they would be taken for its own
     with pytest.raises(ConfigError, match="where there is no checkpoint"):
-        trainer(tmp_path, resume=tmp_path / "nowhere")
+        trainer(tmp_path / "third", resume=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="checkpointing needs a folder"):
         Trainer(nn.Linear(1, 1), F.mse_loss, ADAMW, checkpointing=Checkpointing())
 
@@ -330,6 +352,16 @@ def test_a_damaged_one_is_named_and_skipped(
     assert resumed.step_count == 10
     assert str(tmp_path) in caplog.records[0].message
     assert "is skipped" in caplog.records[0].message
+
+
+def test_a_run_that_begins_again_keeps_what_it_saves(tmp_path: Path) -> None:
+    """Damaged ones of later steps do not take the places of the newest."""
+    fit(tmp_path)
+    for saved in saved_steps(tmp_path / "checkpoints"):
+        flip_a_bit(saved.path / "rank-00000.safetensors")
+    fit(tmp_path, 6, resume="auto")
+    assert steps(tmp_path) == [5, 6]
+    assert len(list((tmp_path / "checkpoints").glob("*.aside-1"))) == 2
 
 
 def test_a_damaged_one_that_is_asked_for_is_an_error(tmp_path: Path) -> None:
