@@ -20,8 +20,10 @@ from scaledtrain.parallel.pipeline import (
     make_stage,
     measure_parts,
 )
+from scaledtrain.parallel.pipeline.pipeline import OwnStages
 from scaledtrain.recompute import CheckpointEvery, checkpoint_activations
 from scaledtrain.recompute.blocks import find_blocks
+from scaledtrain.trainer import eval_mode
 from tests.unit.test_pipeline_parts import assert_all_state, assert_same_gradients, run, stages_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -237,3 +239,26 @@ def test_a_model_that_returns_what_its_blocks_made_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="returns 3 tensors that are made before its last part"):
         find_parts(Returns(), torch.randn(3, 4), blocks=block_names(3))
+
+
+class _Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(8, 8), nn.Dropout()) for _ in range(2))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_a_traced_stage_drops_again_after_an_evaluation() -> None:
+    model = _Dropping()
+    parts = find_parts(model, torch.ones(2, 8))
+    stage = make_stage(parts, Cut((len(parts),)), 0)
+    own = OwnStages({0: stage}, 1, [], [], "")
+    x = torch.ones(4, 8)
+    with eval_mode(own):
+        assert torch.equal(stage(x), stage(x))
+    assert not torch.equal(stage(x), stage(x))

@@ -246,6 +246,7 @@ class OwnStages(nn.Module):
     ) -> None:
         super().__init__()
         self._stages = nn.ModuleDict({str(number): stage for number, stage in stages.items()})
+        self._own = list(stages.values())
         self.n_stages = n_stages
         self.tied = tied
         self._parts = [part for stage in stages.values() for part in stage.parts]
@@ -270,6 +271,11 @@ class OwnStages(nn.Module):
         for stage in self._stages.values():
             found |= stage.named_parameters(prefix, recurse, remove_duplicate)
         yield from found.items()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """With those of traced parts, so that who puts modes back reaches them, too."""
+        inner = (module for stage in self._own for module in stage.modules_of_parts())
+        yield from dict.fromkeys([*super().modules(), *inner])
 
     def counted_elsewhere(self) -> set[str]:
         """Names of parameters that an earlier stage on another rank has, too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -75,6 +75,11 @@ class Stage(nn.Module):
         for part in self._parts:
             part.train(mode)
         return self
+
+    def modules_of_parts(self) -> Iterator[nn.Module]:
+        """Of its parts: also those that are no submodules of it, and have modes of their own."""
+        for part in self._parts:
+            yield from part.modules()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stage:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
