@@ -64,6 +64,9 @@ class Schedule(Protocol):
     def backward_passes(self, batch: StepBatch) -> int:
         """How many will add up in that step's gradients; 0: that is not known."""
 
+    def weight(self, batch: StepBatch) -> float:
+        """This replica's in a mean of the gradients that will be there after that step."""
+
     def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
         """Forward passes alone, without gradients, of a batch's microbatches as they are.
 
@@ -240,6 +243,10 @@ class MicrobatchLoop:
     def backward_passes(self, batch: StepBatch) -> int:
         """One for each microbatch."""
         return len(batch.microbatches)
+
+    def weight(self, batch: StepBatch) -> float:
+        """The batch's."""
+        return batch.weight
 
     @torch.no_grad()
     def predict(self, batch: StepBatch) -> tuple[list[Any], Tensor]:

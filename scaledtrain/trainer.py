@@ -295,7 +295,8 @@ class Trainer:
         computed = None
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
-            going = self.strategy.before_forward(self.schedule.backward_passes(batch), batch.weight)
+            weight = self.schedule.weight(batch)
+            going = self.strategy.before_forward(self.schedule.backward_passes(batch), weight)
             self.metrics.saw_staleness(self.strategy.staleness)
             if not self._in_lockstep:  # else its other pieces come to the same
                 going = not self.layout.agree(not going)
@@ -306,7 +307,7 @@ class Trainer:
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
         self._call("on_gradients")
-        self.strategy.reduce_gradients(batch.weight * computed.share)
+        self.strategy.reduce_gradients(weight * computed.share)
         finite, norm = self.scaler.check_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
@@ -318,14 +319,18 @@ class Trainer:
 
     def _drain(self) -> None:
         """Let the gradients that are still under way make their updates."""
-        while self.schedule.pending:
+        nothing = StepBatch([], [])
+        while self.schedule.pending:  # the same on all replicas in lockstep
             self.replica.zero_grad()
-            self.schedule.run(StepBatch([], []))
-            here = any(p.grad is not None for p in self.replica.parameters)
-            if here:
-                self.strategy.reduce_gradients()
+            weight = self.schedule.weight(nothing)
+            self.schedule.run(nothing)
+            found = any(p.grad is not None for p in self.replica.parameters)
+            here = torch.tensor([int(found)], device=self.link.device)
+            self.strategy.lockstep.all_reduce([here], "max").wait()
+            if here.item():  # else none of them has samples of that batch, or it was none
+                self.strategy.reduce_gradients(weight)
             self.scaler.check_and_clip(self.replica, self._max_grad_norm, False)
-            if here:
+            if here.item():
                 self.strategy.apply_gradients()
 
     def fit(

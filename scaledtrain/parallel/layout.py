@@ -225,7 +225,7 @@ class Layout:
         """
         schedule: Schedule = loop
         if self._pipe is not None:
-            schedule = self._pipe.schedule(scaler, recomputed)
+            schedule = self._pipe.schedule(scaler, recomputed, self._shards is not None)
         if self._shards is not None:
             schedule = _ShardedSchedule(schedule, self._shards[0], scaler)
         return schedule
@@ -331,6 +331,10 @@ class _ShardedSchedule:
     def backward_passes(self, batch: StepBatch) -> int:
         """Gradients are handed over all at once."""
         return 0
+
+    def weight(self, batch: StepBatch) -> float:
+        """As the schedule inside."""
+        return self._loop.weight(batch)
 
     def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
         """As the schedule inside."""

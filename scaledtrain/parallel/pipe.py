@@ -49,6 +49,11 @@ class Pipe:
         recipe: Recipe,
     ) -> Pipe:
         """Cut a model. Collective."""
+        if recipe.compile is not None:
+            raise ConfigError(
+                f"compile is {recipe.compile!r}, and mesh.pipe above 1, whose stages are run part by "
+                "part and are not compiled; leave one of them out"
+            )
         link = links[0]
         stages = pipeline.own_stages(model, link.group, recipe, link.device)
         if pipeline.is_asynchronous and stages.tied:
@@ -74,7 +79,7 @@ class Pipe:
                 "hooks; choose GPipe, 1F1B or Interleaved1F1B, or set mesh.shard to 1"
             )
 
-    def schedule(self, scaler: LossScaler, recomputed: bool) -> Schedule:
+    def schedule(self, scaler: LossScaler, recomputed: bool, sharded: bool) -> Schedule:
         """What runs the stages; see `Layout.schedule`."""
         forth, back = (link.process_group() for link in self.links)
         link, pipeline, stages = self.links[0], self.pipeline, self.stages.stages
@@ -105,6 +110,7 @@ class Pipe:
             scaler=scaler,
             tied=self.stages.tied,
             recomputed=recomputed,
+            sharded=sharded,
             timeout_seconds=link.timeout_seconds,
             timeline=link.timeline,
         )

@@ -114,6 +114,17 @@ def _refuse(config: TrainConfig, environment: dict[str, Any]) -> None:
             "strategy.proportional_steps was true: time decided how many local steps each worker "
             "made, and the log does not say how many"
         )
+    if config.checkpointing is not None or config.resume is not None:
+        raise ConfigError(
+            "the run was saved or resumed: workers then wait for each other, and a log begins "
+            "where a run goes on, which a replay does not repeat; make the run without "
+            "checkpointing and resume to replay it"
+        )
+    if config.mesh.ranks_per_replica > 1:
+        raise ConfigError(
+            f"each replica of the run had {config.mesh.ranks_per_replica} ranks, but a replay has "
+            "whole ones; only runs with mesh.pipe=1 and mesh.shard=1 can be replayed"
+        )
     device = environment.get("device", config.device or "cpu")
     if device != "cpu":
         raise ConfigError(

@@ -125,6 +125,11 @@ def run_training(
         Rank 0's result, and the virtual seconds that all took.
     """
     training.mesh.check(workers)
+    if training.mesh.ranks_per_replica > 1:
+        raise ConfigError(
+            f"mesh makes {training.mesh.ranks_per_replica} ranks for each replica, but a simulated "
+            "rank is a whole one; set mesh.pipe and mesh.shard to 1"
+        )
     config, task = settle(training)
 
     def program(link: Link) -> FitResult:

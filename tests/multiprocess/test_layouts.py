@@ -155,7 +155,7 @@ def train_both(mesh: Mesh, options: Mapping[str, Any], local: int) -> Trained:
             link=link,
             **options,
         )
-        loader = DataLoader(data(20), batch_size=local, shuffle=True)
+        loader = DataLoader(data(21), batch_size=local, shuffle=True)
         result = trainer.fit(loader, max_epochs=2, eval=DataLoader(data(9), batch_size=2))
         shards = trainer.layout.named_parameters()
         parameters = {name: p.detach().clone() for name, p in shards}
@@ -164,8 +164,9 @@ def train_both(mesh: Mesh, options: Mapping[str, Any], local: int) -> Trained:
 
 
 def test_stages_that_are_sharded_compute_what_the_whole_does() -> None:
-    """20 samples: two steps of 8 and one of 4, two times, by one rank or by 2 x 2 with half of each
-    step's samples for each shard."""
+    """21 samples: two steps of 8 and one of 5, two times, by one rank or by 2 x 2 with half of each
+    step's samples for each shard; of the last one's 5 the first has 4, and the second one, that
+    cannot be cut into two microbatches."""
     (expected,) = run_ranks(train_both, 1, Mesh(), {}, 8, timeout_seconds=100)
     options = {"pipeline": Pipeline("1F1B", n_microbatches=2)}
     found = run_ranks(train_both, 4, Mesh(pipe=2, shard=2), options, 4, timeout_seconds=100)
@@ -217,3 +218,30 @@ def test_an_asynchronous_pipeline_updates_with_late_gradients_and_drains_at_the_
     assert first.step == last.step == 3
     assert first.parameters["0.weight"].item() == pytest.approx(1.492096, abs=1e-6)
     assert last.parameters["1.weight"].item() == pytest.approx(1.44832, abs=1e-6)
+
+
+def train_unevenly(mesh: Mesh, batches: list[list[float]]) -> dict[str, float]:
+    with connect(transport="torch", timeout_seconds=30) as link:
+        torch.manual_seed(0)
+        trainer = Trainer(
+            nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)),
+            nn.functional.mse_loss,
+            partial(torch.optim.SGD, lr=0.1),
+            mesh=mesh,
+            pipeline=Pipeline("PipeDream", n_microbatches=1),
+            console=False,
+            link=link,
+        )
+        given = [torch.tensor(batch).unsqueeze(1) for batch in batches]
+        trainer.fit([(x, 2 * x) for x in given], max_epochs=2)
+        return {name: p.item() for name, p in trainer.layout.named_parameters()}
+
+
+def test_late_gradients_of_replicas_count_with_the_weight_of_their_own_batch() -> None:
+    """Three batches for two replicas: the second has none in the last step, which a pipeline that
+    has the whole steps sees as one of two samples and one of one."""
+    alone = run_ranks(train_unevenly, 2, Mesh(pipe=2), [[1.0, 0.5], [2.0]], timeout_seconds=60)
+    each = [[1.0], [0.5], [2.0]]
+    found = run_ranks(train_unevenly, 4, Mesh(replicate=2, pipe=2), each, timeout_seconds=60)
+    for rank, parameters in enumerate(found):
+        assert parameters == pytest.approx(alone[rank % 2], abs=1e-6)

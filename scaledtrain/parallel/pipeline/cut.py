@@ -28,7 +28,7 @@ class Microbatch(NamedTuple):
     """Shapes and dtypes: microbatches of one form have outputs of one form in every stage."""
 
 
-def cut_step(batch: StepBatch, pieces: int) -> list[Microbatch]:
+def cut_step(batch: StepBatch, pieces: int, exactly: bool = False) -> list[Microbatch]:
     """Cut each of a step's batches into so many microbatches, or fewer where it is smaller.
 
     Their sizes differ by one sample at most.
@@ -36,6 +36,8 @@ def cut_step(batch: StepBatch, pieces: int) -> list[Microbatch]:
     Args:
         batch: of the step.
         pieces: of each of its batches.
+        exactly: where a batch is smaller, fill up with microbatches that count as no samples: ranks
+            that have shards of one stage have to run equally many.
 
     Raises:
         ConfigError: a batch has something in it that has no place for its samples.
@@ -57,6 +59,8 @@ def cut_step(batch: StepBatch, pieces: int) -> list[Microbatch]:
             size = stop - start if counted else 0  # one that only keeps others company
             microbatches.append(Microbatch(part, size, size / mean if mean else 0.0, _form(part)))
             start = stop
+        if exactly:
+            microbatches += [microbatches[-1]._replace(samples=0, share=0.0)] * (pieces - n)
     return microbatches
 
 

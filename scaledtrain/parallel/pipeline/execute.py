@@ -58,6 +58,7 @@ class PipelineSchedule:
         scaler: of the loss; default: none. It must come to the same verdicts on all ranks.
         tied: groups of (stage, parameter name) that are one weight.
         recomputed: the stages recompute activations: backward passes are then made in one part.
+        sharded: the stages are, so that a small batch is cut into as many microbatches as others.
         timeout_seconds: for each message.
         timeline: where waiting is recorded.
         timed: keep when each action of the last step was done.
@@ -97,6 +98,7 @@ class PipelineSchedule:
         scaler: LossScaler | None = None,
         tied: Sequence[TiedGroup] = (),
         recomputed: bool = False,
+        sharded: bool = False,
         timeout_seconds: float = 300.0,
         timeline: Timeline | None = None,
         timed: bool = False,
@@ -118,6 +120,7 @@ class PipelineSchedule:
         self._orders = {order.n_microbatches: order}
         self.times: list[Timed] = []
         self._pieces = n_microbatches
+        self._sharded = sharded
         device = device_of(stages)
         scaler = scaler or NoScaler()
         self._mailbox = Mailbox(group, back, device, timeout_seconds, timeline)
@@ -157,7 +160,7 @@ class PipelineSchedule:
         Raises:
             WaitTimeoutError, PeerLostError: another rank is stuck or died.
         """
-        microbatches = cut_step(batch, self._pieces)
+        microbatches = cut_step(batch, self._pieces, exactly=self._sharded)
         if not microbatches:  # the epoch left nothing to this replica
             return Computed(torch.zeros(()), 0)
         worker, numbers = self._worker, range(len(microbatches))
@@ -178,6 +181,10 @@ class PipelineSchedule:
     def backward_passes(self, batch: StepBatch) -> int:
         """How many add up in a step's gradients; what a strategy wants to know beforehand."""
         return sum(count_pieces(whole, self._pieces) for whole in batch.microbatches)
+
+    def weight(self, batch: StepBatch) -> float:
+        """The batch's."""
+        return batch.weight
 
     def _order_for(self, n_microbatches: int) -> PipelineOrder:
         nominal = self.order

@@ -134,6 +134,8 @@ class _Step:
 
     numbers: range
     samples: int
+    weight: float
+    """In a mean over replicas."""
     weights: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
     """With which its microbatches compute; nothing: with the parameters themselves."""
 
@@ -154,8 +156,8 @@ class PipeDreamSchedule:
       stages use weights of the same age, W(t+1) = W(t) - lr g(W(t-1)).
 
     The update is whoever's: an optimizer's, a strategy's. A run ends with `pending` steps on a
-    batch without microbatches, which drain the pipeline. Saved before that, a run resumes without
-    the gradients of the last d batches.
+    batch without microbatches, of a weight above 0, which drain the pipeline. Saved before that, a
+    run resumes without the gradients of the last d batches.
 
     Args:
         name: of the schedule.
@@ -257,6 +259,12 @@ class PipeDreamSchedule:
             return 1
         return sum(count_pieces(whole, self._pieces) for whole in batch.microbatches)
 
+    def weight(self, batch: StepBatch) -> float:
+        """That of the batch whose gradient is due; where none is yet, there are none elsewhere."""
+        if len(self._steps) < self.delay:
+            return 1.0
+        return self._steps[0].weight if self.delay else batch.weight
+
     def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
         """Forward passes alone, with the weights of now; as `PipelineSchedule.predict`."""
         return predict(self._worker, batch)
@@ -275,13 +283,15 @@ class PipeDreamSchedule:
         numbers = range(self._count, self._count + len(microbatches))
         self._count = numbers.stop
         self._worker.microbatches.update(zip(numbers, microbatches, strict=True))
-        step = _Step(numbers, sum(m.samples for m in microbatches))
+        step = _Step(numbers, sum(m.samples for m in microbatches), batch.weight)
         if self._free:
             step.weights = self._free.pop()
             with torch.no_grad():
                 torch._foreach_copy_([*step.weights.values()], [*self._parameters])
         self._steps.append(step)
-        self._pending = self._longest if numbers else max(0, self._pending - 1)
+        # A step in which only this replica has no samples does not drain: the others go on.
+        drains = not numbers and batch.weight > 0
+        self._pending = max(0, self._pending - 1) if drains else self._longest
         self._worker.run(self._stream.step(len(numbers)), numbers)
         if self._pending == 0:
             self._mailbox.finish()

@@ -272,7 +272,7 @@ class OwnStages(nn.Module):
             found |= stage.named_parameters(prefix, recurse, remove_duplicate)
         yield from found.items()
 
-    def modules(self) -> Iterator[nn.Module]:
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """With those of traced parts, so that who puts modes back reaches them, too."""
         inner = (module for stage in self._own for module in stage.modules_of_parts())
         yield from dict.fromkeys([*super().modules(), *inner])
