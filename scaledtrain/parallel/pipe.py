@@ -51,8 +51,8 @@ class Pipe:
         """Cut a model. Collective."""
         if recipe.compile is not None:
             raise ConfigError(
-                f"compile is {recipe.compile!r}, and mesh.pipe above 1, whose stages are run part by "
-                "part and are not compiled; leave one of them out"
+                f"compile is {recipe.compile!r}, and mesh.pipe above 1, whose stages are run part "
+                "by part and are not compiled; leave one of them out"
             )
         link = links[0]
         stages = pipeline.own_stages(model, link.group, recipe, link.device)
