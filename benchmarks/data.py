@@ -394,7 +394,7 @@ def rounds(
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("data", __doc__, "32 MiB", rounds=5)
-    add_some(parser, "only", {name: name for name in CASES})
+    add_some(parser, "only", list(CASES))
     parser.add_argument("--folder", help="on the disk that is to be measured")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaledtrain.parallel.layout import Steps
+    from scaledtrain.parallel.batches import Steps
     from scaledtrain.trainer import Trainer
 
 __all__ = ["FitLoop"]
@@ -100,8 +100,7 @@ class FitLoop:
         if self._eval_loader is None:
             return
         # Where each makes its own steps, the others' may have come since, up to the end.
-        apart = trainer.strategy.lockstep.size < trainer.layout.link.group.size
-        own_steps = self._steps > 0 and apart
+        own_steps = self._steps > 0 and not trainer.in_lockstep
         if own_steps or trainer.step_count > self._evaluated_at:
             self._evaluate()
 
@@ -120,9 +119,8 @@ class FitLoop:
         """Evaluate, if this rank is one that does; returns whether it did."""
         trainer = self._trainer
         self._evaluated_at = trainer.step_count
-        replicas = trainer.layout.link.group
-        everyone = trainer.strategy.lockstep.size == replicas.size
-        if self._eval_loader is None or not (everyone or replicas.rank == 0):
+        evaluates = trainer.in_lockstep or trainer.layout.link.group.rank == 0
+        if self._eval_loader is None or not evaluates:
             return False
         self.evaluation = trainer.evaluate(self._eval_loader)
         trainer.metrics.evaluated(trainer.step_count, self.evaluation)

@@ -27,8 +27,8 @@ from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
+from scaledtrain.parallel.batches import Steps
 from scaledtrain.parallel.engine import Engine, Recipe
-from scaledtrain.parallel.layout import Steps
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor
 from scaledtrain.rendezvous import Connection, connect
@@ -210,7 +210,7 @@ class Trainer:
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
         )
-        self.schedule = self.layout.schedule(loop, self.scaler, recipe.recomputed)
+        self.schedule = self.layout.schedule(loop, self.scaler)
         self.timeline = self.link.timeline
         self.timeline.keep = trace
         self.metrics = Metrics(
@@ -271,7 +271,7 @@ class Trainer:
         self.metrics.say(self._checkpointing.told)
 
     @property
-    def _in_lockstep(self) -> bool:
+    def in_lockstep(self) -> bool:
         """Whether all replicas make the same steps at the same time."""
         return self.strategy.lockstep.size == self.layout.link.group.size
 
@@ -298,7 +298,7 @@ class Trainer:
             weight = self.schedule.weight(batch)
             going = self.strategy.before_forward(self.schedule.backward_passes(batch), weight)
             self.metrics.saw_staleness(self.strategy.staleness)
-            if not self._in_lockstep:  # else its other pieces come to the same
+            if not self.in_lockstep:  # else its other pieces come to the same
                 going = not self.layout.agree(not going)
             if not going:
                 return False
@@ -385,7 +385,7 @@ class Trainer:
             replicas.size,
             accumulation=self._accumulation,
             seed=self._seed,
-            alone=not self._in_lockstep,
+            alone=not self.in_lockstep,
         )
         self._loader = loader
         self._find_place(loader)

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from scaledtrain.comm.protocols import Group
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
 
-__all__ = ["AgreedBatches"]
+__all__ = ["AgreedBatches", "Steps"]
+
+
+class Steps(Protocol):
+    """What a rank trains on, step by step."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a full batch; None if that is not known yet."""
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; None if only the end will tell."""
+
+    @property
+    def step_size(self) -> tuple[int, int | None]:
+        """See `ReplicaLoader`, as for the rest."""
+
+    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
+        """How many steps are as many samples as those of another loader."""
+
+    def state_dict(self) -> Any:
+        """That of a loader which keeps its own place."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """The next epoch goes on where ``state_dict`` was called."""
+
+    def epoch(
+        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
+    ) -> Generator[StepBatch, None, None]:
+        """The steps of one epoch, from step ``start`` on."""
 
 
 class AgreedBatches:

@@ -12,9 +12,9 @@ from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.loss_scale import LossScaler
 from scaledtrain.precision import Precision
 from scaledtrain.replica import MakeOptimizer
-from scaledtrain.schedule import LossFn
+from scaledtrain.schedule import Abandon, Computed, LossFn, Schedule
 
-__all__ = ["Divided", "Engine", "Recipe"]
+__all__ = ["Divided", "DividedSchedule", "Engine", "Recipe"]
 
 
 class Recipe(NamedTuple):
@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     loss_fn: LossFn | None = None
     """Of outputs and targets; None: the model computes its loss."""
     recomputed: bool = False
-    """Whether `Divided.checkpoint` will be called."""
+    """Whether activations are: `Divided.stand_in` will be asked for, once."""
 
 
 class Divided(Protocol):
@@ -78,6 +78,46 @@ class Divided(Protocol):
 
     def close(self) -> None:
         """The training is over."""
+
+
+class DividedSchedule:
+    """Hands gradients over from a divided model to the parts that the optimizer has.
+
+    Args:
+        loop: runs the model.
+        parts: of it, on this rank.
+        scaler: of the loss.
+    """
+
+    def __init__(self, loop: Schedule, parts: Divided, scaler: LossScaler) -> None:
+        self._loop = loop
+        self._parts = parts
+        self._scaler = scaler
+
+    def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
+        """As the schedule inside; ``abandon`` is not asked: the other ranks go on, too."""
+        self._parts.refresh()
+        self._parts.begin(batch)
+        computed = self._loop.run(batch)
+        self._scaler.hand_over(*self._parts.take_gradients())
+        return computed
+
+    def backward_passes(self, batch: StepBatch) -> int:
+        """Not known: gradients are handed over all at once."""
+        return 0
+
+    def weight(self, batch: StepBatch) -> float:
+        """As the schedule inside."""
+        return self._loop.weight(batch)
+
+    def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
+        """As the schedule inside."""
+        return self._loop.predict(batch)
+
+    @property
+    def pending(self) -> int:
+        """As the schedule inside."""
+        return self._loop.pending
 
 
 class Engine(Protocol):

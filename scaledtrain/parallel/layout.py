@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
+from scaledtrain.data.replica_loader import ReplicaLoader, to_device
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
-from scaledtrain.parallel.batches import AgreedBatches
-from scaledtrain.parallel.engine import Divided, Engine, Recipe
+from scaledtrain.parallel.batches import AgreedBatches, Steps
+from scaledtrain.parallel.engine import Divided, DividedSchedule, Engine, Recipe
 from scaledtrain.parallel.pipe import Pipe
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.recompute.apart import Sample
 from scaledtrain.replica import MakeOptimizer, MakeScheduler
-from scaledtrain.schedule import Abandon, Computed, MicrobatchLoop, Schedule
+from scaledtrain.schedule import MicrobatchLoop, Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.drop_compute import DropCompute
@@ -31,37 +31,7 @@ if TYPE_CHECKING:
     from scaledtrain.schedule import Slowdown
     from scaledtrain.strategies import Strategy
 
-__all__ = ["Layout", "Steps", "lay_out"]
-
-
-class Steps(Protocol):
-    """What a rank trains on, step by step."""
-
-    @property
-    def batch_size(self) -> int | None:
-        """Samples in a full batch; None if that is not known yet."""
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Steps of an epoch; None if only the end will tell."""
-
-    @property
-    def step_size(self) -> tuple[int, int | None]:
-        """See `ReplicaLoader`, as for the rest."""
-
-    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
-        """How many steps are as many samples as those of another loader."""
-
-    def state_dict(self) -> Any:
-        """That of a loader which keeps its own place."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """The next epoch goes on where ``state_dict`` was called."""
-
-    def epoch(
-        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
-    ) -> Generator[StepBatch, None, None]:
-        """The steps of one epoch, from step ``start`` on."""
+__all__ = ["Layout", "lay_out"]
 
 
 class Layout:
@@ -215,19 +185,18 @@ class Layout:
         """What runs backward passes."""
         return usual() if self._shards is None else self._shards[0].scaler(usual)
 
-    def schedule(self, loop: MicrobatchLoop, scaler: LossScaler, recomputed: bool) -> Schedule:
+    def schedule(self, loop: MicrobatchLoop, scaler: LossScaler) -> Schedule:
         """What runs the forward and backward passes of a step.
 
         Args:
             loop: runs a whole model's, without more ado.
             scaler: of the loss.
-            recomputed: activations are computed again.
         """
         schedule: Schedule = loop
         if self._pipe is not None:
-            schedule = self._pipe.schedule(scaler, recomputed, self._shards is not None)
+            schedule = self._pipe.schedule(scaler, sharded=self._shards is not None)
         if self._shards is not None:
-            schedule = _ShardedSchedule(schedule, self._shards[0], scaler)
+            schedule = DividedSchedule(schedule, self._shards[0], scaler)
         return schedule
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -310,40 +279,6 @@ class Layout:
     def sum(self, values: Tensor) -> None:
         """Add up, in place, over the ranks of this replica."""
         self.pieces.all_reduce([values], "sum").wait()
-
-
-class _ShardedSchedule:
-    """Hands gradients over from a sharded model to the shards that the optimizer has."""
-
-    def __init__(self, loop: Schedule, shards: Divided, scaler: LossScaler) -> None:
-        self._loop = loop
-        self._shards = shards
-        self._scaler = scaler
-
-    def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
-        """As the schedule inside."""
-        self._shards.refresh()
-        self._shards.begin(batch)
-        computed = self._loop.run(batch)
-        self._scaler.hand_over(*self._shards.take_gradients())
-        return computed
-
-    def backward_passes(self, batch: StepBatch) -> int:
-        """Gradients are handed over all at once."""
-        return 0
-
-    def weight(self, batch: StepBatch) -> float:
-        """As the schedule inside."""
-        return self._loop.weight(batch)
-
-    def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
-        """As the schedule inside."""
-        return self._loop.predict(batch)
-
-    @property
-    def pending(self) -> int:
-        """As the schedule inside."""
-        return self._loop.pending
 
 
 def lay_out(

@@ -79,7 +79,7 @@ class Pipe:
                 "hooks; choose GPipe, 1F1B or Interleaved1F1B, or set mesh.shard to 1"
             )
 
-    def schedule(self, scaler: LossScaler, recomputed: bool, sharded: bool) -> Schedule:
+    def schedule(self, scaler: LossScaler, sharded: bool) -> Schedule:
         """What runs the stages; see `Layout.schedule`."""
         forth, back = (link.process_group() for link in self.links)
         link, pipeline, stages = self.links[0], self.pipeline, self.stages.stages
@@ -109,7 +109,7 @@ class Pipe:
             precision=self.recipe.precision,
             scaler=scaler,
             tied=self.stages.tied,
-            recomputed=recomputed,
+            recomputed=self.recipe.recomputed,
             sharded=sharded,
             timeout_seconds=link.timeout_seconds,
             timeline=link.timeline,

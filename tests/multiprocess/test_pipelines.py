@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -29,38 +28,10 @@ from scaledtrain.parallel.pipeline import (
     simulate,
 )
 from scaledtrain.parallel.pipeline.cut import cut_step
-from scaledtrain.schedule import MicrobatchLoop
+from tests.pipelines import SGD, batch, join, parts, plain
 from tests.ranks import run_ranks
 
 N = 8  # microbatches: enough for DualPipeV on 4 ranks
-SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-
-
-def join() -> tuple[int, int]:
-    dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def parts(n: int) -> list[nn.Module]:
-    torch.manual_seed(0)
-    inner = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8)) for _ in range(n - 1)]
-    return [*inner, nn.Linear(8, 3)]
-
-
-def batch(samples: int, seed: int = 1) -> StepBatch:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 8, generator=generator)
-    return StepBatch([(x, torch.randint(3, (samples,), generator=generator))], [samples])
-
-
-def plain(model: nn.Module, step: StepBatch, pieces: int, precision: str = "fp32") -> Tensor:
-    """The loss of gradient accumulation over the same microbatches; leaves gradients behind."""
-    cut = cut_step(step, pieces)
-    whole = StepBatch([m.batch for m in cut], [m.samples for m in cut])
-    loop = MicrobatchLoop(model, F.cross_entropy, Precision(precision), [*model.parameters()])
-    computed = loop.run(whole)
-    assert computed is not None
-    return computed.loss
 
 
 def check(stages: dict[int, nn.Module], whole: Sequence[nn.Module], exact: bool = True) -> None:
@@ -481,117 +452,3 @@ def test_what_was_measured_is_what_was_planned() -> None:
     # The ranks of one host share a clock: nobody can be faster than the plan with these durations.
     assert table.seconds >= simulate(order, lambda action: seconds[action]).seconds
     assert 0.0 <= table.idle_share < 1.0
-
-
-class Factor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w * x
-
-
-def by_hand() -> list[float]:
-    """The loss is w1 w0 x, x = 1, the learning rate 1/2."""
-    join()
-    stage = Factor()
-    optimizer = torch.optim.SGD(stage.parameters(), lr=0.5)
-    schedule = PipeDreamSchedule(
-        "PipeDream", stage, 1, lambda y, _: y.mean(), dist.group.WORLD, timeout_seconds=10.0
-    )
-    values = []
-    steps = [StepBatch([(torch.ones(1), torch.ones(1))], [1])] * 3
-    for step in steps:
-        optimizer.zero_grad()
-        schedule.run(step)
-        optimizer.step()
-        values.append(stage.w.item())
-    while schedule.pending:
-        optimizer.zero_grad()
-        schedule.run(StepBatch([], []))
-        optimizer.step()
-        values.append(stage.w.item())
-    dist.destroy_process_group()
-    return values
-
-
-def test_pipedream_by_hand() -> None:
-    first, second = run_ranks(by_hand, 2)
-    # Stage 1 is never stale: its gradient is the w0 of the forward pass.
-    #   1 - 1/2 x 1 = 0.5, 0.5 - 1/2 x 1 = 0 (w0 is 1 still), 0 - 1/2 x 0.5 = -0.25
-    assert second == [0.5, 0.0, -0.25, -0.25]
-    # Stage 0 gets, one step late, the w1 of batches 0, 1, 2: 1, 0.5, 0
-    #   1, 1 - 1/2 x 1 = 0.5, 0.5 - 1/2 x 0.5 = 0.25, 0.25 - 0
-    assert first == [1.0, 0.5, 0.25, 0.25]
-
-
-def stream(m: int, n_steps: int) -> list[StepBatch]:
-    """Steps of 4 m samples; the last but one has fewer, so that it has fewer microbatches."""
-    sizes = [4 * m] * n_steps
-    sizes[-2] = max(1, m - 1)
-    return [batch(size, seed) for seed, size in enumerate(sizes)]
-
-
-def asynchronous(name: Any, m: int, n_steps: int) -> Any:
-    rank, n_ranks = join()
-    stage = parts(n_ranks)[rank]
-    optimizer = SGD(stage.parameters())
-    schedule = PipeDreamSchedule(name, stage, m, F.cross_entropy, dist.group.WORLD)
-    losses, weights, versions = [], [], []
-    steps = stream(m, n_steps)
-    while steps or schedule.pending:
-        optimizer.zero_grad()
-        computed = schedule.run(steps.pop(0) if steps else StepBatch([], []))
-        versions.append(computed.samples)
-        if computed.samples:
-            losses.append(computed.loss.item())
-        optimizer.step()
-        weights.append([p.detach().clone() for p in stage.parameters()])
-    dist.destroy_process_group()
-    return losses, weights, versions, schedule.delay
-
-
-def sequential(m: int, n_steps: int, late: list[int]) -> tuple[list[float], list[list[Any]]]:
-    """One process: all gradients of a step at the weights of its beginning, applied late."""
-    stages = parts(len(late))
-    model = nn.Sequential(*stages)
-    optimizers = [SGD(s.parameters()) for s in stages]
-    old: list[list[Any]] = []  # step -> stage -> gradients
-    losses, weights = [], []
-    for step in [*stream(m, n_steps), *[None] * max(late)]:
-        model.zero_grad()
-        if step is not None:
-            losses.append(plain(model, step, m).item())
-        old.append([[p.grad for p in stage.parameters()] for stage in stages])
-        for stage, optimizer, d in zip(stages, optimizers, late, strict=True):
-            due = len(old) - 1 - d
-            for i, p in enumerate(stage.parameters()):
-                p.grad = old[due][stages.index(stage)][i] if due >= 0 else None
-            optimizer.step()
-        weights.append([[p.detach().clone() for p in s.parameters()] for s in stages])
-    return losses, weights
-
-
-@pytest.mark.parametrize(
-    ("name", "m", "late"),
-    [
-        ("PipeDream", 1, [2, 1, 0]),
-        ("PipeDream", 2, [1, 1, 0]),
-        ("PipeDream-2BW", 3, [1, 1, 1]),
-    ],
-)
-def test_asynchronous_pipelines_are_stale_as_they_say(name: str, m: int, late: list[int]) -> None:
-    n_steps = 6
-    losses, weights = sequential(m, n_steps, late)
-    for rank, (got, stage_weights, samples, delay) in enumerate(
-        run_ranks(asynchronous, 3, name, m, n_steps)
-    ):
-        assert delay == late[rank]
-        assert got == losses
-        # Nothing for the first `delay` steps, then every batch once.
-        sizes = [s.samples for s in stream(m, n_steps)]
-        assert samples == [0] * delay + sizes + [0] * (max(late) - delay)
-        for of_step, expected in zip(stage_weights, weights, strict=True):
-            for mine, theirs in zip(of_step, expected[rank], strict=True):
-                assert torch.equal(mine, theirs)
