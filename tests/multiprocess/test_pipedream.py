@@ -1,4 +1,4 @@
-"""Asynchronous pipelines over real processes: by hand, and against one that keeps gradients back."""
+"""Asynchronous pipelines over real processes: by hand, and against gradients that are kept back."""
 
 from __future__ import annotations
 
