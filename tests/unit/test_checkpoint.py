@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +195,7 @@ def test_records_of_steps_that_are_made_again_are_not_there_twice(tmp_path: Path
 
 def test_tensorboard_shows_no_step_twice(tmp_path: Path) -> None:
     fit(tmp_path, 12, log_every=1)
+    time.sleep(1)  # TensorBoard orders the files of a folder by the second at which they began
     fit(tmp_path, 14, log_every=1, resume=tmp_path / "checkpoints" / "step-000000010")
     shown = EventAccumulator(str(tmp_path / "tensorboard"))
     shown.Reload()
