@@ -67,7 +67,9 @@ def train_with_a_victim(name: str, transport: Transport, victim: int) -> tuple[s
     ],
 )
 def test_killed_rank_is_noticed_and_named(name: str, transport: Transport, victim: int) -> None:
-    results = run_ranks(train_with_a_victim, 3, name, transport, victim, killed=[victim], timeout_seconds=90)
+    results = run_ranks(
+        train_with_a_victim, 3, name, transport, victim, killed=[victim], timeout_seconds=90
+    )
     for rank, result in enumerate(results):
         if rank == victim:
             continue
