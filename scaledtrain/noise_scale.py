@@ -38,7 +38,7 @@ class NoiseScale(Callback):
     backward, and not meanwhile. Ranks that have a replica together add up the squares of their
     pieces; a loss scale is divided out before. Records get ``noise_scale`` (where there is an
     estimate), ``gradient_variance`` (S), ``gradient_squared_norm`` and ``batch_size``, the samples
-    of the step that was measured. A compression changes the combined gradient: with one that keeps
+    of the last whole step that was measured. A compression changes the combined gradient: with one that keeps
     little of it (top-k, sign) the estimate is of no use.
 
     Every rank needs one of the same settings. A crash loses nothing that was saved: averages and
@@ -116,8 +116,10 @@ class NoiseScale(Callback):
     def on_reduced(self, trainer: Trainer) -> None:
         """Compare them with the combined gradient."""
         if self._measuring is not None:
-            self._batch_size, measured = self._measuring.compare()
+            samples, measured = self._measuring.compare()
             self._smoothed.add(measured)
+            if self._measuring.is_full or not self._batch_size:
+                self._batch_size = samples
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Count the step; let the batch grow."""
@@ -199,6 +201,7 @@ class _Gradients:
     def __init__(self, trainer: Trainer, batch: StepBatch) -> None:
         self._trainer = trainer
         self._combined_after = trainer.strategy.replicas_equal and _replicas(trainer) > 1
+        self.is_full = batch.weight >= 1.0  # not what is left at the end of an epoch
         self._samples = float(batch.samples)  # of this replica
         if batch.mean_samples is not None:
             self._samples = batch.mean_samples * trainer.layout.data_ranks

@@ -188,6 +188,13 @@ class TestMeasured:
         told = f"noise scale {scale:.0f} -> critical batch about {scale:.0f} samples; you use 8"
         assert told in capsys.readouterr().err
 
+    def test_what_is_left_at_the_end_of_an_epoch_is_not_the_batch_size(self) -> None:
+        noise = NoiseScale(every=1)
+        with make_trainer(noise, gradient_accumulation_steps=2) as trainer:
+            loader = DataLoader(TensorDataset(samples(14), samples(14)[:, 0]), batch_size=4)
+            trainer.fit(loader, max_epochs=1)  # steps of 8 and of 6 samples
+        assert noise.metrics()["batch_size"] == 8
+
     def test_settings_out_of_range_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="every is 0"):
             NoiseScale(every=0)
