@@ -65,8 +65,8 @@ class Metrics:
       ``evaluation_seconds``: the parts of ``step_seconds``;
     * where the loss is scaled, ``loss_scale``: of the next step, and ``overflows``: steps of this
       replica that made no update, since training began;
-    * where a `NoiseScale` measures, ``batch_size``: samples of the step that it measured last, and
-      ``noise_scale``, ``gradient_variance``, ``gradient_squared_norm`` as far as there are such;
+    * where a `NoiseScale` measures, ``batch_size``: samples of the last whole step that it measured,
+      and ``noise_scale``, ``gradient_variance``, ``gradient_squared_norm`` where there are such;
     * ``staleness_mean``, ``staleness_max``, ``staleness_counts`` (value -> pushes), where there is
       one;
     * ``bytes_sent``: payload that this rank handed to a transport, per step of this replica;

@@ -38,8 +38,8 @@ class NoiseScale(Callback):
     backward, and not meanwhile. Ranks that have a replica together add up the squares of their
     pieces; a loss scale is divided out before. Records get ``noise_scale`` (where there is an
     estimate), ``gradient_variance`` (S), ``gradient_squared_norm`` and ``batch_size``, the samples
-    of the last whole step that was measured. A compression changes the combined gradient: with one that keeps
-    little of it (top-k, sign) the estimate is of no use.
+    of the last whole step that was measured. A compression changes the combined gradient: with one
+    that keeps little of it (top-k, sign) the estimate is of no use.
 
     Every rank needs one of the same settings. A crash loses nothing that was saved: averages and
     growth are in the Trainer's state.
