@@ -65,7 +65,7 @@ class Metrics:
       ``evaluation_seconds``: the parts of ``step_seconds``;
     * where the loss is scaled, ``loss_scale``: of the next step, and ``overflows``: steps of this
       replica that made no update, since training began;
-    * where a `NoiseScale` measures, ``batch_size``: samples of the last whole step that it measured,
+    * where a `NoiseScale` measures, ``batch_size``: samples of the last whole step it measured,
       and ``noise_scale``, ``gradient_variance``, ``gradient_squared_norm`` where there are such;
     * ``staleness_mean``, ``staleness_max``, ``staleness_counts`` (value -> pushes), where there is
       one;
