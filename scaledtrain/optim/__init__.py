@@ -1,5 +1,6 @@
-"""Optimizers that torch does not have, and updates of parameters that have only 16 bits."""
+"""Optimizers and schedules that torch does not have, and updates of 16-bit parameters."""
 
+from scaledtrain.optim.adascale import AdaScale, adascale_gain
 from scaledtrain.optim.delayed_nesterov import DelayedNesterov
 from scaledtrain.optim.lamb import LAMB
 from scaledtrain.optim.lars import LARS
@@ -10,14 +11,28 @@ from scaledtrain.optim.narrow import (
     StochasticRounding,
     WideStep,
 )
+from scaledtrain.optim.scaling import (
+    LearningRateScaling,
+    decay_groups,
+    norms_and_biases,
+    zero_gamma,
+)
+from scaledtrain.optim.warmup import WarmupDecay
 
 __all__ = [
     "LAMB",
     "LARS",
+    "AdaScale",
     "DelayedNesterov",
     "KahanCompensation",
+    "LearningRateScaling",
     "MasterWeights",
     "Rounding",
     "StochasticRounding",
+    "WarmupDecay",
     "WideStep",
+    "adascale_gain",
+    "decay_groups",
+    "norms_and_biases",
+    "zero_gamma",
 ]

@@ -176,8 +176,8 @@ def _sign(group: dict[str, Any]) -> float:
 def _trust(weight: float, gradient: float, group: dict[str, Any]) -> float:
     if not (weight and gradient):
         return 1.0
-    denominator = gradient + group["weight_decay"] * weight + group["eps"]
-    return float(group["trust_coefficient"]) * weight / denominator
+    denominator: float = gradient + group["weight_decay"] * weight + group["eps"]
+    return float(group["trust_coefficient"] * weight / denominator)
 
 
 def _factor(trust: float, piece: Piece) -> float:
