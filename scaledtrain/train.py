@@ -311,7 +311,7 @@ def _assemble(
 
     def samples_per_update() -> int:
         """Known once the strategy is attached."""
-        return batch_size * accumulation * config.mesh.shard * strategy.gradients_per_step
+        return int(batch_size * accumulation * config.mesh.shard * strategy.gradients_per_step)
 
     def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         given = decay_groups(parameters, exempt) if exempt else parameters

@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain import ConfigError
-from scaledtrain.optim import LAMB, LARS, KahanCompensation, MasterWeights, WideStep
+from scaledtrain.optim import LAMB, LARS, KahanCompensation, MasterWeights, WideStep, layerwise
 from tests.worlds import World
 
 Make = Callable[..., torch.optim.Optimizer]
 Arrays = list[np.ndarray[Any, Any]]
 SHAPES = [(40, 500), (3, 5), (7,), (2, 3, 4), ()]  # the first is more than one stretch
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tensors of a test are more than one stretch, too."""
+    monkeypatch.setattr(layerwise, "_CACHED", 2**12)
 
 
 def numpy_lars(
