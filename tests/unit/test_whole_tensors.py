@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import ConfigError, ParameterServer, Trainer
+from scaledtrain.comm.serving.partition import Piece
 from scaledtrain.optim import LAMB, LARS
 from scaledtrain.parallel.whole_tensors import check_elementwise, for_shards, for_stages
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
@@ -21,11 +22,11 @@ X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 LOADER: DataLoader[Any] = DataLoader(TensorDataset(X, X[:, :1]), batch_size=4)
 
 
-def train(make: Any, workers: int, outputs: int = 1, **options: Any) -> list[torch.Tensor]:
+def train(make: Any, workers: int, **options: Any) -> list[torch.Tensor]:
     def program(link: Any) -> torch.Tensor:
         torch.manual_seed(0)
         trainer = Trainer(
-            nn.Linear(6, outputs),
+            nn.Linear(6, 1),
             nn.functional.mse_loss,
             make,
             strategy=ParameterServer(**options),
@@ -58,7 +59,9 @@ def test_server_shards_that_cut_tensors_or_see_a_part_of_a_norm_are_refused() ->
     first, second = train(LARS, 2, shards=2, cut_tensors=False)
     assert torch.equal(first, second)
     with pytest.raises(ConfigError, match="LARS looks at whole tensors, but some are cut"):
-        train(LARS, 2, outputs=6, shards=2)  # 36 and 6 numbers: rows of the first are cut
+        # The simulator has whole tensors on one server; this is what a real shard's would be.
+        rows = [Piece(0, (0, 3))]
+        ParameterServer(shards=2)._check_pieces(LARS([nn.Parameter(torch.ones(3, 6))]), rows)
     with pytest.raises(ConfigError, match="LAMB's max_grad_norm .* 2 server shards"):
         train(partial(LAMB, max_grad_norm=1.0), 2, shards=2, cut_tensors=False)
 
