@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,6 +14,7 @@ from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
+from scaledtrain.optim.scaling import LearningRateScaling
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
@@ -130,6 +131,9 @@ class TrainConfig:
     batch: Node | None = None
     checkpointing: Checkpointing | None = None
     resume: str | None = None
+    lr_scaling: LearningRateScaling = field(default_factory=LearningRateScaling)
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    zero_gamma: bool = False
 
 
 def check(config: TrainConfig | DictConfig | Mapping[str, Any]) -> TrainConfig:

@@ -20,6 +20,7 @@ from scaledtrain.parallel.engine import Divided, DividedSchedule, Engine, Recipe
 from scaledtrain.parallel.pipe import Pipe
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.parallel.shard import FullyShard
+from scaledtrain.parallel.whole_tensors import for_stages
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.recompute.apart import Sample
 from scaledtrain.replica import MakeOptimizer, MakeScheduler
@@ -179,7 +180,8 @@ class Layout:
 
     def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
         """What makes the optimizer of `named_parameters`."""
-        return usual if self._shards is None else self._shards[0].optimizer(usual)
+        made = usual if self._pipe is None else for_stages(usual)
+        return made if self._shards is None else self._shards[0].optimizer(made)
 
     def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
         """What runs backward passes."""
