@@ -64,6 +64,9 @@ class Folder(ABC):
             DataError: it cannot be read, after all attempts.
         """
 
+    def expect(self, name: str, n_bytes: int) -> None:  # noqa: B027
+        """Say that a file will be opened, and so many bytes of its beginning read."""
+
     @abstractmethod
     def open(
         self, name: str, n_bytes: int, checksum: str, check: Callable[[OpenFile], None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from scaledtrain.data.sharded.files import sync_folder, write_whole
@@ -32,6 +33,17 @@ class LocalFolder(Folder):
     def read(self, name: str) -> bytes:
         """The whole file, where it lies."""
         return (self.path / name).read_bytes()
+
+    def expect(self, name: str, n_bytes: int) -> None:
+        """Ask the kernel to read them in the background."""
+        if not hasattr(os, "posix_fadvise"):  # macOS has none
+            return
+        with suppress(OSError):  # whoever opens it is told
+            file = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(file, 0, n_bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
 
     def open(
         self, name: str, n_bytes: int, checksum: str, check: Callable[[OpenFile], None]
