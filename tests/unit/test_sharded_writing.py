@@ -105,10 +105,12 @@ class TestWriting:
     def test_a_forked_process_does_not_keep_the_folder(self, ten: Path) -> None:
         writer = ShardWriter(ten, resume=True)
         reader, hold = os.pipe()
+        begun, tell = os.pipe()
         child = os.fork()
         if not child:
             try:
                 os.close(hold)
+                os.write(tell, b"1")
                 with pytest.raises(ConfigError, match="is closed"):
                     writer.write(sample(10))
                 os.read(reader, 1)  # until the parent closes it
@@ -116,9 +118,11 @@ class TestWriting:
                 os._exit(1)
             os._exit(0)
         os.close(reader)
+        os.read(begun, 1)
         writer.close()
         write(ten, 12, resume=True)
-        os.close(hold)
+        for end in (hold, begun, tell):
+            os.close(end)
         assert os.waitpid(child, 0)[1] == 0
 
     def test_a_finished_set_can_be_added_to(self, ten: Path) -> None:
@@ -172,7 +176,8 @@ class TestCrashes:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         with pytest.warns(UserWarning, match="not finished"):
             data = ShardedDataset(tmp_path)
-        assert data[:]["label"].tolist() == [0, 1, 2, 3, 4, 5]
+        # The second shard was full, so the first was there; the disk may have got the second, too.
+        assert data[:]["label"].tolist() in ([0, 1, 2], [0, 1, 2, 3, 4, 5])
         with ShardWriter(tmp_path, shard_samples=3, resume=True) as writer:
             writer.write_batch({"label": range(writer.samples_written, 8)})
         assert min(os.listdir(tmp_path)) == "manifest.json", "no half file is left"

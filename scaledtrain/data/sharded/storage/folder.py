@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from scaledtrain.data.sharded.storage.cache import mark_used
 
-__all__ = ["Folder", "OpenFile"]
+__all__ = ["Begun", "Folder", "OpenFile"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,24 @@ class OpenFile:
     def is_evicted(self) -> bool:
         """Whether the copy has lost its name, and only takes room as long as it is open."""
         return self.cached is not None and not os.fstat(self.handle).st_nlink
+
+
+class Begun(Protocol):
+    """A file of a folder that was begun."""
+
+    size: int
+    """In bytes."""
+
+    def finish(self) -> None:
+        """Make it be there: as a whole or, if this raises, not at all.
+
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+            DataError: the same, after all attempts.
+        """
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
 
 
 class Folder(ABC):
@@ -98,16 +117,21 @@ class Folder(ABC):
         """The files that there are."""
 
     @abstractmethod
-    def write(self, name: str, parts: Iterable[memoryview]) -> int:
-        """Write a file; a crash at any moment leaves the old one, or none, or the new one.
+    def begin(self, name: str, parts: Iterable[memoryview]) -> Begun:
+        """Begin to write a file: when this returns, the parts are not needed any more.
 
-        Returns:
-            Its size.
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+        """
+
+    def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        """Write a file; a crash at any moment leaves the old one, or none, or the new one.
 
         Raises:
             OSError: it cannot be written; nothing is left of it.
             DataError: the same, after all attempts.
         """
+        self.begin(name, parts).finish()
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:

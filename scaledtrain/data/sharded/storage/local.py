@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from scaledtrain.data.sharded.files import sync_folder, write_whole
+from scaledtrain.data.sharded.files import Unfinished, sync_folder
 from scaledtrain.data.sharded.storage.folder import Folder, OpenFile
 from scaledtrain.errors import ConfigError
 
@@ -76,9 +76,9 @@ class LocalFolder(Folder):
         """All names, also hidden ones."""
         return os.listdir(self.path)
 
-    def write(self, name: str, parts: Iterable[memoryview]) -> int:
-        """Under another name until it is on the disk, see `write_whole`."""
-        return write_whole(self.path / name, parts)
+    def begin(self, name: str, parts: Iterable[memoryview]) -> Unfinished:
+        """Under another name until it is on the disk."""
+        return Unfinished(self.path / name, parts)
 
     def delete(self, names: Iterable[str]) -> None:
         """And wait until that is on the disk."""
