@@ -262,12 +262,14 @@ class ShardedLoader:
             self._threads.running() as pool,
             closing(self._windows(pool, batching, epoch, start, step)) as windows,
         ):
+            taken = 0
             try:
                 for window in windows:
                     for part in parts_of(window, self._part_samples):
                         ahead.append(pool.submit(self._read, batching, epoch, part))
-                        if len(ahead) > self._threads.count:
+                        if len(ahead) > min(taken, self._threads.count):  # the first at once
                             yield from self._wait(ahead.popleft())
+                            taken += 1
                 while ahead:
                     yield from self._wait(ahead.popleft())
             finally:
@@ -287,7 +289,7 @@ class ShardedLoader:
             while (window := self._wait(coming)) is not None:
                 asked.append((window, pool.submit(self._ask, batching, epoch, window)))
                 coming = pool.submit(next, windows, None)
-                if len(asked) > min(given, self._read_ahead):  # the first is given at once
+                if len(asked) > min(given + 1, self._read_ahead):  # the first is given soon
                     window, job = asked.popleft()
                     self._wait(job)
                     yield window

@@ -52,8 +52,8 @@ class ShardWriter:
     While the disk gets a shard the next one is filled; what goes wrong with it is told when that is
     full, or when the writer is closed. A shard gets its name when all of it is on the disk, and the
     manifest names it after that. So a crash, a kill or a full disk loses the samples that are in
-    memory and those of the shard that the disk was getting, and no other; what is there can be
-    read, and ``resume=True`` goes on behind it.
+    memory and those of the shard that the disk was getting (see ``sync``), and no other; what is
+    there can be read, and ``resume=True`` goes on behind it.
 
     A URL (``s3://...``, whatever fsspec can write to) gets each file in one request, and so holds a
     second copy of it in memory; on stores of objects it is there as a whole or not at all. Nothing
@@ -297,14 +297,14 @@ class ShardWriter:
         """Write the shard that is in memory; the disk gets it while the next one is filled."""
         file = shard_name(len(self._manifest.shards))
         if self.folder.is_remote:
-            self._wait()  # or there would be three copies in memory
+            self.sync()  # or there would be three copies in memory
         try:
             info, begun = self._buffer.begin(self.folder, file, self._compressor)
         except OSError as error:
-            self._wait()
+            self.sync()
             raise self._failed(file, error) from error
         try:
-            self._wait()
+            self.sync()
         except BaseException:
             begun.discard()
             raise
@@ -318,9 +318,13 @@ class ShardWriter:
         begun.finish()
         manifest.save(self.folder)
 
-    def _wait(self) -> None:
-        """Until the shard that the disk is getting is there, and the manifest names it."""
-        if self._writing is None:
+    def sync(self) -> None:
+        """Wait until all shards that were full are on the disk, and the manifest names them.
+
+        Raises:
+            DataError: one could not be written.
+        """
+        if self._writing is None or self._unlock is None:
             return
         try:
             self._writing.result()
@@ -346,7 +350,7 @@ class ShardWriter:
         try:
             if self._buffer.samples:
                 self._flush()
-            self._wait()
+            self.sync()
             manifest = replace(self._manifest, complete=True)
             try:
                 manifest.save(self.folder)
@@ -367,9 +371,9 @@ class ShardWriter:
     ) -> None:
         if error is None:
             self.close()
-        elif self._unlock is not None:
+        else:
             with suppress(DataError):
-                self._wait()
+                self.sync()
             self._release()  # what waits for its shard to be full is lost; the whole shards stay
 
 
