@@ -14,6 +14,8 @@ from scaledtrain.errors import ConfigError
 
 __all__ = ["LocalFolder"]
 
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody waits for a pipe's other end
+
 
 class LocalFolder(Folder):
     """A folder whose files are mapped where they are.
@@ -39,7 +41,7 @@ class LocalFolder(Folder):
         if not hasattr(os, "posix_fadvise"):  # macOS has none
             return
         with suppress(OSError):  # whoever opens it is told
-            file = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(self.path / name, _FLAGS)
             try:
                 os.posix_fadvise(file, 0, n_bytes, os.POSIX_FADV_WILLNEED)
             finally:
@@ -50,8 +52,7 @@ class LocalFolder(Folder):
     ) -> OpenFile:
         """A file of the folder itself."""
         path = self.path / name
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody waits for a pipe's other end
-        return OpenFile(os.open(path, flags), str(path))
+        return OpenFile(os.open(path, _FLAGS), str(path))
 
     def lock(self) -> Callable[[], None]:
         """A lock of the system, which ends with the process."""
