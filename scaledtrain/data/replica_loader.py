@@ -102,6 +102,8 @@ class StepBatch(NamedTuple):
     mean_samples: float | None = None
     """Samples per rank, where several make the gradient of one replica as the mean of theirs; None:
     this one makes it, from ``samples``."""
+    multiple: int = 1
+    """How many steps of the usual size this one is."""
 
     @property
     def samples(self) -> int:
@@ -229,6 +231,8 @@ class ReplicaLoader:
 
     Attributes:
         batch_size: samples in a full batch; None until the first one of a plain iterable.
+        multiple: how many steps are made as one from the next one on; places in an epoch are
+            counted in steps all the same, so that a step passes over so many of them.
 
     Raises:
         ConfigError: the loader already shards (``DistributedSampler``), or has no batch.
@@ -257,6 +261,7 @@ class ReplicaLoader:
         self._replicas = replicas
         self._share = share
         self._accumulation = accumulation * share[1]
+        self.multiple = 1
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
         self._order: _EveryNth | _Strided | None = None
@@ -409,10 +414,10 @@ class ReplicaLoader:
         if self._total is None:
             yield from self._own_of_unknown()
             return
-        window = self._replicas * self._accumulation
+        stop = first * self._replicas * self._accumulation
         batches: Iterator[Any] | None = None
-        for start in range(first * window, self._total, window):
-            stop = min(start + window, self._total)
+        while stop < self._total:
+            start, stop = stop, min(stop + self._window, self._total)
             count = len(range(start + rank, stop, self._replicas))
             if count or not self._alone:
                 if batches is None:
@@ -422,24 +427,28 @@ class ReplicaLoader:
                 if own or not self._alone:
                     yield own
 
+    @property
+    def _window(self) -> int:
+        """Batches of the next step, of all replicas together."""
+        return self._replicas * self._accumulation * self.multiple
+
     def _own_of_unknown(self) -> Iterator[list[Any]]:
         """The same where no length is known: it yields equally many on every replica."""
         batches = iter(self._own)
         self._ready()
-        while given := list(islice(batches, self._accumulation)):
+        while given := list(islice(batches, self._accumulation * self.multiple)):
             own = [batch for batch in given if batch is not None]
             if own or not self._alone:
                 yield own
 
     def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
-        size = self._replicas * self._accumulation
         batches = iter(self._own)
         if not self._is_placed:
-            deque(islice(batches, first * size), maxlen=0)
+            deque(islice(batches, first * self._replicas * self._accumulation), maxlen=0)
         self._is_placed = False
         self._ready()
-        while window := list(islice(batches, size)):
+        while window := list(islice(batches, self._window)):
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])
             mine = window[rank :: self._replicas]
@@ -451,8 +460,9 @@ class ReplicaLoader:
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.
-        weight = sum(sizes) * self._share[1] / ((self.batch_size or 1) * self._accumulation)
-        return StepBatch(microbatches, sizes, weight)
+        full = (self.batch_size or 1) * self._accumulation * self.multiple
+        weight = sum(sizes) * self._share[1] / full
+        return StepBatch(microbatches, sizes, weight, multiple=self.multiple)
 
 
 def _length(loader: Any) -> int | None:
