@@ -75,7 +75,7 @@ def _main() -> None:
     if workers := workers_to_start(config.workers):
         config.mesh.check(workers)  # rather here, once, than on every rank
         data_ranks = config.mesh.replicas(workers) * config.mesh.shard
-        batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps)
+        batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps, config.elastic)
         seconds = SAVE_SECONDS if config.checkpointing is not None else UNWIND_SECONDS
         start_workers("scaledtrain.train", arguments, workers, seconds)
         return
@@ -280,7 +280,8 @@ def _assemble(
         config.gradient_accumulation_steps,
     )
     data_ranks = replicas * config.mesh.shard
-    batch_size = sizes.local(data_ranks, accumulation)
+    batch_size = sizes.local(data_ranks, accumulation, config.elastic)
+    batches_per_step = sizes.batches_per_step if config.elastic else None
     train = task.train_loader(batch_size)
     test = task.test_loader(sizes.eval_batch_size or batch_size)
     seed_everything(config.seed)
@@ -298,7 +299,12 @@ def _assemble(
     def make_scheduler(optimizer: Optimizer) -> LRScheduler:
         """Called once the strategy is attached, and so knows how many gradients make an update."""
         assert config.lr_schedule is not None
-        steps = ReplicaLoader(train, replicas=data_ranks, accumulation=accumulation).steps_per_epoch
+        steps = ReplicaLoader(
+            train,
+            replicas=data_ranks,
+            accumulation=accumulation,
+            batches_per_step=batches_per_step,
+        ).steps_per_epoch
         limits = [config.max_steps] if config.max_steps is not None else []
         if config.max_epochs is not None and steps is not None:
             limits.append(config.max_epochs * steps * replicas // strategy.gradients_per_step)
@@ -327,6 +333,7 @@ def _assemble(
             else make(config.activation_checkpointing)
         ),
         gradient_accumulation_steps=accumulation,
+        batches_per_step=batches_per_step,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,
         eval_metrics=task.metrics,

@@ -27,7 +27,7 @@ from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
-from scaledtrain.parallel.batches import Steps
+from scaledtrain.parallel.batches import Steps, share_out
 from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor
@@ -85,6 +85,9 @@ class Trainer:
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
         gradient_accumulation_steps: batches of the loader per step on each replica.
+        batches_per_step: batches of the loader per step on all replicas together, instead: a run
+            that goes on with more or fewer of them keeps its global batch. Where they do not divide
+            some replicas have one more, in turns.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
         eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
@@ -137,6 +140,7 @@ class Trainer:
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
+        batches_per_step: int | None = None,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
         eval_metrics: Mapping[str, Metric] | None = None,
@@ -167,6 +171,15 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
+        strategy = strategy or Sync()
+        if batches_per_step is not None:
+            gradient_accumulation_steps = share_out(
+                batches_per_step,
+                gradient_accumulation_steps,
+                mesh or Mesh(),
+                self.link.group.size,
+                strategy.replicas_equal,
+            )
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
         recipe = Recipe(
@@ -180,7 +193,7 @@ class Trainer:
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
-        self.strategy: Strategy = strategy or Sync()
+        self.strategy: Strategy = strategy
         self.layout.check_fits(self.strategy, drop_compute, slowdown)
         self.replica = Replica(
             self.model,
@@ -228,6 +241,7 @@ class Trainer:
         self.steps_in_epoch = 0
         self._loss_fn = loss_fn
         self._accumulation = gradient_accumulation_steps
+        self._batches_per_step = batches_per_step
         self._max_grad_norm = max_grad_norm
         self._eval_metrics = dict(eval_metrics or {})
         self._callbacks = list(callbacks)
@@ -386,6 +400,7 @@ class Trainer:
             accumulation=self._accumulation,
             seed=self._seed,
             alone=not self.in_lockstep,
+            batches_per_step=self._batches_per_step,
         )
         self._loader = loader
         self._find_place(loader)
@@ -638,6 +653,7 @@ class Trainer:
             f"{self.link.device.type} over {self.link.transport}; strategy "
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
+            + ("" if self._batches_per_step is None else f", {self._batches_per_step} in a step")
         )
         if self.layout.told:
             self.metrics.say(self.layout.told)
