@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
@@ -35,6 +36,7 @@ from scaledtrain.launching import Interrupted, guarded, workers_to_start
 from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
 from scaledtrain.parallel.accelerate import with_accelerate
 from scaledtrain.rendezvous import Connection, Transport, connect
+from scaledtrain.run_config import write_config
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
 from scaledtrain.tasks import Task
@@ -194,7 +196,9 @@ def run_settled(
     trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
     if run_dir is not None and writes:
-        (run_dir / "config.yaml").write_bytes(to_yaml(config).encode())
+        changed = write_config(run_dir, config)
+        if changed is not None:
+            trainer.metrics.say(changed)
     with trainer:
         try:
             result = trainer.fit(
@@ -218,8 +222,7 @@ def run_settled(
             "data": task.facts,
             "environment": environment(link),
         }
-        text = json.dumps(told, indent=2)
-        (run_dir / "result.json").write_text(f"{text}\n", encoding="utf-8")
+        replace_file(run_dir / "result.json", f"{json.dumps(told, indent=2)}\n".encode())
     return result
 
 

@@ -103,8 +103,9 @@ class Trainer:
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
         checkpointing: when the run is saved; None: never.
-        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir`` (none:
-            it begins), or the path of a checkpoint or of a run.
+        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir``, or
+            what hosts kept of it in memory if that is newer (none: it begins), or the path of a
+            checkpoint or of a run.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
 
@@ -243,7 +244,7 @@ class Trainer:
         self._accumulation = gradient_accumulation_steps
         self._batches_per_step = batches_per_step
         self._max_grad_norm = max_grad_norm
-        self._eval_metrics = dict(eval_metrics or {})
+        self.eval_metrics = dict(eval_metrics or {})
         self._callbacks = list(callbacks)
         self._seed = seed
         self._loop: FitLoop | None = None
@@ -437,9 +438,11 @@ class Trainer:
             with self._saver.stop_request if self._saver is not None else nullcontext():
                 self._call("on_fit_start")
                 stopped_by = run.run()
+                is_drained = self.schedule.pending > 0
                 self._drain()
                 if self._saver is not None:
-                    self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
+                    is_stopping = stopped_by not in ("max_steps", "max_epochs")
+                    self._saver.end(is_stopping, is_changed=is_drained)
                 else:
                     self.strategy.settle()
                 self.layout.share_buffers()
@@ -482,7 +485,7 @@ class Trainer:
         self.layout.share_buffers()
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size)
-        names = ["loss", *self._eval_metrics]
+        names = ["loss", *self.eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (
             self.strategy.consensus(),
@@ -506,12 +509,12 @@ class Trainer:
         outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
         if outputs is None:
             return []
-        if self._eval_metrics and not isinstance(batch, (tuple, list)):
+        if self.eval_metrics and not isinstance(batch, (tuple, list)):
             raise ConfigError(
-                f"eval_metrics ({', '.join(self._eval_metrics)}) compare outputs with targets, but "
+                f"eval_metrics ({', '.join(self.eval_metrics)}) compare outputs with targets, but "
                 f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
             )
-        metrics = self._eval_metrics.values()
+        metrics = self.eval_metrics.values()
         return [loss, *(metric(outputs[0], batch[1]) for metric in metrics)]
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
@@ -548,6 +551,7 @@ class Trainer:
             "seed": self._seed,
             "loader": None if loader is None else copy.deepcopy(loader.state_dict()),
             "step_size": None if loader is None else loader.step_size,
+            "steps_per_epoch": None if loader is None else loader.steps_per_epoch,
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
         }
@@ -584,6 +588,7 @@ class Trainer:
         self._resumed = {
             "loader": state["loader"],
             "step_size": state["step_size"],
+            "steps_per_epoch": state.get("steps_per_epoch"),
             "generators": state.get("generators"),
         }
         self._ready()
@@ -598,6 +603,13 @@ class Trainer:
         then = self._resumed.get("step_size")
         if then is not None:
             self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
+            long, now = self._resumed["steps_per_epoch"], loader.steps_per_epoch
+            if then == loader.step_size and None not in (long, now) and long != now:
+                self.metrics.say(
+                    f"the data have another size: an epoch had {long} steps, and has {now} from "
+                    "here on, in another order, so that this one misses some samples or has some "
+                    "twice"
+                )
         if self._resumed.get("loader") is not None:
             loader.load_state_dict(self._resumed["loader"])
 
