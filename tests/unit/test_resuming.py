@@ -18,6 +18,7 @@ from scaledtrain import Callback, Checkpointing, ConfigError, LocalSGD, Paramete
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.memory import neighbours
 from scaledtrain.comm.serving.event_log import read_events
+from scaledtrain.command_line import compose
 from scaledtrain.config import check, to_yaml
 from scaledtrain.run_config import write_config
 from tests.checkpoints import data, fit, loader, steps, trainer
@@ -93,7 +94,7 @@ def test_a_second_job_in_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-S", "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
-        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout is not None
         other.stdout.readline()
         with (
             patch("scaledtrain.checkpoint.lock._PATIENCE_SECONDS", 0.0),
@@ -110,12 +111,11 @@ def test_a_second_job_in_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_what_differs_from_the_run_so_far_is_said(tmp_path: Path) -> None:
     fit(tmp_path, 5)
-    lines = said(tmp_path, precision="bf16-mixed", strategy=LocalSGD(2))
+    lines = said(tmp_path, precision="bf16-mixed")
     assert lines[0].startswith("resumed at step 5 from ")
-    assert [line.partition("; ")[0] for line in lines[1:3]] == [
-        "its strategy was Sync",
-        "its precision was fp32",
-    ]
+    assert lines[1].startswith("its precision was fp32; from here on it is bf16-mixed, so that ")
+    with pytest.raises(ConfigError, match="does not fit this run, a Sequential under LocalSGD"):
+        trainer(tmp_path, resume="auto", strategy=LocalSGD(2))
 
 
 def test_another_period_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,8 +153,8 @@ def test_the_log_of_events_of_a_resumed_run_is_another_file(tmp_path: Path) -> N
 
 def test_an_earlier_config_is_kept_and_what_differs_is_said(tmp_path: Path) -> None:
     first, second = (
-        check({**BARE, "optimizer": {"_target_": "torch.optim.SGD", "lr": lr}, "resume": resume})
-        for lr, resume in ((0.1, None), (0.2, "auto"))
+        check(compose([f"optimizer.lr={lr}", *more]))
+        for lr, more in ((0.1, []), (0.2, ["resume=auto"]))
     )
     assert write_config(tmp_path, first) is None
     assert write_config(tmp_path, second) == (
@@ -235,6 +235,3 @@ def test_copies_of_an_asynchronous_strategy_are_refused(tmp_path: Path) -> None:
     saved = Checkpointing(memory_every_steps=1, memory_folder=str(tmp_path))
     with pytest.raises(ConfigError, match="no step that all ranks make together"):
         trainer(tmp_path, saved, strategy=ParameterServer())
-
-
-BARE: dict[str, Any] = {}
