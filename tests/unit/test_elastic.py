@@ -22,8 +22,10 @@ from scaledtrain.config import BatchSizes, check
 from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.parallel.batches import share_out
 from scaledtrain.ranks import RankInfo, meet
-from scaledtrain.sim import Cluster, simulate
+from scaledtrain.sim import Cluster, Gamma, Topology, Wire, simulate
 
+HOSTS = Topology(ranks_per_host=4, hosts=1, port=Wire(1e-4, gigabits_per_second=1.0))
+CLUSTER = Cluster(Gamma(seconds=0.01, shape=4.0), HOSTS)
 SAMPLES, BATCH, BATCHES = 46, 2, 4  # 23 batches: five steps of four, and one of three
 
 
@@ -84,7 +86,7 @@ def test_a_run_with_other_replicas_each_time_ends_as_one_alone(tmp_path: Path) -
 
     def ranks(workers: int, folder: str, max_steps: int) -> Tensor:
         program = partial(train, run_dir=tmp_path / folder, max_steps=max_steps)
-        end = simulate(program, Cluster(), workers).results[-1]
+        end = simulate(program, CLUSTER, workers).results[-1]
         assert end is not None
         return end
 
