@@ -16,6 +16,7 @@ from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.schema import did_you_mean
 
 if TYPE_CHECKING:
+    from scaledtrain.checkpoint.part import Owner
     from scaledtrain.trainer import Trainer
 
 __all__ = ["resume_and_save"]
@@ -78,17 +79,20 @@ def resume_and_save(
         "strategy": str(strategy),
         "precision": str(trainer.precision),
     }
-    saver = None
-    if options is not None:
-        if folder is None:
-            raise ConfigError("checkpointing needs a folder: set run_dir, or checkpointing.folder")
-        lock = RunLock(folder, link)
+    if options is None:
+        _resume(trainer, resume, folder, owner, None, facts)
+        return None
+    if folder is None:
+        raise ConfigError("checkpointing needs a folder: set run_dir, or checkpointing.folder")
+    lock = RunLock(folder, link)
+    try:
         saver = Saver(
             options,
             folder,
             link,
             strategy,
             goes_on=resume is not None and goes_on_in(resume, folder),
+            is_newest=resume == "auto",
             state=trainer.state_dict,
             evaluation=lambda: trainer.evaluation,
             owner=owner,
@@ -96,26 +100,44 @@ def resume_and_save(
             facts={**facts, "config": config_of(trainer.model)},
             lock=lock,
         )
-    saved = None if resume is None else find(resume, folder, link)
+        _resume(trainer, resume, folder, owner, saver, facts)
+    except BaseException:
+        lock.release()
+        raise
+    return saver
+
+
+def _resume(
+    trainer: Trainer,
+    resume: str | Path | None,
+    folder: Path | None,
+    owner: Owner,
+    saver: Saver | None,
+    facts: Mapping[str, Any],
+) -> None:
+    """Go on from the newest state that is meant, on the disk or in memory; say which it was."""
+    if resume is None:
+        return
+    saved = find(resume, folder, trainer.link)
     step, source = (0, "") if saved is None else (saved.step, str(saved.path))
     is_here = saved is not None and folder is not None and goes_on_in(saved.path, folder)
-    is_copy = False
+    copy = None
     if saver is not None and saver.memory is not None and resume == "auto":
         copy = saver.memory.newest(after=step)
-        if copy is not None:
-            newer = "" if saved is None else f" (the newest checkpoint is of step {step})"
-            saved, is_copy = copy.saved, True
-            step, source = saved.step, f"memory: {copy.told}{newer}"
+    if copy is not None:
+        newer = "" if saved is None else f" (the newest checkpoint is of step {step})"
+        saved = copy.saved
+        step, source = saved.step, f"memory: {copy.told}{newer}"
     if saved is not None:
         _load(trainer, saved, load(saved, owner))
         trainer.metrics.say(f"resumed at step {step} from {source}")
         for line in _differences(Manifest.read(saved.path).facts, facts):
             trainer.metrics.say(line)
-    elif resume is not None:
+    else:
         trainer.metrics.forget_after(0)  # of a run that ended before it was saved
-    if saver is not None and resume is not None:
-        saver.resumed(step if is_here or is_copy else None, is_saved=is_here and not is_copy)
-    return saver
+    if saver is not None:
+        is_own = is_here or copy is not None
+        saver.resumed(step if is_own else None, is_saved=is_here and copy is None)
 
 
 def _check(trainer: Trainer, options: Checkpointing | None, resume: Any) -> None:

@@ -155,7 +155,7 @@ class Memory:
         contents: list[Tensor] | None = None
         try:
             shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir()
+            writing.mkdir(parents=True)
             Part(self._owner, state).write(writing)
             contents = [_read(writing / name) for name in _names(self._owner.rank)]
         except OSError as error:
@@ -168,14 +168,18 @@ class Memory:
                     for name, part in zip(_names(rank), parts, strict=True):
                         _write(writing / name, part)
                 self._seal(writing, final, step, [self._owner.rank, *others], evaluation)
+                self._tidy(final)
         except OSError as error:
             self._tell(error)
             shutil.rmtree(writing, ignore_errors=True)
-        if len(self._kept) == 1:  # all are in this session: what is of others is of no use
+
+    def _tidy(self, newest: Path) -> None:
+        """Remove what is older than the step before, which all ranks have: they are in this one."""
+        if len(self._kept) == 1:  # of this session is enough
             for path in self._folder.iterdir():
                 if not path.name.removeprefix(".writing-").startswith(self._session):
                     shutil.rmtree(path, ignore_errors=True)
-        self._kept.append(final)
+        self._kept.append(newest)
         for old in self._kept[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
             with suppress(OSError):  # others still have something there
@@ -186,9 +190,11 @@ class Memory:
         """The neighbours' files, of those that have some."""
         group = self._group
         assert group is not None
+        # All ranks, so that none gets ahead by more steps than are kept.
+        everyone = self._link.group.all_gather([lengths])
+        all_lengths = [everyone[rank][0].tolist() for rank in self._members]
         if group.size == 1:
             return {}
-        all_lengths = [told[0].tolist() for told in group.all_gather([lengths])]
         most = max(sum(told) for told in all_lengths)
         if most <= 0:
             return {}
@@ -240,6 +246,7 @@ class Memory:
     def remove(self) -> None:
         """The run has been saved: no copy is needed any more."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._kept = []
 
     # Finding
 
@@ -320,7 +327,10 @@ class Memory:
                     content = _read(here / name)
                 group.broadcast([content], source)
             if target is not None and here is not None:
-                os.link(here / name, target / name)
+                try:
+                    os.link(here / name, target / name)
+                except OSError:  # not on every file system
+                    shutil.copyfile(here / name, target / name)
             elif target is not None and _write(target / name, content) != files[name]:
                 raise CheckpointError(f"{target / name}, sent from another host, came damaged")
         return {name: files[name] for name in names}

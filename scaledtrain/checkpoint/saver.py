@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class Saver:
         link: to the other ranks.
         strategy: attached.
         goes_on: whether the run goes on from what may be in the folder.
+        is_newest: whether that is the newest there is, copies in memory included.
         state: makes a copy of this rank's state.
         evaluation: tells the last evaluation's values.
         owner: this rank.
@@ -71,6 +73,7 @@ class Saver:
         strategy: Strategy,
         *,
         goes_on: bool,
+        is_newest: bool,
         state: Callable[[], Mapping[str, Any]],
         evaluation: Callable[[], Mapping[str, float]],
         owner: Owner,
@@ -94,7 +97,7 @@ class Saver:
         self._rank = link.group.rank
         if self._rank == 0:
             clean(folder)
-        words = torch.tensor([secrets.randbits(62), self._run_word(goes_on)], device=link.device)
+        words = torch.tensor([secrets.randbits(62), self._run_word(is_newest)], device=link.device)
         link.group.broadcast([words])
         session, run = (f"{word:x}" for word in words.tolist())
         self.memory: Memory | None = None
@@ -123,14 +126,14 @@ class Saver:
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
 
-    def _run_word(self, goes_on: bool) -> int:
+    def _run_word(self, is_newest: bool) -> int:
         """By which this run's copies in memory are known, on rank 0: a new one for a new course."""
         if self._rank > 0:
             return 0
         path = self._folder / _RUN_WORD
-        if self._options.memory_every_steps is None or not goes_on:
+        if self._options.memory_every_steps is None or not is_newest:
             path.unlink(missing_ok=True)  # or a later job would take up what is older by then
-        if path.exists():
+        with suppress(OSError, ValueError):
             return int(path.read_text(), 16)
         word = secrets.randbits(62)
         if self._options.memory_every_steps is not None:
