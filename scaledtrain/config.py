@@ -152,6 +152,7 @@ class TrainConfig:
     console: bool
     trace: bool
     elastic: bool = False
+    batch: Node | None = None
     checkpointing: Checkpointing | None = None
     resume: str | None = None
 

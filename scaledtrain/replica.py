@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,12 +70,17 @@ class Updater:
         """Of the next update (of the first parameter group)."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self) -> None:
-        """Make one update from the parameters' ``.grad``."""
-        if self._wide is None:
-            self.optimizer.step()
-        else:
-            self._wide.step()
+    def step(self, scale: float = 1.0) -> None:
+        """Make one update from the parameters' ``.grad``.
+
+        Args:
+            scale: of its learning rates; a schedule sees nothing of that.
+        """
+        with _scaled_learning_rate(self.optimizer, scale):
+            if self._wide is None:
+                self.optimizer.step()
+            else:
+                self._wide.step()
         if self._scheduler is not None:
             self._scheduler.step()
 
@@ -120,6 +126,21 @@ class Updater:
 
 def _schedule_name(scheduler: LRScheduler | None) -> str:
     return "none" if scheduler is None else type(scheduler).__name__
+
+
+@contextmanager
+def _scaled_learning_rate(optimizer: Optimizer, scale: float) -> Iterator[None]:
+    if scale == 1.0:
+        yield
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * scale
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 class Replica:

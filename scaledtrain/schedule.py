@@ -26,6 +26,7 @@ __all__ = [
     "Pace",
     "Schedule",
     "Slowdown",
+    "Told",
     "as_arguments",
     "call_model",
     "inputs_and_targets",
@@ -33,6 +34,7 @@ __all__ = [
 
 LossFn = Callable[[Any, Any], Tensor]
 Abandon = Callable[[], bool] | None
+Told = Callable[[int], None] | None
 
 
 class Computed(NamedTuple):
@@ -77,6 +79,16 @@ class Schedule(Protocol):
     @property
     def pending(self) -> int:
         """Steps on no batch after the last one, until all gradients have come."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether microbatches run one after another, in each step as many as its batch has."""
+
+    def tell(self, told: Told) -> None:
+        """Call this after each microbatch, with its samples; in ``.grad`` is then what there is.
+
+        Only a schedule that runs them one by one does.
+        """
 
 
 def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> tuple[Any, Tensor]:
@@ -198,6 +210,7 @@ class MicrobatchLoop:
         self._drop_compute = drop_compute or DropCompute()
         self._paces = paces
         self._clock = clock or HostClock()
+        self._told: Told = None
         # Else the clock would show when kernels were launched.
         may_drop = math.isfinite(self._drop_compute.threshold_seconds)
         self._waits_for_device = may_drop or bool(paces)
@@ -212,7 +225,9 @@ class MicrobatchLoop:
         for pace in self._paces:
             pace.begin_step()
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
-            if computed and self._drop_compute.is_over(sum(self.microbatch_seconds)):
+            if computed and self._drop_compute.is_over(
+                sum(self.microbatch_seconds) / batch.multiple
+            ):
                 break
             start = self._clock.now()
             with self._precision.autocast(self._parameters[0].device):
@@ -223,12 +238,15 @@ class MicrobatchLoop:
             if size != mean:
                 loss = loss * (size / mean)
             self._scaler.backward(loss)
+            if self._told is not None:
+                self._told(size)
             loss = loss.detach()
             total = loss if total is None else total + loss
             computed += size
             if self._waits_for_device and loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
-            if self._paces and not self._take_time(start, size / mean, abandon):
+            share = size * batch.multiple / mean
+            if self._paces and not self._take_time(start, share, abandon):
                 return None
             self.microbatch_seconds.append(self._clock.now() - start)
         if total is None:  # this replica has no samples left in a step that others still make
@@ -261,6 +279,11 @@ class MicrobatchLoop:
         return outputs, total
 
     pending = 0
+    one_by_one = True
+
+    def tell(self, told: Told) -> None:
+        """Call this after each microbatch; see `Schedule`."""
+        self._told = told
 
     def _take_time(self, start: float, share: float, abandon: Abandon) -> bool:
         seconds = self._clock.now() - start

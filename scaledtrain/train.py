@@ -296,6 +296,8 @@ def _assemble(
         )
     strategy = make(config.strategy)
     callbacks = list(callbacks)
+    if config.batch is not None:
+        callbacks.append(make(config.batch))
     if config.target.metric is not None:
         callbacks.append(StopAtTarget(**asdict(config.target)))
 

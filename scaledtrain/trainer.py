@@ -233,7 +233,7 @@ class Trainer:
             timeline=self.timeline,
             device=self.link.device,
             bytes_sent=lambda: self.link.bytes_sent,
-            scaling=self.scaler.metrics,
+            more=self._more_metrics,
             data_ranks=self.layout.data_ranks,
             log_every=log_every,
             console=console,
@@ -296,6 +296,23 @@ class Trainer:
         return {} if self._loop is None else self._loop.evaluation
 
     @property
+    def step_size(self) -> tuple[int, int | None]:
+        """Of a fit: batches of a step as configured, of all replicas, and samples of a batch."""
+        assert self._loader is not None
+        return self._loader.step_size
+
+    @property
+    def batch_multiple(self) -> int:
+        """How many steps as configured are made as one, from the next one on; of a fit."""
+        return 1 if self._loader is None else self._loader.multiple
+
+    @batch_multiple.setter
+    def batch_multiple(self, value: int) -> None:
+        """Set by a callback, on all replicas at the same step."""
+        assert self._loader is not None
+        self._loader.multiple = value
+
+    @property
     def step_count(self) -> int:
         """Updates that this replica's parameters have received."""
         return self.strategy.step
@@ -311,7 +328,9 @@ class Trainer:
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
             weight = self.schedule.weight(batch)
-            going = self.strategy.before_forward(self.schedule.backward_passes(batch), weight)
+            whole = [c.needs_own_gradients(self, batch) for c in self._callbacks]
+            passes = 0 if any(whole) else self.schedule.backward_passes(batch)
+            going = self.strategy.before_forward(passes, weight)
             self.metrics.saw_staleness(self.strategy.staleness)
             if not self.in_lockstep:  # else its other pieces come to the same
                 going = not self.layout.agree(not going)
@@ -323,6 +342,7 @@ class Trainer:
             self.timeline.add("compute", start)
         self._call("on_gradients")
         self.strategy.reduce_gradients(weight * computed.share)
+        self._call("on_reduced")
         finite, norm = self.scaler.check_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
@@ -554,6 +574,7 @@ class Trainer:
             "steps_per_epoch": None if loader is None else loader.steps_per_epoch,
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
+            "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks],
         }
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -585,6 +606,12 @@ class Trainer:
         self.epoch = state["epoch"]
         self.steps_in_epoch = state["steps_in_epoch"]
         self.metrics.load_state_dict(state["metrics"], self.step_count)
+        saved = list(state.get("callbacks", []))
+        for callback in self._callbacks:  # of several of a class, the first gets the first's
+            mine = next((s for s in saved if s[0] == type(callback).__name__), None)
+            if mine is not None:
+                saved.remove(mine)
+                callback.load_state_dict(mine[1])
         self._resumed = {
             "loader": state["loader"],
             "step_size": state["step_size"],
@@ -649,6 +676,12 @@ class Trainer:
     def _call(self, moment: str, *arguments: Any) -> None:
         for callback in self._callbacks:
             getattr(callback, moment)(self, *arguments)
+
+    def _more_metrics(self) -> dict[str, float]:
+        told = {**self.scaler.metrics()}
+        for callback in self._callbacks:
+            told.update(callback.metrics())
+        return told
 
     def _introduce(self, loader: Steps) -> None:
         """Say once what will run."""

@@ -105,6 +105,8 @@ class StepBatch(NamedTuple):
     mean_samples: float | None = None
     """Samples per rank, where several make the gradient of one replica as the mean of theirs; None:
     this one makes it, from ``samples``."""
+    multiple: int = 1
+    """How many steps of the usual size this one is."""
 
     @property
     def samples(self) -> int:
@@ -233,6 +235,8 @@ class ReplicaLoader:
 
     Attributes:
         batch_size: samples in a full batch; None until the first one of a plain iterable.
+        multiple: how many steps are made as one from the next one on; places in an epoch are
+            counted in steps all the same, so that a step passes over so many of them.
 
     Raises:
         ConfigError: the loader already shards (``DistributedSampler``), or has no batch; or
@@ -272,7 +276,8 @@ class ReplicaLoader:
         self._alone = alone
         self._replicas = replicas
         self._share = share
-        self._window = batches_per_step or replicas * accumulation * share[1]
+        self._per_step = batches_per_step or replicas * accumulation * share[1]
+        self.multiple = 1
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
         self._order: _EveryNth | _Strided | None = None
@@ -341,12 +346,12 @@ class ReplicaLoader:
         """Steps of an epoch, the same on every replica; None if only the end will tell."""
         if self._total is None:
             return None
-        return math.ceil(self._total / self._window)
+        return math.ceil(self._total / self._per_step)
 
     @property
     def step_size(self) -> tuple[int, int | None]:
         """Batches of a step, of all replicas together, and samples of a batch if that is known."""
-        return self._window, self.batch_size
+        return self._per_step, self.batch_size
 
     def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
         """How many steps of this loader pass over as many samples as those of another one.
@@ -402,7 +407,7 @@ class ReplicaLoader:
         if self._alone and self._length is not None:
             rank = (self._rank - epoch * self._length) % self._replicas
         if self._order is not None:
-            self._order.begin(epoch, self._first(start * self._window, rank))
+            self._order.begin(epoch, self._first(start * self._per_step, rank))
         windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
         window = next(windows, None)
         has_one = not (self._alone and self._length and rank >= self._length)
@@ -429,9 +434,10 @@ class ReplicaLoader:
         if self._total is None:
             yield from self._own_of_unknown()
             return
+        stop = first * self._per_step
         batches: Iterator[Any] | None = None
-        for start in range(first * self._window, self._total, self._window):
-            stop = min(start + self._window, self._total)
+        while stop < self._total:
+            start, stop = stop, min(stop + self._window, self._total)
             count = len(range(self._first(start, rank), stop, self._replicas))
             if count or not self._alone:
                 if batches is None:
@@ -441,26 +447,31 @@ class ReplicaLoader:
                 if own or not self._alone:
                     yield own
 
+    @property
+    def _window(self) -> int:
+        """Batches of the next step, of all replicas together."""
+        return self._per_step * self.multiple
+
     def _own_of_unknown(self) -> Iterator[list[Any]]:
         """The same where no length is known: it yields equally many on every replica."""
-        accumulation, rest = divmod(self._window, self._replicas)
+        accumulation, rest = divmod(self._per_step, self._replicas)
         if rest:
             raise ConfigError(
-                f"a step has {self._window} batches for {self._replicas} replicas, of which each "
+                f"a step has {self._per_step} batches for {self._replicas} replicas, of which each "
                 "must have as many where nobody knows how many there are in an epoch; choose the "
                 "local batch size so that the global one is a multiple of all of them, or a loader "
                 "with a length"
             )
         batches = iter(self._own)
         self._ready()
-        while given := list(islice(batches, accumulation)):
+        while given := list(islice(batches, accumulation * self.multiple)):
             own = [batch for batch in given if batch is not None]
             if own or not self._alone:
                 yield own
 
     def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
-        begin = first * self._window
+        begin = first * self._per_step
         batches = iter(self._own)
         if not self._is_placed:
             deque(islice(batches, begin), maxlen=0)
@@ -470,7 +481,7 @@ class ReplicaLoader:
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])
             mine = window[(rank - begin) % self._replicas :: self._replicas]
-            begin += self._window
+            begin += len(window)
             if mine or not self._alone:
                 yield mine
 
@@ -481,7 +492,7 @@ class ReplicaLoader:
         # Without a nominal size the weights are plain counts: only their ratios matter.
         full = (self.batch_size or 1) * (self._window / self._replicas)
         weight = sum(sizes) * self._share[1] / full
-        return StepBatch(microbatches, sizes, weight)
+        return StepBatch(microbatches, sizes, weight, multiple=self.multiple)
 
 
 def _length(loader: Any) -> int | None:

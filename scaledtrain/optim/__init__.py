@@ -1,4 +1,4 @@
-"""Optimizers that torch does not have, and updates of parameters that have only 16 bits."""
+"""Optimizers that torch does not have, updates of 16-bit parameters, how noisy gradients are."""
 
 from scaledtrain.optim.delayed_nesterov import DelayedNesterov
 from scaledtrain.optim.narrow import (
@@ -8,12 +8,16 @@ from scaledtrain.optim.narrow import (
     StochasticRounding,
     WideStep,
 )
+from scaledtrain.optim.noise_scale import GradientNoise, SmoothedNoise, gradient_noise
 
 __all__ = [
     "DelayedNesterov",
+    "GradientNoise",
     "KahanCompensation",
     "MasterWeights",
     "Rounding",
+    "SmoothedNoise",
     "StochasticRounding",
     "WideStep",
+    "gradient_noise",
 ]

@@ -65,6 +65,9 @@ def share_out(
 class Steps(Protocol):
     """What a rank trains on, step by step."""
 
+    multiple: int
+    """How many steps are made as one from the next one on."""
+
     @property
     def batch_size(self) -> int | None:
         """Samples in a full batch; None if that is not known yet."""
@@ -111,6 +114,15 @@ class AgreedBatches:
         self._device = device
         self._spare: Any = None
         self._has_spare = False
+
+    @property
+    def multiple(self) -> int:
+        """How many steps are made as one."""
+        return self._loader.multiple
+
+    @multiple.setter
+    def multiple(self, value: int) -> None:
+        self._loader.multiple = value
 
     @property
     def batch_size(self) -> int | None:
@@ -160,6 +172,7 @@ class AgreedBatches:
             step.sizes + [0] * lacking,
             sum(weights) / self._group.size,
             sum(samples) / self._group.size,
+            step.multiple,
         )
 
     def _lend(self, lender: int) -> None:

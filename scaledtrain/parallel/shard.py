@@ -151,6 +151,7 @@ class Shards:
     """
 
     needs_lockstep = False
+    one_by_one = True
 
     def __init__(
         self, roots: Sequence[nn.Module], device: torch.device, stand_in: StandIn | None = None

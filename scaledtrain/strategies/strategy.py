@@ -48,6 +48,7 @@ class Strategy(ABC):
 
     def __init__(self) -> None:
         self.step = 0
+        self._lr_scale = 1.0
         self._max_steps: int | None = None
 
     def __str__(self) -> str:
@@ -94,7 +95,7 @@ class Strategy(ABC):
     def apply_gradients(self) -> None:
         """Let the replica's own optimizer use the gradients."""
         start = self._timeline.now()
-        self._updater.step()
+        self._updater.step(self._lr_scale)
         self._timeline.add("compute", start)
 
     def after_step(self) -> None:
@@ -127,7 +128,11 @@ class Strategy(ABC):
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        return self._updater.learning_rate
+        return self._updater.learning_rate * self._lr_scale
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rates of the next updates by this, beside what a schedule does."""
+        self._lr_scale = factor
 
     @property
     def lockstep(self) -> Group:

@@ -20,7 +20,7 @@ from scaledtrain.parallel.pipeline.simulate import Timed, check_order
 from scaledtrain.parallel.pipeline.tied import TiedGroup, TiedWeights
 from scaledtrain.parallel.pipeline.worker import Worker
 from scaledtrain.precision import Precision
-from scaledtrain.schedule import Abandon, Computed, LossFn
+from scaledtrain.schedule import Abandon, Computed, LossFn, Told
 from scaledtrain.timeline import Timeline
 
 __all__ = ["PipelineSchedule"]
@@ -177,6 +177,11 @@ class PipelineSchedule:
         return Computed(loss, sum(m.samples for m in microbatches))
 
     pending = 0
+
+    one_by_one = False
+
+    def tell(self, told: Told) -> None:
+        """Nothing: microbatches overlap."""
 
     def backward_passes(self, batch: StepBatch) -> int:
         """How many add up in a step's gradients; what a strategy wants to know beforehand."""

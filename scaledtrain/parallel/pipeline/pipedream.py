@@ -22,7 +22,7 @@ from scaledtrain.parallel.pipeline.schedules import Action, PipelineOrder
 from scaledtrain.parallel.pipeline.simulate import Timed
 from scaledtrain.parallel.pipeline.worker import Worker
 from scaledtrain.precision import Precision
-from scaledtrain.schedule import Abandon, Computed, LossFn
+from scaledtrain.schedule import Abandon, Computed, LossFn, Told
 from scaledtrain.timeline import Timeline
 
 __all__ = ["AsynchronousName", "PipeDreamSchedule", "asynchronous_order", "delays"]
@@ -252,6 +252,11 @@ class PipeDreamSchedule:
     def pending(self) -> int:
         """Steps without microbatches that drain the pipeline; the same on all ranks."""
         return self._pending
+
+    one_by_one = False
+
+    def tell(self, told: Told) -> None:
+        """Nothing: microbatches overlap."""
 
     def backward_passes(self, batch: StepBatch) -> int:
         """How often gradients are added to ``.grad`` in a step: a late one is handed over whole."""
