@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
@@ -38,6 +39,7 @@ from scaledtrain.optim.warmup import units_per_update
 from scaledtrain.parallel.accelerate import with_accelerate
 from scaledtrain.parallel.deepspeed import DeepSpeed
 from scaledtrain.rendezvous import Connection, Transport, connect
+from scaledtrain.run_config import write_config
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
 from scaledtrain.tasks import Task
@@ -78,7 +80,7 @@ def _main() -> None:
     if workers := workers_to_start(config.workers):
         config.mesh.check(workers)  # rather here, once, than on every rank
         data_ranks = config.mesh.replicas(workers) * config.mesh.shard
-        batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps)
+        batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps, config.elastic)
         seconds = SAVE_SECONDS if config.checkpointing is not None else UNWIND_SECONDS
         start_workers("scaledtrain.train", arguments, workers, seconds)
         return
@@ -197,7 +199,9 @@ def run_settled(
     trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
     if run_dir is not None and writes:
-        (run_dir / "config.yaml").write_bytes(to_yaml(config).encode())
+        changed = write_config(run_dir, config)
+        if changed is not None:
+            trainer.metrics.say(changed)
     with trainer:
         try:
             result = trainer.fit(
@@ -221,8 +225,7 @@ def run_settled(
             "data": task.facts,
             "environment": environment(link),
         }
-        text = json.dumps(told, indent=2)
-        (run_dir / "result.json").write_text(f"{text}\n", encoding="utf-8")
+        replace_file(run_dir / "result.json", f"{json.dumps(told, indent=2)}\n".encode())
     return result
 
 
@@ -283,7 +286,8 @@ def _assemble(
         config.gradient_accumulation_steps,
     )
     data_ranks = replicas * config.mesh.shard
-    batch_size = sizes.local(data_ranks, accumulation)
+    batch_size = sizes.local(data_ranks, accumulation, config.elastic)
+    batches_per_step = sizes.batches_per_step if config.elastic else None
     train = task.train_loader(batch_size)
     test = task.test_loader(sizes.eval_batch_size or batch_size)
     seed_everything(config.seed)
@@ -313,7 +317,10 @@ def _assemble(
 
     def samples_per_update() -> int:
         """Known once the strategy is attached."""
-        return int(batch_size * accumulation * config.mesh.shard * strategy.gradients_per_step)
+        batches: float = accumulation * config.mesh.shard  # of a gradient
+        if batches_per_step is not None:  # replicas need not have equally many
+            batches = batches_per_step / replicas
+        return round(batch_size * batches * strategy.gradients_per_step)
 
     def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         given = decay_groups(parameters, exempt) if exempt else parameters
@@ -325,7 +332,12 @@ def _assemble(
     def make_scheduler(optimizer: Optimizer) -> LRScheduler:
         """Called once the strategy is attached, and so knows how many gradients make an update."""
         assert config.lr_schedule is not None
-        steps = ReplicaLoader(train, replicas=data_ranks, accumulation=accumulation).steps_per_epoch
+        steps = ReplicaLoader(
+            train,
+            replicas=data_ranks,
+            accumulation=accumulation,
+            batches_per_step=batches_per_step,
+        ).steps_per_epoch
         in_epoch = None if steps is None else steps * replicas / strategy.gradients_per_step
         limits = [float(config.max_steps)] if config.max_steps is not None else []
         if config.max_epochs is not None and in_epoch is not None:
@@ -365,6 +377,7 @@ def _assemble(
             else make(config.activation_checkpointing)
         ),
         gradient_accumulation_steps=accumulation,
+        batches_per_step=batches_per_step,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,
         eval_metrics=task.metrics,

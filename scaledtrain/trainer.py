@@ -27,7 +27,7 @@ from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
-from scaledtrain.parallel.batches import Steps
+from scaledtrain.parallel.batches import Steps, share_out
 from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor
@@ -85,6 +85,9 @@ class Trainer:
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
         gradient_accumulation_steps: batches of the loader per step on each replica.
+        batches_per_step: batches of the loader per step on all replicas together, instead: a run
+            that goes on with more or fewer of them keeps its global batch. Where they do not divide
+            some replicas have one more, in turns.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
         eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
@@ -100,8 +103,9 @@ class Trainer:
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
         checkpointing: when the run is saved; None: never.
-        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir`` (none:
-            it begins), or the path of a checkpoint or of a run.
+        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir``, or
+            what hosts kept of it in memory if that is newer (none: it begins), or the path of a
+            checkpoint or of a run.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
 
@@ -137,6 +141,7 @@ class Trainer:
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
+        batches_per_step: int | None = None,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
         eval_metrics: Mapping[str, Metric] | None = None,
@@ -167,6 +172,15 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
+        strategy = strategy or Sync()
+        if batches_per_step is not None:
+            gradient_accumulation_steps = share_out(
+                batches_per_step,
+                gradient_accumulation_steps,
+                mesh or Mesh(),
+                self.link.group.size,
+                strategy.replicas_equal,
+            )
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
         recipe = Recipe(
@@ -180,7 +194,7 @@ class Trainer:
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
-        self.strategy: Strategy = strategy or Sync()
+        self.strategy: Strategy = strategy
         self.layout.check_fits(self.strategy, drop_compute, slowdown)
         self.replica = Replica(
             self.model,
@@ -228,8 +242,9 @@ class Trainer:
         self.steps_in_epoch = 0
         self._loss_fn = loss_fn
         self._accumulation = gradient_accumulation_steps
+        self._batches_per_step = batches_per_step
         self._max_grad_norm = max_grad_norm
-        self._eval_metrics = dict(eval_metrics or {})
+        self.eval_metrics = dict(eval_metrics or {})
         self._callbacks = list(callbacks)
         self._seed = seed
         self._loop: FitLoop | None = None
@@ -406,6 +421,7 @@ class Trainer:
             accumulation=self._accumulation,
             seed=self._seed,
             alone=not self.in_lockstep,
+            batches_per_step=self._batches_per_step,
         )
         self._loader = loader
         self._find_place(loader)
@@ -442,9 +458,11 @@ class Trainer:
             with self._saver.stop_request if self._saver is not None else nullcontext():
                 self._call("on_fit_start")
                 stopped_by = run.run()
+                is_drained = self.schedule.pending > 0
                 self._drain()
                 if self._saver is not None:
-                    self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
+                    is_stopping = stopped_by not in ("max_steps", "max_epochs")
+                    self._saver.end(is_stopping, is_changed=is_drained)
                 else:
                     self.strategy.settle()
                 self.layout.share_buffers()
@@ -487,7 +505,7 @@ class Trainer:
         self.layout.share_buffers()
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size)
-        names = ["loss", *self._eval_metrics]
+        names = ["loss", *self.eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (
             self.strategy.consensus(),
@@ -511,12 +529,12 @@ class Trainer:
         outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
         if outputs is None:
             return []
-        if self._eval_metrics and not isinstance(batch, (tuple, list)):
+        if self.eval_metrics and not isinstance(batch, (tuple, list)):
             raise ConfigError(
-                f"eval_metrics ({', '.join(self._eval_metrics)}) compare outputs with targets, but "
+                f"eval_metrics ({', '.join(self.eval_metrics)}) compare outputs with targets, but "
                 f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
             )
-        metrics = self._eval_metrics.values()
+        metrics = self.eval_metrics.values()
         return [loss, *(metric(outputs[0], batch[1]) for metric in metrics)]
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
@@ -553,6 +571,7 @@ class Trainer:
             "seed": self._seed,
             "loader": None if loader is None else copy.deepcopy(loader.state_dict()),
             "step_size": None if loader is None else loader.step_size,
+            "steps_per_epoch": None if loader is None else loader.steps_per_epoch,
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
             "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks],
@@ -596,6 +615,7 @@ class Trainer:
         self._resumed = {
             "loader": state["loader"],
             "step_size": state["step_size"],
+            "steps_per_epoch": state.get("steps_per_epoch"),
             "generators": state.get("generators"),
         }
         self._ready()
@@ -610,6 +630,13 @@ class Trainer:
         then = self._resumed.get("step_size")
         if then is not None:
             self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
+            long, now = self._resumed["steps_per_epoch"], loader.steps_per_epoch
+            if then == loader.step_size and None not in (long, now) and long != now:
+                self.metrics.say(
+                    f"the data have another size: an epoch had {long} steps, and has {now} from "
+                    "here on, in another order, so that this one misses some samples or has some "
+                    "twice"
+                )
         if self._resumed.get("loader") is not None:
             loader.load_state_dict(self._resumed["loader"])
 
@@ -671,6 +698,7 @@ class Trainer:
             f"{self.link.device.type} over {self.link.transport}; strategy "
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
+            + ("" if self._batches_per_step is None else f", {self._batches_per_step} in a step")
         )
         if self.layout.told:
             self.metrics.say(self.layout.told)

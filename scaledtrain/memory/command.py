@@ -116,7 +116,9 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
     workers = 1 if training.workers is None else training.workers
     training.mesh.check(workers)
     limit = asked.memory_bytes
-    size = batch_sizes(training).local(workers, training.gradient_accumulation_steps)
+    size = batch_sizes(training).local(
+        workers, training.gradient_accumulation_steps, training.elastic
+    )
     training, task = settle(training)
     device = training.device or ("cuda" if torch.cuda.is_available() else "cpu")
     estimator = _estimator(training, task, workers, device)

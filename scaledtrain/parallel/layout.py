@@ -139,6 +139,7 @@ class Layout:
         accumulation: int = 1,
         seed: int = 0,
         alone: bool = False,
+        batches_per_step: int | None = None,
     ) -> Steps:
         """This rank's share of a loader's batches.
 
@@ -149,6 +150,7 @@ class Layout:
             accumulation: batches of a step on each rank.
             seed: of the order of the samples.
             alone: this replica is in step with no other.
+            batches_per_step: of all ranks together, instead of ``accumulation``.
         """
         group, device = self._shard_group, self.link.device
         if alone and self._shards is not None and self._shards[0].needs_lockstep:
@@ -170,6 +172,7 @@ class Layout:
             device=device,
             alone=alone,
             share=share,
+            batches_per_step=batches_per_step,
         )
         return own if self._shards is None else AgreedBatches(own, group, device)
 
