@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 from scaledtrain.comm.protocols import Link
@@ -16,12 +17,13 @@ from scaledtrain.parallel.pipeline.pipedream import PipeDreamSchedule, delays
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.pipeline.pipemare import pipemare
 from scaledtrain.replica import MakeScheduler
-from scaledtrain.schedule import Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.loss_scale import LossScaler
 
-__all__ = ["Pipe"]
+__all__ = ["Pipe", "StagesSchedule"]
+
+StagesSchedule = PipelineSchedule | PipeDreamSchedule
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,42 @@ class Pipe:
                 "hooks; choose GPipe, 1F1B or Interleaved1F1B, or set mesh.shard to 1"
             )
 
-    def schedule(self, scaler: LossScaler, sharded: bool) -> Schedule:
-        """What runs the stages; see `Layout.schedule`."""
+    def check_pushes(self, strategy: str) -> None:
+        """Raise ConfigError where gradients come in other steps than the batches they are of."""
+        if self.pipeline.is_asynchronous:
+            raise ConfigError(
+                f"pipeline.schedule is {self.pipeline.schedule}, whose stages have the gradient of "
+                f"a batch some steps later, but {strategy} pushes one of the whole replica in each "
+                "step; choose 1F1B, or a strategy whose replicas have optimizers (sync, local_sgd, "
+                "diloco)"
+            )
+
+    def full_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole model's on the first rank of the pipeline, empty on others; all call this.
+
+        Args:
+            own: of this rank's stages, in the host's memory.
+        """
+        link = self.links[0]
+        group, device = link.process_group(), link.device
+        if link.group.rank > 0:
+            dist.send_object_list([own], group=group, group_dst=0, device=device)
+            return {}
+        found = dict(own)
+        for rank in range(1, link.group.size):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, group=group, group_src=rank, device=device)
+            found = {**received[0], **found}  # of tied weights the first stage's
+        return {name: found[name] for name in self.stages.names}
+
+    def schedule(self, scaler: LossScaler, sharded: bool, replicas: int) -> StagesSchedule:
+        """What runs the stages; see `Layout.schedule`.
+
+        Args:
+            scaler: of the loss.
+            sharded: whether the stages are.
+            replicas: how many have such stages.
+        """
         forth, back = (link.process_group() for link in self.links)
         link, pipeline, stages = self.links[0], self.pipeline, self.stages.stages
         if pipeline.is_asynchronous:
@@ -109,6 +145,7 @@ class Pipe:
             precision=self.recipe.precision,
             scaler=scaler,
             tied=self.stages.tied,
+            equalizes=replicas > 1,
             recomputed=self.recipe.recomputed,
             sharded=sharded,
             timeout_seconds=link.timeout_seconds,

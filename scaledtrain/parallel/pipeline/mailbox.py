@@ -32,7 +32,7 @@ _DTYPES = (
 class Message(NamedTuple):
     """What one rank tells another."""
 
-    what: Literal["activations", "gradients", "loss", "tied", "tied sum"]
+    what: Literal["activations", "gradients", "loss", "tied", "tied sum", "tied weight"]
     stage: int
     """That has sent the activations, or that the gradients are for; of tied weights their group."""
     microbatch: int
@@ -44,6 +44,8 @@ class Message(NamedTuple):
             return "the loss"
         if self.what in ("tied", "tied sum"):
             return "the gradient of tied weights"
+        if self.what == "tied weight":
+            return "a tied weight"
         verb = "of" if self.what == "activations" else "for"
         return f"the {self.what} {verb} stage {self.stage}, microbatch {self.microbatch},"
 
@@ -75,6 +77,7 @@ def messages(
     rank_of: Sequence[int],
     forms: Callable[[int], Hashable],
     to: int,
+    with_loss: bool = True,
 ) -> Iterator[Message]:
     """What a rank sends to another one while it does those actions, in order.
 
@@ -83,6 +86,7 @@ def messages(
         rank_of: of each stage its rank.
         forms: microbatch -> its form.
         to: the other rank.
+        with_loss: the last stage tells the loss.
     """
     actions = list(actions)
     last = len(rank_of) - 1
@@ -94,7 +98,7 @@ def messages(
             yield Message("activations", stage, i, forms(i))
         if kind == "F" and stage == last:
             left -= 1
-            if left == 0 and to != here:  # the loss of the step is known
+            if left == 0 and to != here and with_loss:  # the loss of the step is known
                 yield Message("loss", last, max(computed))
         if kind in ("B", "I") and stage > 0 and here != rank_of[stage - 1] == to:
             yield Message("gradients", stage - 1, i, forms(i))
@@ -149,8 +153,7 @@ class Mailbox:
 
     def set_form(self, message: Message, form: Form) -> None:
         """Messages like that one have a form that both sides know."""
-        for what in ("tied", "tied sum"):
-            self._forms[what, message.stage, message.form] = form
+        self._forms[message.what, message.stage, message.form] = form
 
     def expect(self, source: int, coming: Iterable[Message]) -> None:
         """Those messages will come from a rank, after what was expected before, in this order."""

@@ -144,12 +144,14 @@ class Pipeline:
             cut = self._cut(costs, ranks, group.size, live)
             measured = microbatch is not None
             told = describe_cut(cut, costs, parts.names, live if measured else None)
+        _check_trained(parts, cut)
         own = {
             stage: make_stage(parts, cut, stage)
             for stage, rank in enumerate(ranks)
             if rank == group.rank
         }
-        return OwnStages(own, len(ranks), find_tied(parts, cut), _blocks_of(model), told)
+        tied, names = find_tied(parts, cut), list(model.state_dict())
+        return OwnStages(own, len(ranks), tied, _blocks_of(model), told, names)
 
     def _example_microbatch(self) -> Any:
         if self.example is None:
@@ -213,6 +215,19 @@ class Pipeline:
         )
 
 
+def _check_trained(parts: ModelParts, cut: Cut) -> None:
+    """All ranks look at all stages, so that none is left waiting for another's error."""
+    for stage in range(len(cut)):
+        modules = [parts.modules[part] for part in cut.parts_of(stage)]
+        if not any(p.requires_grad for module in modules for p in module.parameters()):
+            first, last = cut.parts_of(stage)[0], cut.parts_of(stage)[-1]
+            raise ConfigError(
+                f"stage {stage} ({parts.names[first]} to {parts.names[last]}) has no parameter "
+                "with requires_grad=True, so that its rank would have nothing to train; let every "
+                "stage have some (pipeline.split), or take fewer stages"
+            )
+
+
 def _blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     try:
         return find_blocks(model)
@@ -234,6 +249,7 @@ class OwnStages(nn.Module):
         tied: groups of parameters that are one.
         blocks: of the whole model, in the order in which it calls them.
         told: about the cut, for people to read.
+        names: of all that the whole model's state dict has, in order.
     """
 
     def __init__(
@@ -243,6 +259,7 @@ class OwnStages(nn.Module):
         tied: list[tuple[Held, ...]],
         blocks: Sequence[nn.Module],
         told: str,
+        names: Sequence[str],
     ) -> None:
         super().__init__()
         self._stages = nn.ModuleDict({str(number): stage for number, stage in stages.items()})
@@ -253,6 +270,7 @@ class OwnStages(nn.Module):
         own = {module for part in self._parts for module in part.modules()}
         self._blocks = [block for block in blocks if block in own]
         self.told = told
+        self.names = names
 
     @property
     def stages(self) -> dict[int, nn.Module]:
