@@ -62,7 +62,7 @@ class PipelineSchedule:
         recomputed: the stages recompute activations: backward passes are then made in one part.
         sharded: the stages are, so that a small batch is cut into as many microbatches as others.
         timeout_seconds: for each message.
-        timeline: where waiting is recorded.
+        timeline: where waiting is recorded, and every action if it keeps spans.
         timed: keep when each action of the last step was done.
 
     Attributes:
@@ -137,6 +137,7 @@ class PipelineSchedule:
             recomputed=recomputed,
             device=device,
             timed=timed,
+            timeline=timeline,
         )
         self._equalizes = equalizes
         self._tied = TiedWeights(tied, stages, order.rank_of, self._mailbox, scaler)

@@ -170,7 +170,7 @@ class PipeDreamSchedule:
         precision: of the forward passes. Of loss scaling nothing is known here: it would need one
             verdict of all stages in each step.
         timeout_seconds: for each message.
-        timeline: where waiting is recorded.
+        timeline: where waiting is recorded, and every action if it keeps spans.
         timed: keep when each action was done.
 
     Attributes:
@@ -235,6 +235,7 @@ class PipeDreamSchedule:
             NoScaler(),
             device=device,
             timed=timed,
+            timeline=timeline,
             around=self._weights_of,
         )
 

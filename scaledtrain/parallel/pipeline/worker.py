@@ -28,6 +28,7 @@ from scaledtrain.schedule import (
     call_without_loss,
     inputs_and_targets,
 )
+from scaledtrain.timeline import Timeline
 
 __all__ = ["Worker"]
 
@@ -65,6 +66,7 @@ class Worker:
         device: of the stages.
         around: microbatch -> a context in which its passes run.
         timed: keep when each action was done; on CUDA each one then waits for the device.
+        timeline: where actions are noted, if it keeps spans.
 
     Attributes:
         microbatches: by number, those under way.
@@ -84,6 +86,7 @@ class Worker:
         recomputed: bool = False,
         around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
         timed: bool = False,
+        timeline: Timeline | None = None,
     ) -> None:
         rank = mailbox.rank
         own = [stage for stage, where in enumerate(rank_of) if where == rank]
@@ -103,7 +106,8 @@ class Worker:
         self._device = device
         self._around = around
         self._timed = timed
-        self._now = HostClock().now
+        self._timeline = timeline
+        self._now = HostClock().now if timeline is None else timeline.now
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._here: dict[Message, tuple[list[Tensor], bool]] = {}
         self._losses: dict[int, Tensor] = {}
@@ -198,6 +202,8 @@ class Worker:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self.times.append(Timed(action, start, self._now()))
+        if self._timeline is not None and i >= 0:  # it is trained on
+            self._timeline.note(str(action), start)
 
     def _form(self, microbatch: int) -> Hashable:
         return self.microbatches[microbatch].form
