@@ -260,7 +260,9 @@ class Trainer:
 
         refused = None
         try:
-            self._checkpointing = self.layout.checkpoint(policy, sample, self._compile)
+            self._checkpointing = self.layout.checkpoint(
+                policy, sample, self._compile, batch.microbatches[largest]
+            )
         except ConfigError as error:  # with batches of another shape another rank may have none
             refused = error
         if self.layout.agree(refused is not None):

@@ -106,13 +106,19 @@ class Layout:
         """Names of parameters that another rank of this replica has as well, and counts."""
         return set() if self._pipe is None else self._pipe.stages.counted_elsewhere()
 
-    def checkpoint(self, policy: CheckpointPolicy, sample: Sample, compile: str | None) -> Executor:
-        """Let a policy decide what this rank's piece keeps.
+    def checkpoint(
+        self, policy: CheckpointPolicy, sample: Sample, compile: str | None, batch: Any
+    ) -> Executor:
+        """Let a policy decide what this rank's piece keeps. Collective.
 
-        It is tried out, but for stages: they run only in a step that all ranks make.
+        Args:
+            policy: it is tried out, where a piece can be run alone.
+            sample: of the model's loss of that batch.
+            compile: as `checkpoint_activations` has it.
+            batch: as large as any.
 
         Raises:
-            ConfigError: it cannot; of stages, a policy that has to measure, or names blocks.
+            ConfigError: it cannot.
         """
         if self._pipe is None:
             stand_in = None if self._shards is None else self._shards[0].stand_in(policy.blocks)
@@ -124,7 +130,8 @@ class Layout:
                 "with mesh.pipe the blocks that are computed again are those of each stage, as "
                 "they are; leave activation_checkpointing.blocks and compile out"
             )
-        return policy.install(self.model, self._pipe.stages.blocks(), None)
+        assert self._stages is not None
+        return self._pipe.checkpoint(policy, batch, self._stages, self._shards is not None)
 
     def scheduler(self, make: MakeScheduler | None) -> MakeScheduler | None:
         """A learning-rate schedule as this piece of the model wants it."""

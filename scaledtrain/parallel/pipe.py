@@ -10,12 +10,17 @@ import torch.distributed as dist
 from torch import nn
 
 from scaledtrain.comm.protocols import Link
+from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.engine import Recipe
+from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.execute import PipelineSchedule
 from scaledtrain.parallel.pipeline.pipedream import PipeDreamSchedule, delays
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.pipeline.pipemare import pipemare
+from scaledtrain.parallel.pipeline.recompute import StageMemory, seen_calls
+from scaledtrain.recompute.execute import Executor
+from scaledtrain.recompute.policies import CheckpointPolicy
 from scaledtrain.replica import MakeScheduler
 
 if TYPE_CHECKING:
@@ -80,6 +85,53 @@ class Pipe:
                 "takes backward passes apart, or keeps old weights, and so misses fully_shard's "
                 "hooks; choose GPipe, 1F1B or Interleaved1F1B, or set mesh.shard to 1"
             )
+
+    def checkpoint(
+        self, policy: CheckpointPolicy, batch: Any, schedule: StagesSchedule, sharded: bool
+    ) -> Executor:
+        """Let a policy decide what each stage here keeps. Collective.
+
+        Args:
+            policy: it is tried out on what each stage is really given, but where stages are
+                sharded: they run only in a step that all ranks make.
+            batch: as large as any.
+            schedule: of the stages.
+            sharded: whether they are.
+
+        Raises:
+            ConfigError: it cannot; where stages are sharded, if it has to measure.
+        """
+        own, pipeline, recipe = self.stages, self.pipeline, self.recipe
+        step = StepBatch([batch], [count_samples(batch)])
+        microbatch = cut_step(step, pipeline.n_microbatches)[0].batch
+        calls = seen_calls(own.stages, lambda: schedule.outputs(microbatch))
+        live = pipeline.live_of_stages(self.links[0].group.size, recipe.gradient_accumulation_steps)
+        found: list[Executor] = []
+
+        def remove() -> None:
+            for executor in found[1:]:
+                executor.remove()
+
+        try:
+            for number, stage in own.stages.items():
+                blocks = own.blocks(number)
+                if sharded:
+                    found.append(policy.install(stage, blocks, None))
+                    continue
+                loss_fn, precision = recipe.loss_fn, recipe.precision
+                memory = StageMemory(
+                    number, own.n_stages, calls[number], microbatch, loss_fn, precision
+                )
+                alive = memory.live(live[number], sum(live[n] for n in own.stages))
+                found.append(memory.install(policy, stage, blocks, alive))
+        except BaseException:
+            for executor in found:
+                executor.remove()
+            raise
+        told = [f"stage {n}: {e.told}" for n, e in zip(own.stages, found, strict=True) if e.told]
+        found[0].when_removed(remove)
+        found[0].told = "\n".join(told)
+        return found[0]
 
     def check_pushes(self, strategy: str) -> None:
         """Raise ConfigError where gradients come in other steps than the batches they are of."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from scaledtrain.comm.protocols import Link
 from scaledtrain.models import GPT
 from scaledtrain.models.gpt import next_token_loss
 from scaledtrain.parallel import Pipeline
+from scaledtrain.strategies import Gossip, PushSum
 from tests.ranks import run_ranks
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -65,6 +68,8 @@ def offered_by_all() -> list[Offered]:
             offered(link, Mesh(pipe=2), True, "ZBVZeroBubble"),
             offered(link, Mesh(pipe=2), True, "1F1B", strategy=Sync(compression=TopK(0.2))),
             offered(link, Mesh(pipe=2), True, "GPipe", strategy=Sync(compression=PowerSGD(1))),
+            offered(link, Mesh(pipe=2), True, "1F1B", strategy=Gossip()),
+            offered(link, Mesh(pipe=2), True, "1F1B", strategy=PushSum()),
             offered(link, Mesh(pipe=2, shard=2), False, "Interleaved1F1B"),
         ]
 
@@ -72,11 +77,11 @@ def offered_by_all() -> list[Offered]:
 def test_the_whole_model_and_its_outputs_come_out_of_stages() -> None:
     found = run_ranks(offered_by_all, 4, timeout_seconds=120)
     # Of 4 ranks the first and the third begin a replica; sharded, they are one replica.
-    firsts = [(0, 2)] * 4 + [(0,)]
-    lasts = [(1, 3), (0, 2), (1, 3), (1, 3), (2, 3)]  # who has the last stage
+    firsts = [(0, 2)] * 6 + [(0,)]
+    lasts = [(1, 3), (0, 2), *[(1, 3)] * 4, (2, 3)]  # who has the last stage
     for case, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
         of_ranks = [of_rank[case] for of_rank in found]
-        model = net(tied=case < 4).eval()
+        model = net(tied=case < 6).eval()
         assert list(of_ranks[0].whole) == list(model.state_dict())
         model.load_state_dict(of_ranks[0].whole)
         with torch.no_grad():
@@ -95,7 +100,7 @@ def test_the_whole_model_and_its_outputs_come_out_of_stages() -> None:
                     torch.testing.assert_close(
                         torch.cat(outputs).float(), expected[inputs], atol=tolerance, rtol=0.0
                     )
-            if case < 4:  # plain tensors: the same bits in every copy, tied ones included
+            if case < 6:  # plain tensors: the same bits in every copy, tied ones included
                 for name, value in got.own.items():
                     assert torch.equal(value, of_ranks[0].whole[name]), (case, rank, name)
 
@@ -123,18 +128,22 @@ def late(run_dir: Any) -> tuple[list[tuple[float, float]], list[str]]:
     with connect(transport="torch", timeout_seconds=60) as link:
         seen = Seen()
         make = partial(
-            Trainer, loss_fn=nn.functional.mse_loss, mesh=Mesh(pipe=2), console=False, link=link
+            Trainer, loss_fn=nn.functional.mse_loss, mesh=Mesh(pipe=2), console=True, link=link
         )
         asynchronous = Pipeline("PipeDream", n_microbatches=1)
-        with make(
-            chain(),
-            optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=0.5),
-            lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
-            pipeline=asynchronous,
-            callbacks=[seen],
-            run_dir=run_dir,
-            log_every=1,
-        ) as trainer:
+        told = io.StringIO()
+        with (
+            redirect_stderr(told),
+            make(
+                chain(),
+                optimizer=partial(torch.optim.SGD, lr=0.1, weight_decay=0.5),
+                lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+                pipeline=asynchronous,
+                callbacks=[seen],
+                run_dir=run_dir,
+                log_every=1,
+            ) as trainer,
+        ):
             x = torch.ones(1, 1)
             trainer.fit([(x, 2 * x)] * 2, max_epochs=1)
         frozen = chain()
@@ -147,6 +156,8 @@ def late(run_dir: Any) -> tuple[list[tuple[float, float]], list[str]]:
             with pytest.raises(ConfigError) as caught:
                 make(model, optimizer=sgd, **options)
             refused.append(str(caught.value))
+        if link.group.rank == 0:
+            assert "scaledtrain: Sequential, 2 trainable parameters; 1 replica" in told.getvalue()
     return seen.values, refused
 
 

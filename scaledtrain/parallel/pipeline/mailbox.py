@@ -19,9 +19,10 @@ from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTim
 from scaledtrain.parallel.pipeline.schedules import Action
 from scaledtrain.timeline import Timeline
 
-__all__ = ["Form", "Mailbox", "Message", "TensorForm", "form_of", "messages"]
+__all__ = ["AHEAD", "Form", "Mailbox", "Message", "TensorForm", "form_of", "messages"]
 
-_AHEAD = 2  # receives from each rank that are posted before they are needed
+AHEAD = 2
+"""Receives from each rank that are posted before they are needed."""
 _HEADER = 256  # numbers in a header
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
@@ -225,7 +226,7 @@ class Mailbox:
             self._sending.popleft()
 
     def _post_ahead(self, source: int) -> None:
-        while self._expected[source] and self._n_posted[source] < _AHEAD:
+        while self._expected[source] and self._n_posted[source] < AHEAD:
             if not self._post(source, wait=False):
                 return
 

@@ -21,7 +21,7 @@ from scaledtrain.parallel.pipeline.partition import describe_cut, partition
 from scaledtrain.parallel.pipeline.parts import ModelParts, find_parts
 from scaledtrain.parallel.pipeline.pipedream import AsynchronousName
 from scaledtrain.parallel.pipeline.schedules import SCHEDULES, pipeline_order
-from scaledtrain.parallel.pipeline.simulate import peak_live
+from scaledtrain.parallel.pipeline.simulate import peak_live, peak_live_of
 from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
 from scaledtrain.parallel.pipeline.stage import Held, Stage, find_tied, make_stage
 from scaledtrain.recompute.blocks import find_blocks
@@ -180,6 +180,15 @@ class Pipeline:
         v = len(rank_of) // n_ranks
         return [math.ceil(peaks[rank] / v) for rank in rank_of]
 
+    def live_of_stages(self, n_ranks: int, batches: int) -> list[int]:
+        """For each stage, how many microbatches are between its passes at once, exactly."""
+        ranks = self._rank_of(n_ranks, batches)
+        if self.is_asynchronous:
+            return self._live(ranks, n_ranks, batches)
+        n = batches * self.n_microbatches
+        order = pipeline_order(self.schedule, n_ranks, n, self.stages_per_rank)
+        return [peak_live_of(order, stage) for stage in range(len(ranks))]
+
     def _costs(
         self,
         parts: ModelParts,
@@ -266,9 +275,7 @@ class OwnStages(nn.Module):
         self._own = list(stages.values())
         self.n_stages = n_stages
         self.tied = tied
-        self._parts = [part for stage in stages.values() for part in stage.parts]
-        own = {module for part in self._parts for module in part.modules()}
-        self._blocks = [block for block in blocks if block in own]
+        self._all_blocks = (*blocks,)
         self.told = told
         self.names = names
 
@@ -277,9 +284,11 @@ class OwnStages(nn.Module):
         """By number."""
         return {int(number): stage for number, stage in self._stages.items()}
 
-    def blocks(self) -> Sequence[nn.Module]:
-        """Of these stages, in order; the parts where no other blocks are known."""
-        return self._blocks or self._parts
+    def blocks(self, number: int) -> Sequence[nn.Module]:
+        """Of a stage, in order; the parts where no other blocks are known."""
+        parts = next(s.parts for n, s in zip(self.stages, self._own, strict=True) if n == number)
+        own = {module for part in parts for module in part.modules()}
+        return [block for block in self._all_blocks if block in own] or parts
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -292,7 +301,7 @@ class OwnStages(nn.Module):
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """With those of traced parts, so that who puts modes back reaches them, too."""
-        inner = (module for stage in self._own for module in stage.modules_of_parts())
+        inner = (module for stage in self._own for module in stage.modules())
         yield from dict.fromkeys([*super().modules(), *inner])
 
     def counted_elsewhere(self) -> set[str]:
