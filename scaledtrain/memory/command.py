@@ -168,6 +168,7 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
         workers=workers,
         mesh=training.mesh,
         engine=None if training.engine is None else make(training.engine),
+        pipeline=training.pipeline,
         blocks=None if chosen is None else chosen.get("blocks"),
         device=device,
     )

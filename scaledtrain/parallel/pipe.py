@@ -122,7 +122,7 @@ class Pipe:
                 memory = StageMemory(
                     number, own.n_stages, calls[number], microbatch, loss_fn, precision
                 )
-                alive = memory.live(live[number], sum(live[n] for n in own.stages))
+                alive = memory.live(live[number], len(own.stages))
                 found.append(memory.install(policy, stage, blocks, alive))
         except BaseException:
             for executor in found:

@@ -161,7 +161,7 @@ GRADIENTS = 4 * 3 * 1_000
 
 def test_a_rank_of_a_pipeline_keeps_to_its_budget_and_changes_no_bit() -> None:
     """GPipe keeps 4 microbatches alive, 1F1B 2 and 1, of 8 samples each."""
-    budgets = {"GPipe": (3600, 2200), "1F1B": (1800, 1200), "Interleaved1F1B": (3600, 2600)}  # KiB
+    budgets = {"GPipe": (3000, 1300), "1F1B": (1700, 1100), "Interleaved1F1B": (4000, 2600)}
     cases: list[tuple[str, CheckpointPolicy | None, dict[str, Any]]] = []
     for schedule, sizes in budgets.items():
         cases.append((schedule, None, {}))
@@ -169,8 +169,7 @@ def test_a_rank_of_a_pipeline_keeps_to_its_budget_and_changes_no_bit() -> None:
         cases.append((schedule, CheckpointEvery(1), {}))
     cases.append(("1F1B", MemoryBudget("20KiB"), {}))
     for rank, of_rank in enumerate(run_ranks(stages, 2, cases, timeout_seconds=200)):
-        for place, (schedule, sizes) in enumerate(budgets.items()):
-            print(rank, schedule, [x if isinstance(x, str) else x[1] / 1024 for x in of_rank])
+        for place, sizes in enumerate(budgets.values()):
             (expected, everything), *others = of_rank[4 * place : 4 * place + 4]
             assert all(equal(trained, expected) for trained, _ in others)
             for n, (_, peak) in zip(sizes, others, strict=False):

@@ -153,6 +153,31 @@ class Pipeline:
         tied, names = find_tied(parts, cut), list(model.state_dict())
         return OwnStages(own, len(ranks), tied, _blocks_of(model), told, names)
 
+    def unmeasured_stages(
+        self, model: nn.Module, rank: int, n_ranks: int, batches: int
+    ) -> OwnStages:
+        """What is a rank's, without measuring: unless ``split`` says it, by numbers of parameters.
+
+        Args:
+            model: whole; it is not changed.
+            rank: of the pipeline.
+            n_ranks: there are.
+            batches: in a step.
+
+        Raises:
+            ConfigError: it cannot be cut so, or not without tracing it.
+        """
+        parts = find_parts(model, blocks=self.blocks)
+        ranks = self._rank_of(n_ranks, batches)
+        if self.split is not None:
+            cut = given_cut(parts.names, self.split, len(ranks))
+        else:
+            cut = partition([_estimate(part) for part in parts.modules], len(ranks))
+        _check_trained(parts, cut)
+        own = {s: make_stage(parts, cut, s) for s, where in enumerate(ranks) if where == rank}
+        tied, names = find_tied(parts, cut), list(model.state_dict())
+        return OwnStages(own, len(ranks), tied, _blocks_of(model), "", names)
+
     def _example_microbatch(self) -> Any:
         if self.example is None:
             if self.memory is not None:

@@ -100,7 +100,7 @@ class StageMemory:
         pairs = zip(_floating(spread(output)), self._weights, strict=True)
         return torch.stack([(made * weight).sum().float() for made, weight in pairs]).sum()
 
-    def live(self, microbatches: int, of_rank: int) -> Live:
+    def live(self, microbatches: int, stages_per_rank: int) -> Live:
         """What is alive at once of the stage, and of what it sends and receives.
 
         What came in waits for the backward pass, what goes out until it is taken; receives are
@@ -108,12 +108,12 @@ class StageMemory:
 
         Args:
             microbatches: between their passes at the same time.
-            of_rank: the same, of all stages of the rank.
+            stages_per_rank: each has an equal part of what the rank has.
         """
         came = 0 if self._is_first else bytes_of(_floating(tree_leaves(self._called.args)))
         goes = bytes_of(self._weights)
         once = AHEAD * (came + goes) + AHEAD * came
-        return Live(microbatches, came + goes, once, microbatches / of_rank)
+        return Live(microbatches, came + goes, once, 1 / stages_per_rank)
 
     def install(
         self, policy: CheckpointPolicy, stage: nn.Module, blocks: Sequence[nn.Module], live: Live
