@@ -18,7 +18,7 @@ from scaledtrain.parallel.pipeline.execute import PipelineSchedule
 from scaledtrain.parallel.pipeline.pipedream import PipeDreamSchedule, delays
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.pipeline.pipemare import pipemare
-from scaledtrain.parallel.pipeline.recompute import StageMemory, seen_calls
+from scaledtrain.parallel.pipeline.recompute import Called, StageMemory, seen_calls
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.policies import CheckpointPolicy
 from scaledtrain.replica import MakeScheduler
@@ -104,7 +104,9 @@ class Pipe:
         own, pipeline, recipe = self.stages, self.pipeline, self.recipe
         step = StepBatch([batch], [count_samples(batch)])
         microbatch = cut_step(step, pipeline.n_microbatches)[0].batch
-        calls = seen_calls(own.stages, lambda: schedule.outputs(microbatch))
+        calls: dict[int, Called] = {}
+        if not sharded:
+            calls = seen_calls(own.stages, lambda: schedule.outputs(microbatch))
         live = pipeline.live_of_stages(self.links[0].group.size, recipe.gradient_accumulation_steps)
         found: list[Executor] = []
 

@@ -66,7 +66,7 @@ class Apart:
             held += [(place, dict(place)) for place in tensors if place]
         try:
             for place, before in held:
-                place.update({n: self._own[t] for n, t in before.items() if t is not None})
+                place.update({n: self._own.get(t, t) for n, t in before.items() if t is not None})
             yield
         finally:
             for place, before in held:

@@ -144,7 +144,7 @@ class Pipeline:
             cut = self._cut(costs, ranks, group.size, live)
             measured = microbatch is not None
             told = describe_cut(cut, costs, parts.names, live if measured else None)
-        _check_trained(parts, cut)
+        _check_trained(parts, cut, ranks)
         own = {
             stage: make_stage(parts, cut, stage)
             for stage, rank in enumerate(ranks)
@@ -173,7 +173,7 @@ class Pipeline:
             cut = given_cut(parts.names, self.split, len(ranks))
         else:
             cut = partition([_estimate(part) for part in parts.modules], len(ranks))
-        _check_trained(parts, cut)
+        _check_trained(parts, cut, ranks)
         own = {s: make_stage(parts, cut, s) for s, where in enumerate(ranks) if where == rank}
         tied, names = find_tied(parts, cut), list(model.state_dict())
         return OwnStages(own, len(ranks), tied, _blocks_of(model), "", names)
@@ -249,16 +249,17 @@ class Pipeline:
         )
 
 
-def _check_trained(parts: ModelParts, cut: Cut) -> None:
-    """All ranks look at all stages, so that none is left waiting for another's error."""
-    for stage in range(len(cut)):
-        modules = [parts.modules[part] for part in cut.parts_of(stage)]
-        if not any(p.requires_grad for module in modules for p in module.parameters()):
-            first, last = cut.parts_of(stage)[0], cut.parts_of(stage)[-1]
+def _check_trained(parts: ModelParts, cut: Cut, rank_of: Sequence[int]) -> None:
+    """All ranks look at what all have, so that none is left waiting for another's error."""
+    for rank in sorted(set(rank_of)):
+        stages = [stage for stage, where in enumerate(rank_of) if where == rank]
+        own = [part for stage in stages for part in cut.parts_of(stage)]
+        if not any(p.requires_grad for part in own for p in parts.modules[part].parameters()):
+            names = ", ".join(parts.names[part] for part in own)
             raise ConfigError(
-                f"stage {stage} ({parts.names[first]} to {parts.names[last]}) has no parameter "
-                "with requires_grad=True, so that its rank would have nothing to train; let every "
-                "stage have some (pipeline.split), or take fewer stages"
+                f"rank {rank} of the pipeline would have nothing to train: none of its parts "
+                f"({names}) has a parameter with requires_grad=True; let every rank have some "
+                "(pipeline.split), or take fewer ranks"
             )
 
 
@@ -300,7 +301,8 @@ class OwnStages(nn.Module):
         self._own = list(stages.values())
         self.n_stages = n_stages
         self.tied = tied
-        self._all_blocks = (*blocks,)
+        own = {m for stage in stages.values() for part in stage.parts for m in part.modules()}
+        self._blocks = [block for block in blocks if block in own]  # and no other stage's
         self.told = told
         self.names = names
 
@@ -313,7 +315,7 @@ class OwnStages(nn.Module):
         """Of a stage, in order; the parts where no other blocks are known."""
         parts = next(s.parts for n, s in zip(self.stages, self._own, strict=True) if n == number)
         own = {module for part in parts for module in part.modules()}
-        return [block for block in self._all_blocks if block in own] or parts
+        return [block for block in self._blocks if block in own] or parts
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
