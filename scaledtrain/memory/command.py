@@ -144,6 +144,7 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
         strategy=_class(training.strategy),
         workers=workers,
         mesh_shard=training.mesh.shard,
+        mesh_pipe=training.mesh.pipe,
         device=device,
         memory=limit,
         chosen=(str(main), _chosen(training)),
