@@ -128,7 +128,7 @@ def test_stages_share_a_model_and_keep_what_their_schedule_has_under_way() -> No
     assert len(everything.ranks) == 2
     # All microbatches of half of the model, against 2 or 1 of the 4.
     assert 0.4 * whole.activations < everything.activations < 0.75 * whole.activations
-    assert 0.4 * everything.activations < few.activations < 0.65 * everything.activations
+    assert 0.25 * everything.activations < few.activations < 0.65 * everything.activations
     again = estimate(
         ("fp32", 16, CheckpointEvery(1), FullyShard()),
         mesh=Mesh(pipe=2),

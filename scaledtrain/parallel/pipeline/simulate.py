@@ -176,8 +176,8 @@ def peak_live_of(order: PipelineOrder, stage: int) -> int:
     Example:
         >>> from scaledtrain.parallel.pipeline.schedules import pipeline_order
         >>> order = pipeline_order("Interleaved1F1B", n_ranks=2, n_microbatches=4)
-        >>> peak_live(order), [peak_live_of(order, stage) for stage in range(4)]
-        ([5, 4], [4, 3, 2, 1])
+        >>> [peak_live_of(order, stage) for stage in range(4)]
+        [4, 3, 2, 1]
     """
     return _peak(action for action in order.ranks[order.rank_of[stage]] if action.stage == stage)
 
