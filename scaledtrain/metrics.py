@@ -73,7 +73,8 @@ class Metrics:
     * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
 
     An evaluation is a line with ``kind`` ``"evaluation"``. With a traced timeline
-    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began, and
+    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began (with
+    stages also one for each pass, as ``["0F1", start, end]``, see `PipelineOrder`), and
     before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
     ranks share.
 
@@ -241,10 +242,8 @@ class Metrics:
             values["staleness_max"] = max(self._staleness)
         counts = {"steps": self._steps, "samples": self._samples}
         self._write("step", step, values, **counts, staleness_counts=self._staleness)
-        if spans:
-            self._write_trace(
-                [[s.phase, s.start - self._begin, s.end - self._begin] for s in spans]
-            )
+        if rows := [*spans, *self._timeline.drain_named()]:
+            self._write_trace([[n, s - self._begin, e - self._begin] for n, s, e in rows])
         text = (
             f"loss {values.get('loss', math.nan):.4f}  {values['samples_per_second']:.0f} samples/s"
         )

@@ -29,6 +29,7 @@ __all__ = [
     "Told",
     "as_arguments",
     "call_model",
+    "call_without_loss",
     "inputs_and_targets",
 ]
 
@@ -46,6 +47,8 @@ class Computed(NamedTuple):
     """How many of the batch's samples were computed with."""
     share: float = 1.0
     """Of the batch's samples, exactly 1 for all, so that equal weights stay equal."""
+    is_due: bool = True
+    """Whether gradients come with this step, on whatever replica; else there is no update."""
 
 
 class Schedule(Protocol):
@@ -75,6 +78,9 @@ class Schedule(Protocol):
         Returns:
             Their outputs, None where another rank has them; and their mean loss.
         """
+
+    def outputs(self, batch: Any) -> Any:
+        """Of the model for a batch, which may lack targets; None where another rank has them."""
 
     @property
     def pending(self) -> int:
@@ -113,6 +119,13 @@ def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) ->
             "average it over the batch, e.g. loss.mean()"
         )
     return outputs, loss
+
+
+def call_without_loss(model: Callable[..., Any], batch: Any) -> Any:
+    """Outputs for inputs alone, (inputs, targets), or the keywords of a model."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _own_loss(outputs: Any) -> Any:
@@ -277,6 +290,12 @@ class MicrobatchLoop:
             outputs.append(made)
             total = loss if size == batch.samples else total + loss * (size / batch.samples)
         return outputs, total
+
+    @torch.no_grad()
+    def outputs(self, batch: Any) -> Any:
+        """The model's."""
+        with self._precision.autocast(self._parameters[0].device):
+            return call_without_loss(self._evaluated, batch)
 
     pending = 0
     one_by_one = True

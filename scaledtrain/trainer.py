@@ -183,6 +183,8 @@ class Trainer:
             )
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
+        n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._described = f"{type(model).__name__}, {n_parameters:,} trainable parameters"
         recipe = Recipe(
             self.precision,
             optimizer,
@@ -273,7 +275,9 @@ class Trainer:
 
         refused = None
         try:
-            self._checkpointing = self.layout.checkpoint(policy, sample, self._compile)
+            self._checkpointing = self.layout.checkpoint(
+                policy, sample, self._compile, batch.microbatches[largest]
+            )
         except ConfigError as error:  # with batches of another shape another rank may have none
             refused = error
         if self.layout.agree(refused is not None):
@@ -341,12 +345,13 @@ class Trainer:
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
         self._call("on_gradients")
-        self.strategy.reduce_gradients(weight * computed.share)
-        self._call("on_reduced")
+        if computed.is_due:
+            self.strategy.reduce_gradients(weight * computed.share)
+            self._call("on_reduced")
         finite, norm = self.scaler.check_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
-        if finite:
+        if finite and computed.is_due:
             self.strategy.apply_gradients()
         self.strategy.after_step()
         self.metrics.record(self.strategy, computed.loss, computed.samples, norm)
@@ -542,7 +547,9 @@ class Trainer:
 
         The rank that calls this computes all of them; nothing is communicated but parts of the
         model, so that ranks that have a replica together call it together. Batches may be inputs
-        alone, (inputs, targets), or dicts for the model.
+        alone, (inputs, targets), or dicts for the model. With ``mesh.pipe`` the rank of the last
+        stage has the outputs (the last rank, with ``ZBVZeroBubble`` and ``DualPipeV`` the first),
+        the others an empty list.
         """
         must_end(loader, "a prediction")
         self.layout.refresh()
@@ -550,12 +557,9 @@ class Trainer:
         with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
                 for batch in step.microbatches:
-                    with self.precision.autocast(self.link.device):
-                        if isinstance(batch, Mapping):
-                            outputs.append(self.model(**batch))
-                        else:
-                            first = batch[0] if isinstance(batch, (tuple, list)) else batch
-                            outputs.append(self.model(first))
+                    made = self.schedule.outputs(batch)
+                    if made is not None:  # else another rank has them
+                        outputs.append(made)
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
@@ -580,12 +584,9 @@ class Trainer:
     def full_state_dict(self) -> dict[str, Any]:
         """The whole model's state dict: plain tensors on the host, by the model's own names.
 
-        It is this replica's, sharded or not. The ranks of a replica call this together; its first
-        rank has the result, the others an empty dict. A run with any layout begins with it if it is
-        loaded into the model before that is given to a Trainer.
-
-        Raises:
-            ConfigError: the model is divided into stages.
+        It is this replica's, in whatever layout. The ranks of a replica call this together; its
+        first rank has the result, the others an empty dict. A run with any layout begins with it if
+        it is loaded into the model before that is given to a Trainer.
         """
         return self.layout.full_state_dict()
 
@@ -688,12 +689,11 @@ class Trainer:
         if self._introduced:
             return
         self._introduced = True
-        n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         replicas, each = self.layout.link.group.size, self.layout.pieces.size
         pieces = f" of {each} ranks" if each > 1 else ""
         local = "as loaded" if loader.batch_size is None else loader.batch_size
         self.metrics.say(
-            f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
+            f"scaledtrain: {self._described}; "
             f"{replicas} replica{'s' if replicas > 1 else ''}{pieces} on "
             f"{self.link.device.type} over {self.link.transport}; strategy "
             f"{self.strategy}; precision {self.precision}; batch per replica "

@@ -146,6 +146,7 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
         strategy=_class(training.strategy),
         workers=workers,
         mesh_shard=training.mesh.shard,
+        mesh_pipe=training.mesh.pipe,
         device=device,
         memory=limit,
         chosen=(str(main), _chosen(training)),
@@ -170,6 +171,7 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
         workers=workers,
         mesh=training.mesh,
         engine=None if training.engine is None else make(training.engine),
+        pipeline=training.pipeline,
         blocks=None if chosen is None else chosen.get("blocks"),
         device=device,
     )

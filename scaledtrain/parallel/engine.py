@@ -116,6 +116,10 @@ class DividedSchedule:
         """As the schedule inside."""
         return self._loop.predict(batch)
 
+    def outputs(self, batch: Any) -> Any:
+        """As the schedule inside."""
+        return self._loop.outputs(batch)
+
     @property
     def pending(self) -> int:
         """As the schedule inside."""

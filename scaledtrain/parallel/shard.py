@@ -158,6 +158,7 @@ class Shards:
     ) -> None:
         self.called: Callable[..., Any] = roots[0]
         self._model = roots[0]
+        self._roots = roots
         self._device = device
         self._stand_in = stand_in
         modules = [module for root in roots for module in root.modules()]
@@ -180,7 +181,8 @@ class Shards:
         """
         whole: dict[int, Any] = {}
         found = {}
-        for name, value in self._model.state_dict(keep_vars=True).items():
+        named = (item for r in self._roots for item in r.state_dict(keep_vars=True).items())
+        for name, value in named:
             if id(value) not in whole:
                 full = value
                 if isinstance(value, DTensor):  # a shard in the host's memory is not gathered there

@@ -94,6 +94,7 @@ class ParameterServer(Strategy):
     """
 
     settles_to_save = True
+    pushes_gradients = True
 
     def __init__(
         self,

@@ -39,12 +39,14 @@ class Strategy(ABC):
         may_abandon: whether ``abandons`` is worth asking.
         settles_to_save: ``state_dict`` is exact only when all replicas have settled.
         replicas_equal: parameters and optimizer are the same on all replicas after every step.
+        pushes_gradients: a gradient of the whole replica is handed over to somebody else.
     """
 
     staleness: int | None = None
     may_abandon = False
     settles_to_save = False
     replicas_equal = False
+    pushes_gradients = False
 
     def __init__(self) -> None:
         self.step = 0

@@ -170,7 +170,7 @@ class PipeDreamSchedule:
         precision: of the forward passes. Of loss scaling nothing is known here: it would need one
             verdict of all stages in each step.
         timeout_seconds: for each message.
-        timeline: where waiting is recorded.
+        timeline: where waiting is recorded, and every action if it keeps spans.
         timed: keep when each action was done.
 
     Attributes:
@@ -235,6 +235,7 @@ class PipeDreamSchedule:
             NoScaler(),
             device=device,
             timed=timed,
+            timeline=timeline,
             around=self._weights_of,
         )
 
@@ -274,12 +275,19 @@ class PipeDreamSchedule:
         """Forward passes alone, with the weights of now; as `PipelineSchedule.predict`."""
         return predict(self._worker, batch)
 
+    def outputs(self, batch: Any) -> Any:
+        """As `PipelineSchedule.outputs`, with the weights of now."""
+        return self._worker.outputs(batch)
+
+    def refresh(self) -> None:
+        """No stages have weights in common."""
+
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """Run one step; ``abandon`` is not asked.
 
         Returns:
-            Loss and samples of the batch whose gradient is in ``.grad`` now; no samples if there is
-            none, as at the beginning.
+            Loss and samples of the batch whose gradient is in ``.grad`` now; in the first d steps
+            none is due.
 
         Raises:
             WaitTimeoutError, PeerLostError: another rank is stuck or died.
@@ -300,7 +308,9 @@ class PipeDreamSchedule:
         self._worker.run(self._stream.step(len(numbers)), numbers)
         if self._pending == 0:
             self._mailbox.finish()
-        return self._deliver(self._steps.pop(0)) if len(self._steps) > self.delay else _nothing()
+        if len(self._steps) <= self.delay:
+            return _nothing()._replace(is_due=False)
+        return self._deliver(self._steps.pop(0))
 
     def _weights_of(self, microbatch: int) -> AbstractContextManager[None]:
         if not self._parameters or not self.delay or microbatch < 0:  # which is not trained on
