@@ -320,7 +320,8 @@ def _assemble(
         batches: float = accumulation * config.mesh.shard  # of a gradient
         if batches_per_step is not None:  # replicas need not have equally many
             batches = batches_per_step / replicas
-        return round(batch_size * batches * strategy.gradients_per_step)
+        samples: float = batch_size * batches * strategy.gradients_per_step
+        return round(samples)
 
     def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         given = decay_groups(parameters, exempt) if exempt else parameters
