@@ -8,6 +8,7 @@ from scaledtrain.errors import (
     ClusterError,
     ConfigError,
     DeadlockError,
+    LossSpikeError,
     NonFiniteLossError,
     PeerLostError,
     RendezvousError,
@@ -26,6 +27,7 @@ from scaledtrain.server import Asynchronous, Server
 from scaledtrain.simulate import simulate
 from scaledtrain.strategies import DiLoCo, LocalSGD, ParameterServer, Strategy, Sync
 from scaledtrain.trainer import FitResult, Trainer
+from scaledtrain.watch import Watch
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "DiLoCo",
     "FitResult",
     "LocalSGD",
+    "LossSpikeError",
     "Mesh",
     "NonFiniteLossError",
     "ParameterServer",
@@ -58,6 +61,7 @@ __all__ = [
     "Sync",
     "Trainer",
     "WaitTimeoutError",
+    "Watch",
     "choose_threshold",
     "connect",
     "estimate_memory",

@@ -18,6 +18,7 @@ from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Kind, Misfit, Node, parse
+from scaledtrain.watch import Watch
 
 __all__ = ["BatchSizes", "Target", "TrainConfig", "check", "to_yaml"]
 
@@ -128,6 +129,7 @@ class TrainConfig:
     console: bool
     trace: bool
     checkpointing: Checkpointing | None = None
+    watch: Watch | None = None
     resume: str | None = None
 
 
