@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaledtrain import Replica, Strategy
 from scaledtrain.clock import HostClock
 from scaledtrain.comm.local import Done, LocalGroup, Undivided
+from scaledtrain.comm.notes import Notes
 from scaledtrain.comm.protocols import Handle, MakeServer, Peer, ReduceOp, ServeOptions
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Piece
@@ -36,6 +38,7 @@ class World:
         self.size = size
         self.late = late
         self.dead: set[int] = set()
+        self.store = dist.HashStore()
         self.links = [WorldLink(self, rank) for rank in range(size)]
         self._barrier = threading.Barrier(size, timeout=TIMEOUT_SECONDS)
         self._slots: list[Any] = [None] * size
@@ -130,6 +133,9 @@ class WorldLink(Undivided):
         words = [0] * self.size
         words, changed = self.world.exchange(self.rank, (words, threading.Condition()))[0]
         return WorldBoard(self.world, self.rank, words, changed)
+
+    def notes(self) -> Notes:
+        return Notes(self.world.store, self.rank, self.size)
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> WorldPeers:
         peers = self.world.exchange(self.rank, (peer, threading.Lock()))

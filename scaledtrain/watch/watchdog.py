@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,7 +54,6 @@ class Watchdog:
         notes: between the ranks.
         run_dir: where the report goes, besides stderr.
         lockstep: whether all ranks make the same steps, so that none can go on without another.
-        end: ends the process.
     """
 
     def __init__(
@@ -65,14 +63,12 @@ class Watchdog:
         notes: Notes,
         run_dir: Path | None,
         lockstep: bool,
-        end: Callable[[int], object] | None = None,
     ) -> None:
         self._options = options
         self._position = position
         self._notes = notes
         self._run_dir = run_dir
         self._lockstep = lockstep
-        self._end = end or _end
         self._seconds = round_seconds(options)
         self._over = threading.Event()
         self._awake_since = time.monotonic()
@@ -108,7 +104,7 @@ class Watchdog:
             if reason is not None:
                 faulthandler.cancel_dump_traceback_later()
                 self._report(reason)
-                self._end(STUCK)
+                _end(STUCK)
                 return
 
     def _limit(self) -> float | None:
