@@ -72,7 +72,7 @@ def work(workload_name: str, number: int, is_quick: bool, folder: Path) -> None:
     first step to the end of its last.
     """
     workload = WORKLOADS[workload_name]
-    steps, blocks = (3, 2) if is_quick else (4, 6)
+    steps, blocks = (3, 2) if is_quick else (4, 5)
     generator = torch.Generator().manual_seed(0)
     batches = [workload.batch(generator) for _ in range(workload.n_batches)]
     with connect() as link:

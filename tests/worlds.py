@@ -77,6 +77,7 @@ class WorldLink(Undivided):
     """One rank's link; also its group."""
 
     transport = "threads"
+    overlaps = False
     device = torch.device("cpu")
 
     def __init__(self, world: World, rank: int) -> None:
@@ -96,6 +97,7 @@ class WorldLink(Undivided):
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
     ) -> Handle:
+        start = self.timeline.now()
         mine = [t.detach().clone() for t in tensors]
         all_of = self.world.exchange(self.rank, (mine, weight))
         total = sum(w for _, w in all_of)
@@ -109,6 +111,7 @@ class WorldLink(Undivided):
                 weights = torch.tensor([w / total for _, w in all_of], dtype=pieces.dtype)
                 result = torch.tensordot(weights, pieces, dims=1)
             t.detach().copy_(result)
+        self.timeline.add("communication", start)
         return Done()
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:

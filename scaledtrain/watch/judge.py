@@ -129,7 +129,7 @@ class Judge:
                 return True
             own = f"loss {loss:g}" if samples else "no samples"
             what = f"not finite: {own}" + ("" if grad_norm is None else f", gradient {grad_norm:g}")
-            found = self._find(batch)
+            found = self._compute_again(batch)
             culprit = bool(found) or (samples > 0 and not math.isfinite(loss))
             self._react(batch, self._options.on_nonfinite, what, found, culprit)
             return False
@@ -139,7 +139,7 @@ class Judge:
             deviations = self._history.deviations(mean)
             what = f"a loss spike: {mean:g}, {deviations:.1f} deviations above the last ones"
             culprit = samples > 0 and self._history.is_spike(loss)
-            self._react(batch, self._options.on_spike, what, Found(None, [], loss), culprit)
+            self._react(batch, self._options.on_spike, what, None, culprit)
             return False
         self._history.add(mean)
         return True
@@ -183,25 +183,21 @@ class Judge:
         else:
             self._trainer.layout.sum(values)
 
-    def _find(self, batch: StepBatch) -> Found:
-        """Of this rank's own batch, or, where others have parts of the model, of what is there."""
+    def _compute_again(self, batch: StepBatch) -> Found | None:
+        """What is not finite in this rank's own batch; None where that cannot be found out."""
         trainer = self._trainer
-        replica = trainer.replica
-        present = nonfinite_names(replica.names, [p.grad for p in replica.parameters])
-        if trainer.layout.pieces.size > 1:
-            return Found(None, present, math.nan)
+        if trainer.layout.pieces.size > 1:  # others have parts of the model
+            return None
         try:
-            found = find_nonfinite(
+            return find_nonfinite(
                 trainer.model, batch.microbatches, self._loss_fn, trainer.precision
             )
         except RuntimeError as error:  # out of memory, as a rule
             _logger.warning("the bad batch could not be computed again: %s", error)
-            return Found(None, present, math.nan)
-        alone = self._ranks == 1
-        return found._replace(parameters=present) if alone and not found.parameters else found
+            return None
 
     def _react(
-        self, batch: StepBatch, reaction: Reaction, what: str, found: Found, culprit: bool
+        self, batch: StepBatch, reaction: Reaction, what: str, found: Found | None, culprit: bool
     ) -> None:
         rank = self._trainer.link.group.rank
         culprits = self._all(culprit)
@@ -245,17 +241,19 @@ class Judge:
         return [int(rank) for rank in flags.nonzero().flatten()]
 
     def _facts(
-        self, what: str, reaction: Reaction, found: Found, culprits: list[int]
+        self, what: str, reaction: Reaction, found: Found | None, culprits: list[int]
     ) -> dict[str, Any]:
-        trainer = self._trainer
+        trainer, replica = self._trainer, self._trainer.replica
+        there = [p.grad for p in replica.parameters]  # where replicas combine them, of all
         assert self._loader is not None
         return {
             "what": what,
             "reaction": reaction,
             "rank": trainer.link.group.rank,
             "ranks": culprits,
-            "where": found.where,
-            "parameters": found.parameters,
+            "where": None if found is None else found.where,
+            "parameters": found.parameters if found else nonfinite_names(replica.names, there),
+            "seen_again": None if found is None else bool(found),
             "in_step": trainer.step_count + 1,
             "epoch": trainer.epoch,
             "step_in_epoch": trainer.steps_in_epoch,
@@ -268,8 +266,8 @@ class Judge:
             f"{_DONE[facts['reaction']]} ({self._count} of at most {self._options.at_most})"
         ]
         names = facts["parameters"]
-        if not facts["ranks"]:
-            parts.append("computed again, all is in order on each rank")
+        if facts["seen_again"] is False:
+            parts.append("when it was computed again, all was finite")
         if facts["where"]:
             parts.append(f"first not finite: {facts['where']}")
         if names:

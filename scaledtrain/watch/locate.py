@@ -94,12 +94,14 @@ def find_nonfinite(
     first: list[str] = []
     bad: set[str] = set()
     losses: list[float] = []
-    buffers = KeptBuffers(model)
-    with kept_generators(), _outputs_watched(model, first):
+    buffers, device = KeptBuffers(model), parameters[0].device
+    gpus = [device] if device.type == "cuda" else []
+    again = torch.random.fork_rng(gpus, device_type="cuda")
+    with kept_generators(), again, _outputs_watched(model, first):
         for batch in microbatches:
             if not _is_finite(batch):
                 first.append("the batch")
-            with torch.enable_grad(), precision.autocast(parameters[0].device):
+            with torch.enable_grad(), precision.autocast(device):
                 loss = call_model(model, batch, loss_fn)[1]
             losses.append(loss.item())
             if not loss.isfinite():

@@ -35,7 +35,7 @@ def train(run_dir: Path, stopped: int) -> None:
     with connect(transport="torch", timeout_seconds=60) as link:
         trainer = Trainer(
             nn.Linear(3, 2), F.cross_entropy, partial(torch.optim.SGD, lr=0.1),
-            callbacks=[StopProcess(stopped)], watch=Watch(step_seconds=1.5), run_dir=run_dir,
+            callbacks=[StopProcess(stopped)], watch=Watch(step_seconds=4.0), run_dir=run_dir,
             console=False, link=link,
         )  # fmt: skip
         trainer.fit(BATCHES, max_epochs=100)

@@ -99,14 +99,26 @@ def test_a_skipped_update_is_one_that_was_never_made() -> None:
     assert t.step_count == 8  # clocks count the step, as after an overflow
 
 
+def test_what_does_not_come_again_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """NaN in the gradients alone, which are not there when the batch is computed once more."""
+    faults = FaultInjector().nan_at(0, 4)
+    trainer(Watch(on_nonfinite="skip"), callbacks=[faults]).fit(batches(), max_epochs=1)
+    (message,) = caplog.messages
+    assert "when it was computed again, all was finite; gradients not finite: 0.weight" in message
+
+
 @pytest.mark.parametrize("in_gradients_only", [False, True])
 def test_nothing_is_watched_unless_asked_for(in_gradients_only: bool) -> None:
     """Without `on_nonfinite` NaN reach the parameters, and the record ends the run."""
-    faults = [FaultInjector().nan_at(0, 4)] if in_gradients_only else []
     bad = {} if in_gradients_only else {3: math.nan}
+
+    def made(watch: Watch) -> Trainer:
+        faults = [FaultInjector().nan_at(0, 4)] if in_gradients_only else []
+        return trainer(watch, callbacks=faults, log_every=8)
+
     with pytest.raises(NonFiniteLossError):
-        trainer(Watch(), callbacks=faults, log_every=8).fit(batches(bad=bad), max_epochs=1)
-    t = trainer(Watch(on_nonfinite="skip"), callbacks=faults, log_every=8)
+        made(Watch()).fit(batches(bad=bad), max_epochs=1)
+    t = made(Watch(on_nonfinite="skip"))
     t.fit(batches(bad=bad), max_epochs=1)
     assert all(bool(v.isfinite().all()) for v in t.model.state_dict().values())
 
@@ -115,6 +127,7 @@ def rolled_back(watch: Watch, bad: float, **options: Any) -> Trainer:
     """Copies after 0, 3, 6, ... steps; the batch of step 5 (place 4) is bad."""
     t = trainer(watch, net(dropout=0.5), **options)
     t.fit(batches(bad={4: bad}), max_epochs=1)
+    t.close()
     return t
 
 
@@ -150,6 +163,7 @@ def test_what_was_saved_after_the_copy_is_set_aside(tmp_path: Path) -> None:
     again = trainer(watch, net(dropout=0.5), run_dir=tmp_path, checkpointing=saving, resume="auto")
     assert again.step_count == 6
     assert_same(state(again), state(t))
+    again.close()
 
 
 def test_stop_ends_the_run_before_the_update() -> None:
