@@ -158,7 +158,8 @@ def render(measurements: Sequence[Measurement], where: Mapping[str, Any]) -> str
         for case in cases:
             spent, ratio = times(measurements, case, who), ratios(measurements, case, who, "off")
             cells += f" {spent.median * 1e3:.1f} |" if spent else " |"
-            cells += f" {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f}) |" if ratio else ""
+            of_off = f" {ratio.median:.4f} ({ratio.low:.4f} to {ratio.high:.4f})" if ratio else ""
+            cells += f"{of_off} |"
         lines.append(f"| {who} |{cells}")
     for case in cases:
         ratio = ratios(measurements, case, "on", "off")

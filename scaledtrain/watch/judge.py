@@ -158,8 +158,11 @@ class Judge:
             and trainer.step_count - self._snapshot.step >= self._options.copy_every
         ):
             self._snapshot = Snapshot(trainer)
-        for record in self._records:  # not before: a rollback removes those of later steps
-            trainer.metrics.note("trouble", trainer.step_count, record)
+        self._write_records()  # not before: a rollback removes those of later steps
+
+    def _write_records(self) -> None:
+        for record in self._records:
+            self._trainer.metrics.note("trouble", self._trainer.step_count, record)
         self._records.clear()
 
     def _agree(self, loss: float, samples: int, is_bad: bool) -> tuple[float | None, bool]:
@@ -214,8 +217,7 @@ class Judge:
             text = f"trouble in step {self._trainer.step_count + 1} on {others or 'no rank alone'}"
         if reaction == "stop" or over:
             why = f"; that is more than watch.at_most={self._options.at_most}" if over else ""
-            for record in self._records:
-                self._trainer.metrics.note("trouble", self._trainer.step_count, record)
+            self._write_records()
             error = LossSpikeError if what.startswith("a loss spike") else NonFiniteLossError
             raise error(
                 f"{text}{why}. Lower the learning rate, clip gradients (max_grad_norm=1.0), or "

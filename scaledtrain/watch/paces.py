@@ -94,10 +94,9 @@ class Paces:
         self._steps = 0
         self._windows = 0
         self._before = self._seconds()
-        self._own: tuple[int, str] = (0, "")  # the last window, as it is told
+        self._own: tuple[int, int, str] = (0, 0, "")  # the last window, its step, and its times
         self._sent = self._shown = 0
         self._tables: deque[tuple[int, Table]] = deque(maxlen=4)
-        self._step = 0
 
     def _seconds(self) -> dict[Phase, float]:
         return {phase: self._timeline.total(phase) for phase in PHASES}
@@ -110,26 +109,25 @@ class Paces:
             row = {phase: (now[phase] - self._before[phase]) / self._every for phase in PHASES}
             self._before = now
             self._windows += 1
-            self._step = step
-            self._own = (self._windows, json.dumps(row))
+            self._own = (self._windows, step, json.dumps(row))
         return self._tables.popleft() if self._tables else None
 
     def exchange(self) -> None:
         """Tell the own times, and on rank 0 take the others'."""
-        window, text = self._own
+        window, step, text = self._own
         if window > self._sent:
             self._notes.write(f"pace/{self._notes.rank}", f"{window} {text}")
             self._sent = window
         if self._notes.rank == 0 and window > self._shown:
-            self._collect(window)
+            self._collect(window, step)
 
-    def _collect(self, window: int) -> None:
+    def _collect(self, window: int, step: int) -> None:
         """Make a table when all have told this window, or a later one."""
         told = [self._notes.read(f"pace/{rank}") for rank in range(self._notes.size)]
         pairs = [text.split(" ", 1) for text in told if text is not None]
         if len(pairs) == self._notes.size and all(int(number) >= window for number, _ in pairs):
             rows = [json.loads(row) for _, row in pairs]
-            self._tables.append((self._step, Table(rows, self._factor)))
+            self._tables.append((step, Table(rows, self._factor)))
             self._shown = window
 
     def last(self) -> tuple[int, Table] | None:
