@@ -41,10 +41,12 @@ def train(run_dir: Path, stopped: int) -> None:
         trainer.fit(BATCHES, max_epochs=100)
 
 
-@pytest.mark.parametrize("stopped", [1, 0])  # rank 0 has the store over which ranks tell
-def test_a_stopped_process_is_named_and_the_others_end(tmp_path: Path, stopped: int) -> None:
+@pytest.mark.parametrize(("stopped", "size"), [(1, 3), (0, 2)])  # rank 0 has the job's store
+def test_a_stopped_process_is_named_and_the_others_end(
+    tmp_path: Path, stopped: int, size: int
+) -> None:
     with pytest.raises(RankFailed, match="exit code 70"):
-        run_ranks(train, 3, tmp_path, stopped, timeout_seconds=60)
+        run_ranks(train, size, tmp_path, stopped, timeout_seconds=90)
     texts = [path.read_text() for path in tmp_path.glob("stuck-*.txt")]
     assert texts
     for text in texts:
