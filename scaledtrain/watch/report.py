@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from scaledtrain.watch.position import Place
 
-__all__ = ["Part", "compose", "save", "stacks"]
+__all__ = ["Part", "compose", "compose_alone", "save", "stacks"]
 
 _MOST_CHARACTERS = 60_000  # of one rank: a thousand of them are still a file that opens
 
@@ -78,6 +78,17 @@ def compose(
     for rank in silent:
         lines += ["", f"--- rank {rank} does not answer: stopped, dead, or held in C code ---"]
     return "\n".join(lines) + "\n"
+
+
+def compose_alone(reason: str, rank: int, part: Part) -> str:
+    """The report of one rank that can reach no other: it knows nothing about them."""
+    lines = [f"{reason}; this rank ends (exit code 70)", "", _HEAD, _row(rank, part, None)]
+    lines += [
+        "",
+        f"rank {rank} tells this about itself alone: the job's store, which is on rank 0 or at the "
+        "launcher, does not answer",
+    ]
+    return "\n".join([*lines, "", f"--- rank {rank} ---", part.stacks.rstrip()]) + "\n"
 
 
 _HEAD = f"{'rank':>6}  {'step':>8}  {'epoch':>6}  {'in':<9} for"

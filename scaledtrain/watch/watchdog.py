@@ -17,7 +17,7 @@ from scaledtrain.comm.notes import Notes
 from scaledtrain.launching import STUCK, tell
 from scaledtrain.watch.policy import Watch
 from scaledtrain.watch.position import Position
-from scaledtrain.watch.report import Part, compose, save, stacks
+from scaledtrain.watch.report import Part, compose, compose_alone, save, stacks
 
 __all__ = ["Watchdog", "round_seconds"]
 
@@ -137,11 +137,7 @@ class Watchdog:
         thread.start()
         thread.join(_STORE_SECONDS)
         if not told.is_set():
-            text = compose(reason, {self._notes.rank: own}, {}, self._notes.size, self._lockstep)
-            self._show(
-                f"{text}(rank {self._notes.rank} tells this about itself: the job's store, on rank "
-                "0 or at the launcher, does not answer)\n"
-            )
+            self._show(compose_alone(reason, self._notes.rank, own))
 
     def _tell_all(self, reason: str, own: Part, told: threading.Event) -> None:
         notes = self._notes

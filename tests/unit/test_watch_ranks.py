@@ -194,7 +194,8 @@ def test_where_the_store_does_not_answer_each_tells_about_itself(
     dog.close()
     store.free.set()
     (report,) = reports(tmp_path)
-    assert "rank 1 tells this about itself: the job's store, on rank 0" in report
+    assert "rank 1 tells this about itself alone: the job's store, which is on rank 0" in report
+    assert "--- rank 0" not in report
     assert "thread MainThread" in report
 
 
