@@ -72,10 +72,11 @@ class Metrics:
     * ``bytes_sent``: payload that this rank handed to a transport, per step of this replica;
     * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
 
-    An evaluation is a line with ``kind`` ``"evaluation"``. With a traced timeline
-    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began (with
-    stages also one for each pass, as ``["0F1", start, end]``, see `PipelineOrder`), and
-    before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
+    An evaluation is a line with ``kind`` ``"evaluation"``. What a `scaledtrain.watch.Watch` sees
+    are lines of kind ``"ranks"``, seconds a step of each rank, and ``"trouble"``. With a traced
+    timeline ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit
+    began (with stages also one for each pass, as ``["0F1", start, end]``, see `PipelineOrder`),
+    and before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
     ranks share.
 
     A crash loses the records since the last interval; every line written is whole.
@@ -284,6 +285,10 @@ class Metrics:
     def say(self, text: str) -> None:
         """Show a line on rank 0."""
         Console(None, self._show).say(text)
+
+    def note(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        """Write down something else than a record or an evaluation; only into the file."""
+        self._append("metrics", [{"kind": kind, "step": step, **record}])
 
     def _write(self, kind: str, step: int, values: dict[str, float], **more: Any) -> None:
         seconds = self._seconds_before + self.seconds

@@ -281,7 +281,11 @@ class Replica:
         return nn.utils.get_total_norm(present)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before."""
+        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before.
+
+        Of one that is not finite nothing is scaled, so that it can be seen which gradients are not.
+        """
         norm = self.gradient_norm()
-        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        finite = norm.nan_to_num(0.0, posinf=0.0)
+        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, finite)
         return norm

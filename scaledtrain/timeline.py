@@ -61,6 +61,7 @@ class Timeline:
         self._spans: list[Span] = []
         self._named: list[Named] = []
         self._seconds: dict[Phase, float] = {}
+        self._drained: dict[Phase, float] = {}
         # Start and length of the last spans that lie in no other one so far.
         self._outermost: deque[tuple[float, float]] = deque(maxlen=_MAX_INSIDE)
 
@@ -94,5 +95,11 @@ class Timeline:
     def drain(self) -> tuple[dict[Phase, float], list[Span]]:
         """Seconds by phase and the kept spans since the last drain."""
         seconds, spans = self._seconds, self._spans
+        for phase in seconds:
+            self._drained[phase] = self.total(phase)
         self._seconds, self._spans = {}, []
         return seconds, spans
+
+    def total(self, phase: Phase) -> float:
+        """Seconds of a phase since the beginning, drained or not."""
+        return self._drained.get(phase, 0.0) + self._seconds.get(phase, 0.0)

@@ -392,6 +392,7 @@ def _assemble(
         console=config.console,
         trace=config.trace,
         checkpointing=config.checkpointing,
+        watch=config.watch,
         resume=config.resume,
         link=link,
     )

@@ -123,6 +123,7 @@ class Saver:
         self._word = 0
         self._round = 0
         self._saved_step: int | None = None
+        self._last_step = 0
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
 
@@ -153,6 +154,15 @@ class Saver:
         self._saved_step = step if is_saved else None
         if self._rank == 0:
             set_aside(self._folder, after=-1 if step is None else step)
+
+    def went_back(self, step: int) -> None:
+        """The run is at this step again; what it saved since is set aside, as it is another's."""
+        self._writer.finish()
+        if self._saved_step is not None and self._saved_step > step:
+            self._saved_step = None
+        self._last_step = min(self._last_step, step)
+        if self._rank == 0:
+            set_aside(self._folder, after=step)
 
     def start(self, max_steps: int | None) -> None:
         """A fit begins; the strategy has been started with this limit."""

@@ -387,6 +387,20 @@ class ReplicaLoader:
             self._stateful.load_state_dict(state)
             self._is_placed = True
 
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """What the sampler gave for each batch of a step here: indices; None if there is none."""
+        if not isinstance(self._order, _EveryNth):
+            return None
+        order = copy.copy(self._order)  # that of the epoch under way stays where it is
+        rank = self._rank_in(epoch)
+        order.begin(epoch, rank + step * self._accumulation * self._replicas)
+        return list(islice(order, self._accumulation))[self._share[0] :: self._share[1]]
+
+    def _rank_in(self, epoch: int) -> int:
+        if self._alone and self._length is not None:
+            return (self._rank - epoch * self._length) % self._replicas
+        return self._rank
+
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
     ) -> Generator[StepBatch, None, None]:
@@ -403,9 +417,7 @@ class ReplicaLoader:
         self._ready = ready or (lambda: None)
         if self._generator is not None:  # of the seeds of the loader's workers
             self._generator.manual_seed(self._seed + self._rank + _EPOCH_SEEDS * epoch)
-        rank = self._rank
-        if self._alone and self._length is not None:
-            rank = (self._rank - epoch * self._length) % self._replicas
+        rank = self._rank_in(epoch)
         if self._order is not None:
             self._order.begin(epoch, self._first(start * self._per_step, rank))
         windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
