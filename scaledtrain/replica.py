@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group
+from scaledtrain.copies import copied
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim.narrow import Rounding, WideStep
 
@@ -82,7 +83,7 @@ class Updater:
         """A copy of the state of the optimizer, of the schedule, and of the rounding."""
         scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
         # Copied here and below, since torch's own dictionaries share the tensors in use.
-        state = copy.deepcopy({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
+        state = copied({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
         return {**state, "rounding": None if self._wide is None else self._wide.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.launching import Interrupted, guarded, workers_to_start
 from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
 from scaledtrain.parallel.accelerate import with_accelerate
+from scaledtrain.records import write_file
 from scaledtrain.rendezvous import Connection, Transport, connect
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
@@ -194,7 +195,7 @@ def run_settled(
     trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
     if run_dir is not None and writes:
-        (run_dir / "config.yaml").write_bytes(to_yaml(config).encode())
+        write_file(run_dir / "config.yaml", to_yaml(config))
     with trainer:
         try:
             result = trainer.fit(
@@ -218,8 +219,7 @@ def run_settled(
             "data": task.facts,
             "environment": environment(link),
         }
-        text = json.dumps(told, indent=2)
-        (run_dir / "result.json").write_text(f"{text}\n", encoding="utf-8")
+        write_file(run_dir / "result.json", f"{json.dumps(told, indent=2)}\n")
     return result
 
 
