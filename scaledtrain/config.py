@@ -127,6 +127,7 @@ class TrainConfig:
     log_every: int
     console: bool
     trace: bool
+    init_from: str | None = None
     checkpointing: Checkpointing | None = None
     resume: str | None = None
 

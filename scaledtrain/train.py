@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
@@ -290,6 +291,8 @@ def _assemble(
             f"model names {config.model['_target_']!r}, which returned {_a(model)}; it must return "
             "a torch.nn.Module"
         )
+    if config.init_from is not None:
+        load_weights(model, config.init_from)
     strategy = make(config.strategy)
     callbacks = list(callbacks)
     if config.target.metric is not None:

@@ -241,7 +241,7 @@ class Trainer:
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
         self._saver: Saver | None = None
         try:
-            self._saver = resume_and_save(self, checkpointing, resume, run_dir)
+            self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
         except BaseException:
             self._release()
             raise

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from scaledtrain.checkpoint.folder import SavedStep
 from scaledtrain.checkpoint.policy import Checkpointing
 from scaledtrain.checkpoint.resume import CHECKPOINTS, find, goes_on_in, load
@@ -19,6 +21,7 @@ __all__ = ["resume_and_save"]
 
 def resume_and_save(
     trainer: Trainer,
+    model: nn.Module,
     options: Checkpointing | None,
     resume: str | Path | None,
     run_dir: str | Path | None,
@@ -27,6 +30,7 @@ def resume_and_save(
 
     Args:
         trainer: with all its parts.
+        model: as it was given to the trainer, which may have a piece of it.
         options: when to save; None: never.
         resume: ``"auto"``, or the folder of a checkpoint or of a run; None: begin anew.
         run_dir: where checkpoints go, unless ``options`` has a folder.
@@ -75,10 +79,10 @@ def resume_and_save(
             owner=owner,
             agree=layout.agree,
             facts={
-                "model": type(trainer.model).__name__,
+                "model": type(model).__name__,
                 "strategy": str(strategy),
                 "precision": str(trainer.precision),
-                "config": config_of(trainer.model),
+                "config": config_of(model),
             },
         )
     saved = None if resume is None else find(resume, folder, link)
