@@ -198,10 +198,10 @@ def test_a_run_of_the_command_goes_out_as_a_program_and_comes_in_again(
 ) -> None:
     words = ["model.hidden=[4]", "console=false", "checkpointing=steps", "max_steps=2"]
     with connect() as link:
-        first = train(check(compose("train", words)), link, tmp_path / "run")
+        first = train(check(compose(words, "train")), link, tmp_path / "run")
         assert run(["export", "--program", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
         again = [*words[:2], f"init_from={tmp_path / 'out'}", "max_steps=1", "optimizer.lr=1e-30"]
-        second = train(check(compose("train", again)), link, tmp_path / "again")
+        second = train(check(compose(again, "train")), link, tmp_path / "again")
     assert capsys.readouterr().out.split()[-1] == str(tmp_path / "out" / "model.pt2")
     assert second.evaluation == first.evaluation
 
