@@ -12,8 +12,11 @@ python -m scaledtrain.checkpoints export RUN TO     weights as safetensors, as s
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from scaledtrain.launching import guarded
 
 __all__ = ["main", "run"]
 
+_SHOWN = 20
 _RUN = "folder of a run, of its checkpoints, or of one of them"
 
 
@@ -87,7 +91,8 @@ def _list(parsed: Any) -> int:
         values = "  ".join(f"{name} {value:.4f}" for name, value in manifest.evaluation.items())
         about = f"{manifest.facts.get('model', '?')}, {manifest.facts.get('strategy', '?')}"
         size = f"{megabytes:.1f} MiB  {ranks} rank{'s' if ranks > 1 else ''}"
-        print(f"{saved.path.name}  {size}  {about}  {values}".rstrip())
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved.path.stat().st_mtime))
+        print(f"{saved.path.name}  {at}  {size}  {about}  {values}".rstrip())
     return 0
 
 
@@ -99,7 +104,7 @@ def _verify(parsed: Any) -> int:
 
 
 def _diff(parsed: Any) -> int:
-    """The largest difference of each tensor; exit code 1 if there is one, as diff's."""
+    """What differs, of each tensor the most; exit code 1 if something does, as diff's."""
     first, second = (
         CheckpointReader(newest_intact(path)) for path in (parsed.first, parsed.second)
     )
@@ -118,8 +123,40 @@ def _diff(parsed: Any) -> int:
                 text = f"differs by at most {largest:.3g}"
         differences += 1
         print(f"{name}  {text}")
-    print(f"{differences} of {len({*first.tensors, *second.tensors})} tensors differ")
-    return int(differences > 0)
+    a, b = dict(_values(first)), dict(_values(second))
+    others = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    for name in others[:_SHOWN]:
+        print(f"{name}  {a.get(name)} and {b.get(name)}")
+    if len(others) > _SHOWN:
+        print(f"... and {len(others) - _SHOWN} other values")
+    print(
+        f"{differences} of {len({*first.tensors, *second.tensors})} tensors and "
+        f"{len(others)} of {len({*a, *b})} other values differ"
+    )
+    return int(differences > 0 or bool(others))
+
+
+def _values(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
+    """What is no tensor in the states of all ranks; generators as one value each."""
+    for rank in reader.manifest.ranks:
+        yield from _leaves(reader.skeleton(rank), f"rank-{rank:05d}")
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        yield path, node
+        return
+    ((kind, content),) = node.items()
+    if path.endswith("/generators"):
+        yield path, hashlib.sha256(json.dumps(node).encode()).hexdigest()[:12]
+    elif kind in ("dict", "counter"):
+        for key, value in content:
+            yield from _leaves(value, f"{path}/{key}")
+    elif kind in ("list", "tuple", "set"):
+        for number, value in enumerate(content):
+            yield from _leaves(value, f"{path}/{number}")
+    elif kind == "float":
+        yield path, content
 
 
 def _export(parsed: Any) -> int:
