@@ -99,10 +99,12 @@ class Plan:
         transport = draw.choice(["shared_memory", "torch"])
         asynchronous = draw.random() < 0.5
         kinds = KINDS if n > 1 else KINDS[:-1]  # one rank has no connection to lose
-        faults = [
-            Fault(draw.choice(kinds), draw.randrange(n), draw.randrange(1, STEPS), draw.random())
-            for _ in range(draw.randint(1, 3))
-        ]
+        faults = []
+        for _ in range(draw.randint(1, 3)):
+            kind, rank = draw.choice(kinds), draw.randrange(n)
+            if kind == "damage":  # of which only a job that begins again takes notice
+                rank = 0
+            faults.append(Fault(kind, rank, draw.randrange(1, STEPS), draw.random()))
         return cls(seed, strategy, n, transport, asynchronous, tuple(faults))
 
     @property
