@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -123,15 +123,15 @@ def _diff(parsed: Any) -> int:
                 text = f"differs by at most {largest:.3g}"
         differences += 1
         print(f"{name}  {text}")
-    a, b = dict(_values(first)), dict(_values(second))
-    others = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+    one, other = dict(_values(first)), dict(_values(second))
+    others = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
     for name in others[:_SHOWN]:
-        print(f"{name}  {a.get(name)} and {b.get(name)}")
+        print(f"{name}  {one.get(name)} and {other.get(name)}")
     if len(others) > _SHOWN:
         print(f"... and {len(others) - _SHOWN} other values")
     print(
         f"{differences} of {len({*first.tensors, *second.tensors})} tensors and "
-        f"{len(others)} of {len({*a, *b})} other values differ"
+        f"{len(others)} of {len({*one, *other})} other values differ"
     )
     return int(differences > 0 or bool(others))
 
@@ -170,7 +170,7 @@ def _export(parsed: Any) -> int:
 
 def _export_program(checkpoint: Path, to: Path) -> Path:
     """With the model, and a batch, of the config that the training command left in the run."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from scaledtrain.checkpoint.program import export_program
     from scaledtrain.config import check
@@ -183,7 +183,7 @@ def _export_program(checkpoint: Path, to: Path) -> Path:
             f"there is no {written}, which says how the model is made; for a run of your own "
             "script call scaledtrain.checkpoint.program.export_program(model, batch, folder)"
         )
-    config, task = settle(check(OmegaConf.to_container(OmegaConf.load(written))))
+    config, task = settle(check(cast(DictConfig, OmegaConf.load(written))))
     model = make(config.model)
     load_weights(model, checkpoint)
     return export_program(model, next(iter(task.train_loader(2))), to)
