@@ -155,6 +155,7 @@ class TrainConfig:
     trace: bool
     elastic: bool = False
     batch: Node | None = None
+    init_from: str | None = None
     checkpointing: Checkpointing | None = None
     watch: Watch | None = None
     resume: str | None = None

@@ -20,6 +20,7 @@ from scaledtrain.checkpoint.begin import resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
+from scaledtrain.copies import copied
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
@@ -261,7 +262,7 @@ class Trainer:
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
         self._saver: Saver | None = None
         try:
-            self._saver = resume_and_save(self, checkpointing, resume, run_dir)
+            self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
             self.watcher = Watcher(watch, self, loss_fn, run_dir, self._saver)
         except BaseException:
             self._release()
@@ -583,7 +584,7 @@ class Trainer:
         loader = self._loader
         self.layout.refresh()
         return {
-            "model": copy.deepcopy(self.model.state_dict()),
+            "model": copied(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -684,7 +685,7 @@ class Trainer:
         """Close files; the model is the user's again."""
         if self._saver is not None:
             self._saver.close()
-        self.metrics.close()
+        self.metrics.finish()
         self.layout.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()

@@ -389,12 +389,15 @@ class ReplicaLoader:
 
     def samples(self, epoch: int, step: int) -> list[Any] | None:
         """What the sampler gave for each batch of a step here: indices; None if there is none."""
-        if not isinstance(self._order, _EveryNth):
+        if not isinstance(self._order, _EveryNth) or self._total is None:
             return None
         order = copy.copy(self._order)  # that of the epoch under way stays where it is
-        rank = self._rank_in(epoch)
-        order.begin(epoch, rank + step * self._accumulation * self._replicas)
-        return list(islice(order, self._accumulation))[self._share[0] :: self._share[1]]
+        start = step * self._per_step
+        first = self._first(start, self._rank_in(epoch))
+        stop = min(start + self._window, self._total)
+        order.begin(epoch, first)
+        own = islice(order, len(range(first, stop, self._replicas)))
+        return list(own)[self._share[0] :: self._share[1]]
 
     def _rank_in(self, epoch: int) -> int:
         if self._alone and self._length is not None:
