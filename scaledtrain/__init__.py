@@ -1,5 +1,6 @@
 """scaledtrain: distributed training from synchronous to asynchronous, behind one Trainer."""
 
+from scaledtrain.batch_growth import BatchGrowth
 from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.checkpoint import Checkpointing, Preempted
 from scaledtrain.drop_compute import DropCompute, choose_threshold
@@ -8,6 +9,7 @@ from scaledtrain.errors import (
     ClusterError,
     ConfigError,
     DeadlockError,
+    LossSpikeError,
     NonFiniteLossError,
     PeerLostError,
     RendezvousError,
@@ -17,6 +19,7 @@ from scaledtrain.errors import (
 )
 from scaledtrain.memory import estimate_memory
 from scaledtrain.mesh import Mesh
+from scaledtrain.noise_scale import NoiseScale
 from scaledtrain.precision import Precision
 from scaledtrain.rendezvous import connect
 from scaledtrain.replica import Replica
@@ -26,11 +29,13 @@ from scaledtrain.server import Asynchronous, Server
 from scaledtrain.simulate import simulate
 from scaledtrain.strategies import DiLoCo, LocalSGD, ParameterServer, Strategy, Sync
 from scaledtrain.trainer import FitResult, Trainer
+from scaledtrain.watch import Watch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Asynchronous",
+    "BatchGrowth",
     "Callback",
     "CheckpointError",
     "Checkpointing",
@@ -41,7 +46,9 @@ __all__ = [
     "DiLoCo",
     "FitResult",
     "LocalSGD",
+    "LossSpikeError",
     "Mesh",
+    "NoiseScale",
     "NonFiniteLossError",
     "ParameterServer",
     "PeerLostError",
@@ -58,6 +65,7 @@ __all__ = [
     "Sync",
     "Trainer",
     "WaitTimeoutError",
+    "Watch",
     "choose_threshold",
     "connect",
     "estimate_memory",

@@ -20,6 +20,7 @@ from scaledtrain.checkpoint.begin import resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
+from scaledtrain.copies import copied
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
@@ -27,7 +28,7 @@ from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
-from scaledtrain.parallel.batches import Steps
+from scaledtrain.parallel.batches import Steps, share_out
 from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor
@@ -41,6 +42,8 @@ from scaledtrain.seeding import (
     set_generator_states,
 )
 from scaledtrain.strategies import Strategy, Sync
+from scaledtrain.watch import Watch
+from scaledtrain.watch.watcher import Watcher
 
 __all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
 
@@ -85,6 +88,9 @@ class Trainer:
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
         gradient_accumulation_steps: batches of the loader per step on each replica.
+        batches_per_step: batches of the loader per step on all replicas together, instead: a run
+            that goes on with more or fewer of them keeps its global batch. Where they do not divide
+            some replicas have one more, in turns.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
         eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
@@ -100,8 +106,10 @@ class Trainer:
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
         checkpointing: when the run is saved; None: never.
-        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir`` (none:
-            it begins), or the path of a checkpoint or of a run.
+        watch: what is done about ranks that hang or are slow, and about NaN and loss spikes.
+        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir``, or
+            what hosts kept of it in memory if that is newer (none: it begins), or the path of a
+            checkpoint or of a run.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
 
@@ -137,6 +145,7 @@ class Trainer:
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
+        batches_per_step: int | None = None,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
         eval_metrics: Mapping[str, Metric] | None = None,
@@ -150,6 +159,7 @@ class Trainer:
         console: bool = True,
         trace: bool = False,
         checkpointing: Checkpointing | None = None,
+        watch: Watch | None = None,
         resume: str | Path | None = None,
         link: Link | None = None,
     ) -> None:
@@ -167,8 +177,19 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
+        strategy = strategy or Sync()
+        if batches_per_step is not None:
+            gradient_accumulation_steps = share_out(
+                batches_per_step,
+                gradient_accumulation_steps,
+                mesh or Mesh(),
+                self.link.group.size,
+                strategy.replicas_equal,
+            )
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
+        n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._described = f"{type(model).__name__}, {n_parameters:,} trainable parameters"
         recipe = Recipe(
             self.precision,
             optimizer,
@@ -180,7 +201,7 @@ class Trainer:
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
-        self.strategy: Strategy = strategy or Sync()
+        self.strategy: Strategy = strategy
         self.layout.check_fits(self.strategy, drop_compute, slowdown)
         self.replica = Replica(
             self.model,
@@ -219,7 +240,7 @@ class Trainer:
             timeline=self.timeline,
             device=self.link.device,
             bytes_sent=lambda: self.link.bytes_sent,
-            scaling=self.scaler.metrics,
+            more=self._more_metrics,
             data_ranks=self.layout.data_ranks,
             log_every=log_every,
             console=console,
@@ -228,8 +249,9 @@ class Trainer:
         self.steps_in_epoch = 0
         self._loss_fn = loss_fn
         self._accumulation = gradient_accumulation_steps
+        self._batches_per_step = batches_per_step
         self._max_grad_norm = max_grad_norm
-        self._eval_metrics = dict(eval_metrics or {})
+        self.eval_metrics = dict(eval_metrics or {})
         self._callbacks = list(callbacks)
         self._seed = seed
         self._loop: FitLoop | None = None
@@ -240,7 +262,8 @@ class Trainer:
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
         self._saver: Saver | None = None
         try:
-            self._saver = resume_and_save(self, checkpointing, resume, run_dir)
+            self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
+            self.watcher = Watcher(watch, self, loss_fn, run_dir, self._saver)
         except BaseException:
             self._release()
             raise
@@ -258,7 +281,9 @@ class Trainer:
 
         refused = None
         try:
-            self._checkpointing = self.layout.checkpoint(policy, sample, self._compile)
+            self._checkpointing = self.layout.checkpoint(
+                policy, sample, self._compile, batch.microbatches[largest]
+            )
         except ConfigError as error:  # with batches of another shape another rank may have none
             refused = error
         if self.layout.agree(refused is not None):
@@ -281,6 +306,23 @@ class Trainer:
         return {} if self._loop is None else self._loop.evaluation
 
     @property
+    def step_size(self) -> tuple[int, int | None]:
+        """Of a fit: batches of a step as configured, of all replicas, and samples of a batch."""
+        assert self._loader is not None
+        return self._loader.step_size
+
+    @property
+    def batch_multiple(self) -> int:
+        """How many steps as configured are made as one, from the next one on; of a fit."""
+        return 1 if self._loader is None else self._loader.multiple
+
+    @batch_multiple.setter
+    def batch_multiple(self, value: int) -> None:
+        """Set by a callback, on all replicas at the same step."""
+        assert self._loader is not None
+        self._loader.multiple = value
+
+    @property
     def step_count(self) -> int:
         """Updates that this replica's parameters have received."""
         return self.strategy.step
@@ -296,25 +338,36 @@ class Trainer:
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
             weight = self.schedule.weight(batch)
-            going = self.strategy.before_forward(self.schedule.backward_passes(batch), weight)
+            whole = [c.needs_own_gradients(self, batch) for c in self._callbacks]
+            passes = 0 if any(whole) else self.schedule.backward_passes(batch)
+            self.watcher.enter("pull")
+            going = self.strategy.before_forward(passes, weight)
             self.metrics.saw_staleness(self.strategy.staleness)
             if not self.in_lockstep:  # else its other pieces come to the same
                 going = not self.layout.agree(not going)
             if not going:
                 return False
+            self.watcher.begin_computing()
             start = self.timeline.now()
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
         self._call("on_gradients")
-        self.strategy.reduce_gradients(weight * computed.share)
+        self.watcher.enter("reduce")
+        if computed.is_due:
+            self.strategy.reduce_gradients(weight * computed.share)
+            self._call("on_reduced")
         finite, norm = self.scaler.check_and_clip(
-            self.replica, self._max_grad_norm, self.metrics.due()
+            self.replica, self._max_grad_norm, self.metrics.due() or self.watcher.needs_norm
         )
-        if finite:
+        in_order = self.watcher.is_in_order(batch, computed, norm)
+        self.watcher.enter("apply")
+        if finite and in_order and computed.is_due:
             self.strategy.apply_gradients()
         self.strategy.after_step()
-        self.metrics.record(self.strategy, computed.loss, computed.samples, norm)
+        counted = computed.samples if in_order else 0
+        self.metrics.record(self.strategy, computed.loss, counted, norm)
+        self.watcher.after_step()
         return True
 
     def _drain(self) -> None:
@@ -386,6 +439,7 @@ class Trainer:
             accumulation=self._accumulation,
             seed=self._seed,
             alone=not self.in_lockstep,
+            batches_per_step=self._batches_per_step,
         )
         self._loader = loader
         self._find_place(loader)
@@ -413,18 +467,22 @@ class Trainer:
         early = torch.tensor([int(self.layout.agree(run.may_stop))], device=self.link.device)
         self.strategy.lockstep.all_reduce([early], "max").wait()
         run.may_stop = bool(early.item())
-        # All begin at once, so times of different ranks are seconds since the same moment.
-        self.strategy.start(max_steps)
-        self.metrics.start(self.step_count, total)
-        if self._saver is not None:
-            self._saver.start(max_steps)
+        stop_request = self._saver.stop_request if self._saver is not None else nullcontext()
         try:
-            with self._saver.stop_request if self._saver is not None else nullcontext():
+            with self.watcher.watching(loader), stop_request:
+                # All begin at once, so times of different ranks are seconds since the same moment.
+                self.strategy.start(max_steps)
+                self.metrics.start(self.step_count, total)
+                if self._saver is not None:
+                    self._saver.start(max_steps)
                 self._call("on_fit_start")
                 stopped_by = run.run()
+                is_drained = self.schedule.pending > 0
+                self.watcher.enter("end")
                 self._drain()
                 if self._saver is not None:
-                    self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
+                    is_stopping = stopped_by not in ("max_steps", "max_epochs")
+                    self._saver.end(is_stopping, is_changed=is_drained)
                 else:
                     self.strategy.settle()
                 self.layout.share_buffers()
@@ -465,9 +523,10 @@ class Trainer:
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
         self.layout.share_buffers()
+        self.watcher.enter("evaluate")
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size)
-        names = ["loss", *self._eval_metrics]
+        names = ["loss", *self.eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (
             self.strategy.consensus(),
@@ -476,6 +535,7 @@ class Trainer:
         ):
             self.layout.refresh()
             for step in steps:
+                self.watcher.enter("evaluate")
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch, size)
                     if values:  # else another rank has them
@@ -491,12 +551,12 @@ class Trainer:
         outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
         if outputs is None:
             return []
-        if self._eval_metrics and not isinstance(batch, (tuple, list)):
+        if self.eval_metrics and not isinstance(batch, (tuple, list)):
             raise ConfigError(
-                f"eval_metrics ({', '.join(self._eval_metrics)}) compare outputs with targets, but "
+                f"eval_metrics ({', '.join(self.eval_metrics)}) compare outputs with targets, but "
                 f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
             )
-        metrics = self._eval_metrics.values()
+        metrics = self.eval_metrics.values()
         return [loss, *(metric(outputs[0], batch[1]) for metric in metrics)]
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
@@ -504,7 +564,9 @@ class Trainer:
 
         The rank that calls this computes all of them; nothing is communicated but parts of the
         model, so that ranks that have a replica together call it together. Batches may be inputs
-        alone, (inputs, targets), or dicts for the model.
+        alone, (inputs, targets), or dicts for the model. With ``mesh.pipe`` the rank of the last
+        stage has the outputs (the last rank, with ``ZBVZeroBubble`` and ``DualPipeV`` the first),
+        the others an empty list.
         """
         must_end(loader, "a prediction")
         self.layout.refresh()
@@ -512,12 +574,9 @@ class Trainer:
         with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
                 for batch in step.microbatches:
-                    with self.precision.autocast(self.link.device):
-                        if isinstance(batch, Mapping):
-                            outputs.append(self.model(**batch))
-                        else:
-                            first = batch[0] if isinstance(batch, (tuple, list)) else batch
-                            outputs.append(self.model(first))
+                    made = self.schedule.outputs(batch)
+                    if made is not None:  # else another rank has them
+                        outputs.append(made)
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
@@ -525,7 +584,7 @@ class Trainer:
         loader = self._loader
         self.layout.refresh()
         return {
-            "model": copy.deepcopy(self.model.state_dict()),
+            "model": copied(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -533,19 +592,18 @@ class Trainer:
             "seed": self._seed,
             "loader": None if loader is None else copy.deepcopy(loader.state_dict()),
             "step_size": None if loader is None else loader.step_size,
+            "steps_per_epoch": None if loader is None else loader.steps_per_epoch,
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
+            "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks],
         }
 
     def full_state_dict(self) -> dict[str, Any]:
         """The whole model's state dict: plain tensors on the host, by the model's own names.
 
-        It is this replica's, sharded or not. The ranks of a replica call this together; its first
-        rank has the result, the others an empty dict. A run with any layout begins with it if it is
-        loaded into the model before that is given to a Trainer.
-
-        Raises:
-            ConfigError: the model is divided into stages.
+        It is this replica's, in whatever layout. The ranks of a replica call this together; its
+        first rank has the result, the others an empty dict. A run with any layout begins with it if
+        it is loaded into the model before that is given to a Trainer.
         """
         return self.layout.full_state_dict()
 
@@ -566,9 +624,16 @@ class Trainer:
         self.epoch = state["epoch"]
         self.steps_in_epoch = state["steps_in_epoch"]
         self.metrics.load_state_dict(state["metrics"], self.step_count)
+        saved = list(state.get("callbacks", []))
+        for callback in self._callbacks:  # of several of a class, the first gets the first's
+            mine = next((s for s in saved if s[0] == type(callback).__name__), None)
+            if mine is not None:
+                saved.remove(mine)
+                callback.load_state_dict(mine[1])
         self._resumed = {
             "loader": state["loader"],
             "step_size": state["step_size"],
+            "steps_per_epoch": state.get("steps_per_epoch"),
             "generators": state.get("generators"),
         }
         self._ready()
@@ -583,6 +648,13 @@ class Trainer:
         then = self._resumed.get("step_size")
         if then is not None:
             self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
+            long, now = self._resumed["steps_per_epoch"], loader.steps_per_epoch
+            if then == loader.step_size and None not in (long, now) and long != now:
+                self.metrics.say(
+                    f"the data have another size: an epoch had {long} steps, and has {now} from "
+                    "here on, in another order, so that this one misses some samples or has some "
+                    "twice"
+                )
         if self._resumed.get("loader") is not None:
             loader.load_state_dict(self._resumed["loader"])
 
@@ -613,7 +685,7 @@ class Trainer:
         """Close files; the model is the user's again."""
         if self._saver is not None:
             self._saver.close()
-        self.metrics.close()
+        self.metrics.finish()
         self.layout.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()
@@ -623,21 +695,27 @@ class Trainer:
         for callback in self._callbacks:
             getattr(callback, moment)(self, *arguments)
 
+    def _more_metrics(self) -> dict[str, float]:
+        told = {**self.scaler.metrics()}
+        for callback in self._callbacks:
+            told.update(callback.metrics())
+        return told
+
     def _introduce(self, loader: Steps) -> None:
         """Say once what will run."""
         if self._introduced:
             return
         self._introduced = True
-        n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         replicas, each = self.layout.link.group.size, self.layout.pieces.size
         pieces = f" of {each} ranks" if each > 1 else ""
         local = "as loaded" if loader.batch_size is None else loader.batch_size
         self.metrics.say(
-            f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
+            f"scaledtrain: {self._described}; "
             f"{replicas} replica{'s' if replicas > 1 else ''}{pieces} on "
             f"{self.link.device.type} over {self.link.transport}; strategy "
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
+            + ("" if self._batches_per_step is None else f", {self._batches_per_step} in a step")
         )
         if self.layout.told:
             self.metrics.say(self.layout.told)

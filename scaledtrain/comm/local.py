@@ -9,30 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from scaledtrain.comm.notes import Notes
 from scaledtrain.comm.protocols import Handle, ReduceOp
 from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTimeoutError
 
 __all__ = ["AbsentGroup", "Done", "LocalBoard", "LocalGroup", "LocalPeers", "Undivided"]
-
-
-class Undivided:
-    """What a link lacks whose ranks are always whole replicas."""
-
-    timeout_seconds = math.inf
-
-    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Any:
-        """Raise ConfigError."""
-        raise self._error()
-
-    def process_group(self) -> Any:
-        """Raise ConfigError."""
-        raise self._error()
-
-    def _error(self) -> ConfigError:
-        return ConfigError(
-            "mesh.pipe and mesh.shard are for real ranks: here, in a simulation, a replay or an "
-            "estimate of memory, each rank is a whole replica; set both to 1"
-        )
 
 
 class Done:
@@ -62,6 +43,31 @@ class LocalGroup:
     def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """These tensors alone."""
         return [list(tensors)]
+
+
+class Undivided:
+    """What a link lacks whose ranks are always whole replicas."""
+
+    timeout_seconds = math.inf
+    pieces = LocalGroup()
+
+    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Any:
+        """Raise ConfigError."""
+        raise self._error()
+
+    def process_group(self) -> Any:
+        """Raise ConfigError."""
+        raise self._error()
+
+    def notes(self) -> Notes | None:
+        """None: ranks that wait here for ever are found by whatever runs them."""
+        return None
+
+    def _error(self) -> ConfigError:
+        return ConfigError(
+            "mesh.pipe and mesh.shard are for real ranks: here, in a simulation, a replay or an "
+            "estimate of memory, each rank is a whole replica; set both to 1"
+        )
 
 
 class AbsentGroup:

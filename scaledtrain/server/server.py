@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.copies import copied
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Updater
 from scaledtrain.server.admission import Admission
@@ -23,7 +24,6 @@ from scaledtrain.server.correction import (
     Context,
     Correction,
     Uncorrected,
-    scaled_learning_rate,
 )
 from scaledtrain.server.ledger import Ledger
 from scaledtrain.server.mean import WeightedMean
@@ -251,8 +251,7 @@ class Server:
     def _update(self) -> None:
         scale = self._mean.finish()
         self._correction.before_update(self._context)
-        with scaled_learning_rate(self._updater.optimizer, scale):
-            self._updater.step()
+        self._updater.step(scale)
         self._correction.after_update(self._context)
         self._mean.clear()
         self.ledger.update()
@@ -269,7 +268,7 @@ class Server:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the future depends on, gradients that wait for others included."""
         return {
-            "parameters": [p.detach().clone() for p in self.parameters],
+            "parameters": copied([p.detach() for p in self.parameters]),
             "mean": self._mean.state_dict(),
             "updater": self._updater.state_dict(),
             "ledger": self.ledger.state_dict(),

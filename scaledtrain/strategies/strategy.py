@@ -39,15 +39,18 @@ class Strategy(ABC):
         may_abandon: whether ``abandons`` is worth asking.
         settles_to_save: ``state_dict`` is exact only when all replicas have settled.
         replicas_equal: parameters and optimizer are the same on all replicas after every step.
+        pushes_gradients: a gradient of the whole replica is handed over to somebody else.
     """
 
     staleness: int | None = None
     may_abandon = False
     settles_to_save = False
     replicas_equal = False
+    pushes_gradients = False
 
     def __init__(self) -> None:
         self.step = 0
+        self._lr_scale = 1.0
         self._max_steps: int | None = None
 
     def __str__(self) -> str:
@@ -94,7 +97,7 @@ class Strategy(ABC):
     def apply_gradients(self) -> None:
         """Let the replica's own optimizer use the gradients."""
         start = self._timeline.now()
-        self._updater.step()
+        self._updater.step(self._lr_scale)
         self._timeline.add("compute", start)
 
     def after_step(self) -> None:
@@ -127,7 +130,11 @@ class Strategy(ABC):
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        return self._updater.learning_rate
+        return self._updater.learning_rate * self._lr_scale
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rates of the next updates by this, beside what a schedule does."""
+        self._lr_scale = factor
 
     @property
     def lockstep(self) -> Group:

@@ -8,11 +8,14 @@ event; what a crash of the machine cuts in half is left out by the reader.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from errno import ENOSPC
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -20,6 +23,8 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.server.operations import Kind, Operation
 
 __all__ = ["MAGIC", "Event", "EventLog", "begun_at", "read_events"]
+
+_logger = logging.getLogger(__name__)
 
 MAGIC = b"scaledtrain events 1\n".ljust(24, b"\0")
 _BEGIN = struct.Struct("<d")  # seconds on the clock of the spans of time of the same run
@@ -44,8 +49,11 @@ class Event(NamedTuple):
 class EventLog:
     """Writes the events of one run; 32 bytes and one system call each.
 
+    On a disk that is full the log ends, which is told: a log with a gap could not be made again.
+
     Args:
-        path: a new file; an old one is replaced.
+        path: a new file. One that is there, of an earlier part of a run that goes on, becomes
+            ``events-1.bin``, or the next number that is free.
         now: the clock, in seconds.
 
     Raises:
@@ -55,21 +63,35 @@ class EventLog:
     def __init__(self, path: Path, now: Callable[[], float] = time.perf_counter) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            if path.exists():
+                earlier = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
+                path.rename(next(name for name in earlier if not name.exists()))
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ConfigError(
                 f"the event log {path} cannot be written: {error}; choose another run_dir"
             ) from error
         self._now = now
         self._begin = now()
-        os.write(self._file, MAGIC + _BEGIN.pack(self._begin))
+        self._write(MAGIC + _BEGIN.pack(self._begin))
 
     def add(self, operation: Operation, accepted: bool = False, staleness: int = -1) -> None:
         """Write one event down."""
         kind, worker, version = operation
         seconds = self._now() - self._begin
         record = _RECORD.pack(kind, accepted, 0, worker, staleness, version, seconds)
-        os.write(self._file, record + _CHECKSUM.pack(zlib.crc32(record)))
+        self._write(record + _CHECKSUM.pack(zlib.crc32(record)))
+
+    def _write(self, content: bytes) -> None:
+        if self._file < 0:
+            return
+        try:
+            written = os.write(self._file, content)
+            if written < len(content):  # the reader leaves out what is cut off
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+        except OSError as error:
+            _logger.warning("the event log ends here: %s; training goes on", error)
+            self.close()
 
     def close(self) -> None:
         """Close the file."""
