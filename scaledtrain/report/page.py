@@ -108,7 +108,7 @@ def _page(logs: Mapping[str, RunLog]) -> str:
     script, places = components([*drawn, *bars], wrap_script=True)
     configs = [read_config(log.folder) for log in logs.values()]
     template = (files("scaledtrain.report") / "report.html").read_text(encoding="utf-8")
-    return Template(template, autoescape=True).render(
+    text: str = Template(template, autoescape=True).render(
         title=", ".join(logs) if len(logs) < 4 else f"{len(logs)} runs",
         version=scaledtrain.__version__,
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
@@ -134,6 +134,7 @@ def _page(logs: Mapping[str, RunLog]) -> str:
         all_configs=all(configs),
         timeline=_timeline(list(logs.values())),
     )
+    return text
 
 
 def _metrics(logs: Mapping[str, RunLog]) -> list[str]:
