@@ -73,8 +73,9 @@ class ParameterServer(Strategy):
             no use for gradients that are a version older.
 
     Example:
+        >>> from functools import partial
+        >>> import scaledtrain
         >>> import torch
-        >>>         >>> import scaledtrain
         >>> model, server = torch.nn.Linear(2, 1), ParameterServer()
         >>> replica = scaledtrain.Replica(model, partial(torch.optim.SGD, lr=0.1))
         >>> with scaledtrain.connect() as link:
