@@ -14,6 +14,8 @@ __all__ = ["Phase", "Span", "Timeline"]
 
 _MAX_INSIDE = 4096  # spans that one span can hold; forgetting more keeps memory bounded
 
+_WITH_OTHERS = ("communication", "waiting", "evaluation")
+
 Phase = Literal["data", "compute", "communication", "waiting", "evaluation"]
 
 
@@ -39,6 +41,9 @@ class Timeline:
             device time to the phase in which the host waits for it.
         keep: keep every span for ``drain``, not only the sums.
         clock: whose seconds are counted; default the host's.
+
+    Attributes:
+        waited: seconds in communication, waits and evaluations, since the timeline was made.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Timeline:
         self._device = device if device is not None and device.type == "cuda" else None
         self._spans: list[Span] = []
         self._seconds: dict[Phase, float] = {}
+        self.waited = 0.0
         # Start and length of the last spans that lie in no other one so far.
         self._outermost: deque[tuple[float, float]] = deque(maxlen=_MAX_INSIDE)
 
@@ -66,6 +72,8 @@ class Timeline:
             seconds -= self._outermost.pop()[1]
         self._outermost.append((start, end - start))
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        if phase in _WITH_OTHERS:
+            self.waited += seconds
         if self.keep:
             self._spans.append(Span(phase, start, end))
         return end

@@ -329,6 +329,7 @@ def _assemble(
         gradient_accumulation_steps=accumulation,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,
+        balance=make(config.balance),
         eval_metrics=task.metrics,
         callbacks=callbacks,
         seed=config.seed,

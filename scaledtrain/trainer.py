@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.balance import Balance
 from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.checkpoint.begin import resume_and_save
@@ -87,6 +88,7 @@ class Trainer:
         gradient_accumulation_steps: batches of the loader per step on each replica.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
+        balance: how many samples of a step each replica trains on; default `Even`.
         eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
         callbacks: called in order.
         seed: of data order, dropout and every other generator; each rank's differ where they
@@ -139,6 +141,7 @@ class Trainer:
         gradient_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
+        balance: Balance | None = None,
         eval_metrics: Mapping[str, Metric] | None = None,
         callbacks: Sequence[Callback] = (),
         seed: int = 0,
@@ -194,6 +197,7 @@ class Trainer:
         self.scaler = self.layout.scaler(partial(self.precision.scaler, self.replica))
         self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
         self.strategy.attach(self.replica, self.layout.link)
+        self.balancer = self.layout.balancer(balance, self.strategy)
         seed_everything(seed, self.link.group.rank)
         self._compile = compile
         called = self.layout.called
@@ -302,10 +306,12 @@ class Trainer:
                 going = not self.layout.agree(not going)
             if not going:
                 return False
-            start = self.timeline.now()
+            start, waited = self.timeline.now(), self.timeline.waited
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
+        if self.balancer is not None:
+            self.balancer.computed(self.step_count, start, waited, computed.samples)
         self._call("on_gradients")
         self.strategy.reduce_gradients(weight * computed.share)
         finite, norm = self.scaler.check_and_clip(
@@ -314,7 +320,8 @@ class Trainer:
         if finite:
             self.strategy.apply_gradients()
         self.strategy.after_step()
-        self.metrics.record(self.strategy, computed.loss, computed.samples, norm)
+        even = None if batch.even_samples is None else batch.even_samples * computed.share
+        self.metrics.record(self.strategy, computed.loss, computed.samples, norm, even)
         return True
 
     def _drain(self) -> None:
@@ -386,6 +393,7 @@ class Trainer:
             accumulation=self._accumulation,
             seed=self._seed,
             alone=not self.in_lockstep,
+            balancer=self.balancer,
         )
         self._loader = loader
         self._find_place(loader)
@@ -401,7 +409,7 @@ class Trainer:
             eval_every=eval_every,
             # Without these nobody can want to stop, and replicas need not ask each other.
             may_stop=max_seconds is not None or bool(self._callbacks),
-            after_step=self._saver.after_step if self._saver is not None else lambda: None,
+            after_step=self._step_ended,
             ready=self._ready,
         )
         total = max_steps
@@ -413,6 +421,8 @@ class Trainer:
         early = torch.tensor([int(self.layout.agree(run.may_stop))], device=self.link.device)
         self.strategy.lockstep.all_reduce([early], "max").wait()
         run.may_stop = bool(early.item())
+        if self.balancer is not None:
+            self.balancer.start()
         # All begin at once, so times of different ranks are seconds since the same moment.
         self.strategy.start(max_steps)
         self.metrics.start(self.step_count, total)
@@ -422,6 +432,8 @@ class Trainer:
             with self._saver.stop_request if self._saver is not None else nullcontext():
                 self._call("on_fit_start")
                 stopped_by = run.run()
+                if self.balancer is not None:
+                    self.balancer.end()
                 self._drain()
                 if self._saver is not None:
                     self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
@@ -436,6 +448,12 @@ class Trainer:
         finally:
             self.metrics.finish()
         return FitResult(self.step_count, self.metrics.seconds, stopped_by, run.evaluation)
+
+    def _step_ended(self) -> None:
+        if self.balancer is not None:
+            self.balancer.step_ended(self.step_count)
+        if self._saver is not None:
+            self._saver.after_step()
 
     def stop(self) -> None:
         """End the run soon; from a callback.
@@ -535,6 +553,7 @@ class Trainer:
             "step_size": None if loader is None else loader.step_size,
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
+            "balance": None if self.balancer is None else self.balancer.state_dict(),
         }
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -566,6 +585,8 @@ class Trainer:
         self.epoch = state["epoch"]
         self.steps_in_epoch = state["steps_in_epoch"]
         self.metrics.load_state_dict(state["metrics"], self.step_count)
+        if self.balancer is not None and state.get("balance") is not None:
+            self.balancer.load_state_dict(state["balance"])
         self._resumed = {
             "loader": state["loader"],
             "step_size": state["step_size"],

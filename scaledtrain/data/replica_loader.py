@@ -14,7 +14,6 @@ Of an iterable without a length b is not known, and each has the same places in 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -23,20 +22,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset
 
-from scaledtrain.data.ragged import Ragged
+from scaledtrain.data.division import count_samples
+from scaledtrain.data.map_style import SamplerOrder, rebuilt
 from scaledtrain.errors import ConfigError
-from scaledtrain.seeding import kept_generators, seed_everything
 
 __all__ = [
     "ReplicaLoader",
@@ -76,7 +66,7 @@ class StridedLoader(Protocol):
         """
 
 
-_EPOCH_SEEDS = 1_000_003  # apart from each other by more than there are ranks
+EPOCH_SEEDS = 1_000_003  # apart from each other by more than there are ranks
 
 
 @runtime_checkable
@@ -102,27 +92,13 @@ class StepBatch(NamedTuple):
     mean_samples: float | None = None
     """Samples per rank, where several make the gradient of one replica as the mean of theirs; None:
     this one makes it, from ``samples``."""
+    even_samples: float | None = None
+    """What this rank would have if the step's samples were shared out evenly; None: these."""
 
     @property
     def samples(self) -> int:
         """Samples in all microbatches."""
         return sum(self.sizes)
-
-
-def count_samples(batch: Any) -> int:
-    """Length of the first dimension of the first tensor (or list) in a batch."""
-    if isinstance(batch, Ragged):
-        return batch.samples
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        batch = batch[0]
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, Mapping):
-        return count_samples(next(iter(batch.values())))
-    if isinstance(batch, (tuple, list)) and batch:
-        first = batch[0]
-        return count_samples(first) if isinstance(first, (Mapping, tuple, list)) else len(batch)
-    return 1
 
 
 def must_end(loader: Iterable[Any], what: str) -> None:
@@ -150,11 +126,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class _EveryNth:
     """The batches of one replica from a sampler that yields batches of indices."""
 
-    def __init__(self, sampler: Iterable[Any], replicas: int, seed: int) -> None:
-        self._sampler = sampler
+    def __init__(self, order: SamplerOrder, replicas: int) -> None:
+        self._order = order
         self._replicas = replicas
-        self._seed = seed
-        self._random = _random_sampler(sampler)
         self._epoch = self._first = 0
 
     def begin(self, epoch: int, first: int) -> None:
@@ -162,20 +136,10 @@ class _EveryNth:
         self._epoch, self._first = epoch, first
 
     def __iter__(self) -> Iterator[Any]:
-        order: Iterable[Any] = self._sampler
-        seed = self._seed + self._epoch
-        if self._random is not None:
-            self._random.generator = torch.Generator().manual_seed(seed)
-        elif not _is_sequential(order):
-            # It may draw from global generators, whose state differs between the replicas.
-            with kept_generators():
-                seed_everything(seed)
-                order = list(order)
-        return islice(iter(order), self._first, None, self._replicas)
+        return islice(self._order.epoch(self._epoch), self._first, None, self._replicas)
 
     def __len__(self) -> int:
-        total: int = len(self._sampler)  # type: ignore[arg-type]
-        return len(range(self._first, total, self._replicas))
+        return len(range(self._first, len(self._order), self._replicas))
 
 
 class _Strided:
@@ -193,20 +157,6 @@ class _Strided:
 
     def __iter__(self) -> Iterator[Any]:
         return self._loader.batches(self._epoch, self._first, self._replicas, self._seed)
-
-
-def _random_sampler(sampler: Any) -> Any:
-    """The random sampler inside ``sampler``, if there is one of torch's, with its own generator."""
-    while isinstance(sampler, BatchSampler):
-        sampler = sampler.sampler
-    own_generator = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-    return sampler if isinstance(sampler, own_generator) else None
-
-
-def _is_sequential(sampler: Any) -> bool:
-    while isinstance(sampler, BatchSampler):
-        sampler = sampler.sampler
-    return isinstance(sampler, SequentialSampler)
 
 
 class ReplicaLoader:
@@ -285,39 +235,15 @@ class ReplicaLoader:
 
     def _shard(self, loader: DataLoader[Any]) -> None:
         """Rebuild a map-style loader so that it reads only this replica's batches."""
-        one_by_one = loader.batch_sampler is None  # batch_size=None: the sampler yields the batches
-        sampler: Any = copy.copy(loader.sampler if one_by_one else loader.batch_sampler)
-        if isinstance(sampler, BatchSampler):
-            sampler.sampler = copy.copy(sampler.sampler)
-            self.batch_size = sampler.batch_size
-        if isinstance(loader.sampler, DistributedSampler) or isinstance(
-            getattr(sampler, "sampler", None), DistributedSampler
-        ):
-            raise ConfigError(
-                "the loader has a DistributedSampler, but the Trainer shards loaders itself, so "
-                "most samples would never be seen; pass the loader as for one process "
-                "(shuffle=True)"
-            )
+        order = SamplerOrder.of(loader, self._seed)
+        self.batch_size = order.batch_size or self.batch_size
         try:
-            self._total = self._length = len(sampler)
+            self._total = self._length = len(order)
         except TypeError:  # a sampler without a length: read everything, keep what is ours
             return
-        own = self._order = _EveryNth(sampler, self._replicas, self._seed)
+        own = self._order = _EveryNth(order, self._replicas)
         self._generator = torch.Generator()
-        options: dict[str, Any] = {"sampler": own, "batch_size": None}
-        self._own = DataLoader(
-            loader.dataset,
-            **(options if one_by_one else {"batch_sampler": own}),
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=self._generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-        )
+        self._own = rebuilt(loader, own, self._generator)
         self._reads_all = False
 
     @property
@@ -381,7 +307,7 @@ class ReplicaLoader:
         """
         self._ready = ready or (lambda: None)
         if self._generator is not None:  # of the seeds of the loader's workers
-            self._generator.manual_seed(self._seed + self._rank + _EPOCH_SEEDS * epoch)
+            self._generator.manual_seed(self._seed + self._rank + EPOCH_SEEDS * epoch)
         rank = self._rank
         if self._alone and self._length is not None:
             rank = (self._rank - epoch * self._length) % self._replicas

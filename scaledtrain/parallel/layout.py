@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.balance.agree import Agree, InLockstep, OnBoard
+from scaledtrain.balance.balancer import Balancer
+from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
 from scaledtrain.data.replica_loader import ReplicaLoader, to_device
@@ -26,6 +29,7 @@ from scaledtrain.replica import MakeOptimizer, MakeScheduler
 from scaledtrain.schedule import MicrobatchLoop, Schedule
 
 if TYPE_CHECKING:
+    from scaledtrain.balance import Balance
     from scaledtrain.drop_compute import DropCompute
     from scaledtrain.loss_scale import LossScaler
     from scaledtrain.schedule import Slowdown
@@ -138,6 +142,7 @@ class Layout:
         accumulation: int = 1,
         seed: int = 0,
         alone: bool = False,
+        balancer: Balancer | None = None,
     ) -> Steps:
         """This rank's share of a loader's batches.
 
@@ -148,6 +153,7 @@ class Layout:
             accumulation: batches of a step on each rank.
             seed: of the order of the samples.
             alone: this replica is in step with no other.
+            balancer: tells how many samples each replica takes; None: as many as the others.
         """
         group, device = self._shard_group, self.link.device
         if alone and self._shards is not None and self._shards[0].needs_lockstep:
@@ -160,17 +166,67 @@ class Layout:
             rank, ranks, share = replica, replicas, (group.rank, group.size)
         else:
             rank, ranks, share = replica * group.size + group.rank, replicas * group.size, (0, 1)
-        own = ReplicaLoader(
-            loader,
-            rank=rank,
-            replicas=ranks,
-            accumulation=accumulation,
-            seed=seed,
-            device=device,
-            alone=alone,
-            share=share,
-        )
+        own: Steps
+        if balancer is not None:
+            own = BalancedLoader(
+                loader,
+                balancer,
+                replica=replica,
+                piece=(group.rank, group.size),
+                accumulation=accumulation,
+                seed=seed,
+                device=device,
+                alone=alone,
+            )
+        else:
+            own = ReplicaLoader(
+                loader,
+                rank=rank,
+                replicas=ranks,
+                accumulation=accumulation,
+                seed=seed,
+                device=device,
+                alone=alone,
+                share=share,
+            )
         return own if self._shards is None else AgreedBatches(own, group, device)
+
+    def balancer(self, balance: Balance | None, strategy: Strategy) -> Balancer | None:
+        """What shares samples out among the replicas; None: each takes equally many. Collective.
+
+        Raises:
+            ConfigError: that cannot be with this layout, or with this strategy.
+        """
+        replicas = self.link.group
+        if balance is None or balance.is_even or replicas.size == 1:
+            return None
+        if self._pipe is not None:
+            raise ConfigError(
+                f"balance is {balance}, but with mesh.pipe the batches of a replica are cut into "
+                "microbatches of one size; leave balance out, or set mesh.pipe to 1"
+            )
+        agree: Agree | None = None
+        if balance.every is not None:
+            agree = self._agree_on_costs(balance, strategy)
+        return Balancer(
+            balance, replicas.size, replicas.rank, self.link.timeline, self.link.device, agree
+        )
+
+    def _agree_on_costs(self, balance: Balance, strategy: Strategy) -> Agree:
+        if strategy.lockstep.size == self.link.group.size:
+            return InLockstep(strategy.lockstep, self.pieces, self.link.device)
+        if not strategy.makes_equal_steps:
+            raise ConfigError(
+                f"balance is {balance}, but the replicas of {strategy} do not wait for each other: "
+                "a fast one makes more steps; leave balance out, or give them shares that stay "
+                "(balance=fixed)"
+            )
+        if self.pieces.size > 1 or self.link.returned:
+            raise ConfigError(
+                f"balance is {balance}, which with {strategy} needs replicas of one rank that have "
+                "all been there from the start; take balance=fixed or even, or strategy=sync"
+            )
+        return OnBoard(self.link.board())
 
     @property
     def called(self) -> Callable[..., Any]:

@@ -39,12 +39,15 @@ class Strategy(ABC):
         may_abandon: whether ``abandons`` is worth asking.
         settles_to_save: ``state_dict`` is exact only when all replicas have settled.
         replicas_equal: parameters and optimizer are the same on all replicas after every step.
+        makes_equal_steps: no replica begins a step before all have ended the last one, although
+            they are not in lockstep.
     """
 
     staleness: int | None = None
     may_abandon = False
     settles_to_save = False
     replicas_equal = False
+    makes_equal_steps = False
 
     def __init__(self) -> None:
         self.step = 0

@@ -1,0 +1,218 @@
+"""Steps of which each replica takes as many samples as a balancer says."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from scaledtrain.balance.balancer import Balancer
+from scaledtrain.data.division import Divisible, Division, count_samples
+from scaledtrain.data.map_style import SamplerOrder, rebuilt
+from scaledtrain.data.replica_loader import EPOCH_SEEDS, ReplicaLoader, StepBatch, to_device
+from scaledtrain.errors import ConfigError
+
+__all__ = ["BalancedLoader"]
+
+Part = tuple[list[Any], int]
+"""A rank's microbatches of a step, and how many samples that has on all ranks."""
+
+
+class BalancedLoader:
+    """One rank's share of any loader, step by step, in parts that need not be equal.
+
+    A step has the same samples as with `ReplicaLoader`: accumulation x replicas batches of the
+    loader, one after the other. Of these, in their order, replica 0 takes the first ones, replica 1
+    the next, as many as the balancer says; an epoch's last step, which may have fewer, is shared
+    out in the same proportions. So the samples of a step, and of an epoch, do not depend on the
+    shares.
+
+    Only this rank's samples are read from a ``DataLoader`` over a map-style data set and from a
+    `ShardedLoader`; of any other loader all ranks read everything, as it comes, and keep their own.
+
+    Args:
+        loader: as in `ReplicaLoader`.
+        balancer: tells the shares; after a step in which they changed, reading begins anew there.
+        replica: this rank's, of the balancer's.
+        piece: (i, n): of the replica's samples this rank takes the i-th of n equal parts.
+        accumulation: batches of a step on each rank, if shares are even; no rank has fewer
+            microbatches, unless it has fewer samples.
+        seed: of the order of the samples and of the loader's workers.
+        device: where the batches go.
+        alone: this replica is in step with no other, and its gradient counts by its samples.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        balancer: Balancer,
+        *,
+        replica: int = 0,
+        piece: tuple[int, int] = (0, 1),
+        accumulation: int = 1,
+        seed: int = 0,
+        device: torch.device | None = None,
+        alone: bool = False,
+    ) -> None:
+        self._loader = loader
+        self._balancer = balancer
+        self._replica = replica
+        self._piece = piece
+        self._accumulation = accumulation
+        self._ranks = balancer.replicas * piece[1]
+        self._batches = accumulation * self._ranks
+        self._seed = seed
+        self._device = device if device is not None and device.type != "cpu" else None
+        self._alone = alone
+        # Of all ranks' batches: it knows their number, and reads what cannot be read in parts.
+        self._whole = ReplicaLoader(loader, accumulation=self._batches, seed=seed)
+        self._order: SamplerOrder | None = None
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            self._read_own_of(loader)
+
+    def _read_own_of(self, loader: DataLoader[Any]) -> None:
+        order = SamplerOrder.of(loader, self._seed)
+        gives_indices = loader.batch_sampler is not None or order.batch_size is not None
+        if gives_indices and self._whole.steps_per_epoch is not None:
+            self._order = order
+            self._generator = torch.Generator()  # of the seeds of the loader's workers
+            self._place = (0, 0)  # epoch and step at which the next iteration begins
+            self._found: deque[tuple[int, int]] = deque()
+            self._own = rebuilt(loader, _Batches(self._indices), self._generator)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a full batch of the loader."""
+        return self._whole.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Steps of an epoch; None if only the end will tell."""
+        return self._whole.steps_per_epoch
+
+    @property
+    def step_size(self) -> tuple[int, int | None]:
+        """Batches of a step, of all ranks together, and samples of a batch if that is known."""
+        return self._whole.step_size
+
+    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
+        """How many steps are as many samples as those of another loader."""
+        return self._whole.moved(steps, step_size)
+
+    def state_dict(self) -> Any:
+        """That of a loader which keeps its own place."""
+        return self._whole.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """The next epoch goes on where ``state_dict`` was called."""
+        self._whole.load_state_dict(state)
+
+    def epoch(
+        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
+    ) -> Generator[StepBatch, None, None]:
+        """The steps of one epoch, from step ``start`` on; see `ReplicaLoader.epoch`."""
+        step, is_over = start, False
+        while not is_over:
+            decisions, is_over = self._balancer.decisions, True
+            with closing(self._parts(epoch, step, ready or (lambda: None))) as parts:
+                for microbatches, samples in parts:
+                    step += 1
+                    if microbatches or not self._alone:
+                        yield self._step(microbatches, samples)
+                    if self._balancer.decisions != decisions:
+                        is_over = False
+                        break
+            ready = None
+        if step == 0:
+            raise ConfigError(
+                "the loader has no batch; check the data set's length and drop_last, and that it "
+                "can be iterated more than once (a generator cannot: give a list or a DataLoader)"
+            )
+
+    def _division(self, samples: int = 0) -> Division:
+        """This rank's part of a step with so many, if that is not known from the batch size."""
+        shares = self._balancer.begin((self.batch_size or 0) * self._batches or samples)
+        i, n = self._piece
+        before, own = sum(shares[: self._replica]), shares[self._replica]
+        most = self._balancer.balance.max_local_batch or self.batch_size
+        ends = before + own * i // n, before + own * (i + 1) // n
+        return Division(*ends, sum(shares), self._accumulation, most)
+
+    def _parts(
+        self, epoch: int, step: int, ready: Callable[[], None]
+    ) -> Generator[Part, None, None]:
+        if self._order is not None:
+            rank = self._replica * self._piece[1] + self._piece[0]
+            self._generator.manual_seed(self._seed + rank + EPOCH_SEEDS * epoch)
+            self._place, self._found = (epoch, step), deque()
+            ready()
+            yield from _regrouped(iter(self._own), self._found)
+        elif isinstance(self._loader, Divisible):
+            ready()
+            yield from self._loader.parts(
+                epoch, step * self._batches, self._batches, self._division(), self._seed
+            )
+        else:  # all ranks read everything
+            with closing(self._whole.epoch(epoch, step, ready)) as steps:
+                for whole in steps:
+                    yield self._division(whole.samples).take(whole.microbatches)
+
+    def _indices(self) -> Iterator[list[Any]]:
+        """Of this rank's microbatches; tells in advance what each step has."""
+        assert self._order is not None
+        (epoch, step), found = self._place, self._found
+        batches = islice(self._order.epoch(epoch), step * self._batches, None)
+        while window := list(islice(batches, self._batches)):
+            indices = [index for batch in window for index in batch]
+            division = self._division(len(indices))
+            pieces = division.pieces(*division.part(len(indices)), division.microbatches)
+            found.append((len(pieces), len(indices)))
+            yield from (indices[low:high] for low, high in pieces)
+
+    def _step(self, microbatches: list[Any], samples: int) -> StepBatch:
+        sizes = [count_samples(batch) for batch in microbatches]
+        if self._device is not None:
+            microbatches = [to_device(batch, self._device) for batch in microbatches]
+        even = samples / self._ranks
+        if self._alone:  # no mean is made over the ranks with their weights, but with equal ones
+            return StepBatch(microbatches, sizes, 1.0, even, even)
+        weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
+        return StepBatch(microbatches, sizes, weight, None, even)
+
+
+class _Batches:
+    """Batches of indices, as a sampler."""
+
+    def __init__(self, make: Callable[[], Iterator[list[Any]]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return self._make()
+
+
+_END = object()
+
+
+def _regrouped(batches: Iterator[Any], found: deque[tuple[int, int]]) -> Iterator[Part]:
+    """Steps of the batches that a loader gives, by what its sampler said when it was asked.
+
+    The sampler is always ahead of what has been read of it; of a step in which this rank has no
+    sample it tells before it gives those of the next one.
+    """
+    read: Any = None
+    while True:
+        if not found:
+            read = next(batches, _END)
+            if not found:
+                return
+        count, samples = found.popleft()
+        mine: list[Any] = []
+        while len(mine) < count:
+            mine.append(next(batches) if read is None else read)
+            read = None
+        yield mine, samples
