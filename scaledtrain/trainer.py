@@ -197,7 +197,6 @@ class Trainer:
         self.scaler = self.layout.scaler(partial(self.precision.scaler, self.replica))
         self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
         self.strategy.attach(self.replica, self.layout.link)
-        self.balancer = self.layout.balancer(balance, self.strategy)
         seed_everything(seed, self.link.group.rank)
         self._compile = compile
         called = self.layout.called
@@ -228,6 +227,7 @@ class Trainer:
             log_every=log_every,
             console=console,
         )
+        self.balancer = self.layout.balancer(balance, self.strategy, self.metrics.say)
         self.epoch = 0
         self.steps_in_epoch = 0
         self._loss_fn = loss_fn

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,8 +15,6 @@ from scaledtrain.timeline import Timeline
 
 __all__ = ["Balancer"]
 
-_logger = logging.getLogger(__name__)
-
 _MAX_SHOWN = 16  # replicas that a line of the log lists
 
 
@@ -27,11 +24,11 @@ class Balancer:
     Args:
         balance: what decides.
         replicas: how many there are.
-        replica: this rank's.
         timeline: of this rank.
         device: on which it computes.
         agree: tells all replicas' costs, in a call that all make at the same steps; None: there is
-            no cost (the other replicas cannot be waited for).
+            nothing to be decided later.
+        say: shows a line to people.
 
     Attributes:
         shares: samples of each replica, of a step of ``sum(shares)``; None before the first.
@@ -42,16 +39,16 @@ class Balancer:
         self,
         balance: Balance,
         replicas: int,
-        replica: int,
         timeline: Timeline,
         device: torch.device,
         agree: Agree | None,
+        say: Callable[[str], None],
     ) -> None:
         self.balance = balance
         self.replicas = replicas
         self.shares: list[int] | None = None
         self.decisions = 0
-        self._replica = replica
+        self._say = say
         self._timeline = timeline
         self._device = device
         self._agree = agree
@@ -113,7 +110,8 @@ class Balancer:
             self._began = self._marks()
 
     def _decide(self, step: int) -> None:
-        assert self._agree is not None and self.shares is not None
+        assert self._agree is not None
+        assert self.shares is not None
         mine = Cost(median(self._other), median(self._computing)) if self._computing else None
         self._computing, self._other = [], []
         costs = self._agree(self._round, mine)
@@ -123,7 +121,11 @@ class Balancer:
         self.shares = self.balance.next(before, costs)
         if self.shares != before:
             self.decisions += 1
-            _tell(self._replica, step, before, self.shares, costs)
+            self._say(
+                f"step {step}: samples of the replicas are now {_shown(self.shares)}; a step takes "
+                f"{step_seconds(costs, self.shares):.4g} s instead of "
+                f"{step_seconds(costs, before):.4g} s by what was measured"
+            )
 
     def _marks(self) -> tuple[float, float]:
         return self._timeline.now(), self._timeline.waited
@@ -152,18 +154,6 @@ class Balancer:
         self._computing, self._other = list(state["computing"]), list(state["other"])
 
 
-def _tell(
-    replica: int, step: int, before: Sequence[int], after: Sequence[int], costs: Sequence[Cost]
-) -> None:
-    if replica == 0:
-        shown = ", ".join(map(str, after[:_MAX_SHOWN]))
-        more = ", ..." if len(after) > _MAX_SHOWN else ""
-        _logger.info(
-            "step %d: samples of the replicas are now %s%s; a step is to take %.4g s (as measured, "
-            "%.4g s before)",
-            step,
-            shown,
-            more,
-            step_seconds(costs, after),
-            step_seconds(costs, before),
-        )
+def _shown(shares: Sequence[int]) -> str:
+    more = ", ..." if len(shares) > _MAX_SHOWN else ""
+    return ", ".join(map(str, shares[:_MAX_SHOWN])) + more

@@ -103,9 +103,7 @@ def quickest(costs: Sequence[Cost], total: int, least: int = 1) -> list[int]:
         middle = (low + high) / 2
         low, high = (middle, high) if sum(finished(middle)) <= total else (low, middle)
     shares = finished(low)
-    following = [
-        (cost.seconds(n + 1), i) for i, (cost, n) in enumerate(zip(costs, shares, strict=True))
-    ]
+    following = [(cost.seconds(shares[i] + 1), i) for i, cost in enumerate(costs)]
     heapq.heapify(following)
     for _ in range(total - sum(shares)):
         _, i = following[0]

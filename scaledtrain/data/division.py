@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -44,7 +45,7 @@ class Division(NamedTuple):
             return []
         count = max(min(at_least, n), math.ceil(n / (self.most or n)))
         ends = [low + n * i // count for i in range(count + 1)]
-        return list(zip(ends, ends[1:], strict=False))
+        return list(pairwise(ends))
 
     def take(self, batches: Sequence[Any]) -> tuple[list[Any], int]:
         """This rank's microbatches of a step's batches, and how many samples the step has."""

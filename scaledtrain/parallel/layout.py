@@ -191,8 +191,15 @@ class Layout:
             )
         return own if self._shards is None else AgreedBatches(own, group, device)
 
-    def balancer(self, balance: Balance | None, strategy: Strategy) -> Balancer | None:
+    def balancer(
+        self, balance: Balance | None, strategy: Strategy, say: Callable[[str], None]
+    ) -> Balancer | None:
         """What shares samples out among the replicas; None: each takes equally many. Collective.
+
+        Args:
+            balance: as asked for.
+            strategy: of the replicas.
+            say: shows a line to people.
 
         Raises:
             ConfigError: that cannot be with this layout, or with this strategy.
@@ -208,9 +215,7 @@ class Layout:
         agree: Agree | None = None
         if balance.every is not None:
             agree = self._agree_on_costs(balance, strategy)
-        return Balancer(
-            balance, replicas.size, replicas.rank, self.link.timeline, self.link.device, agree
-        )
+        return Balancer(balance, replicas.size, self.link.timeline, self.link.device, agree, say)
 
     def _agree_on_costs(self, balance: Balance, strategy: Strategy) -> Agree:
         if strategy.lockstep.size == self.link.group.size:
