@@ -36,7 +36,11 @@ class Division(NamedTuple):
 
     def part(self, samples: int) -> tuple[int, int]:
         """This rank's, of a step with so many samples, in the same proportions."""
-        return self.start * samples // self.total, self.stop * samples // self.total
+        twice = 2 * self.total
+        return (
+            (2 * self.start * samples + self.total) // twice,  # rounded, the same for neighbours
+            (2 * self.stop * samples + self.total) // twice,
+        )
 
     def pieces(self, low: int, high: int, at_least: int = 1) -> list[tuple[int, int]]:
         """Samples low to high in microbatches that are as equal as can be."""

@@ -205,7 +205,10 @@ class Layout:
             ConfigError: that cannot be with this layout, or with this strategy.
         """
         replicas = self.link.group
-        if balance is None or balance.is_even or replicas.size == 1:
+        if balance is None or balance.is_even:
+            return None
+        balance.first(replicas.size, replicas.size)  # that are as many as were thought of
+        if replicas.size == 1:
             return None
         if self._pipe is not None:
             raise ConfigError(
