@@ -134,7 +134,7 @@ class Metrics:
         self._since = now
         self._steps = 0
         self._samples = 0
-        self._even_samples = 0.0
+        self._mean_samples = 0.0  # of a rank
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
         self._staleness: dict[int, int] = {}
@@ -193,7 +193,7 @@ class Metrics:
         loss: Tensor,
         samples: int,
         grad_norm: Tensor | None,
-        even_samples: float | None = None,
+        step_samples: float | None = None,
     ) -> None:
         """Take note of a step; makes a record when one is due.
 
@@ -202,14 +202,15 @@ class Metrics:
             loss: of this replica, a scalar on its device.
             samples: that this replica trained on.
             grad_norm: of its gradient, if measured.
-            even_samples: that it would have trained on if all had equally many; None: as it did.
+            step_samples: of all ranks together; None: they trained on as many each.
 
         Raises:
             NonFiniteLossError: at a record, if a loss since the last one was NaN or infinite.
         """
         self._steps += 1
         self._samples += samples
-        self._even_samples += samples if even_samples is None else even_samples
+        ranks = strategy.gradients_per_step * self._data_ranks
+        self._mean_samples += samples if step_samples is None else step_samples / ranks
         if samples:
             self._losses.append(loss)
             self._weights.append(samples)
@@ -229,7 +230,7 @@ class Metrics:
         gradients = (step - self._first_step) * strategy.gradients_per_step * self._data_ranks
         values: dict[str, float] = {
             "learning_rate": strategy.learning_rate,
-            "samples_per_second": gradients * (self._even_samples / self._steps) / elapsed,
+            "samples_per_second": gradients * (self._mean_samples / self._steps) / elapsed,
             "step_seconds": elapsed / self._steps,
             "bytes_sent": (self._bytes_sent() - self._sent_before) / self._steps,
             "memory_bytes": _peak_memory_bytes(self._device),

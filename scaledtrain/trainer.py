@@ -320,8 +320,8 @@ class Trainer:
         if finite:
             self.strategy.apply_gradients()
         self.strategy.after_step()
-        even = None if batch.even_samples is None else batch.even_samples * computed.share
-        self.metrics.record(self.strategy, computed.loss, computed.samples, norm, even)
+        of_all = None if batch.step_samples is None else batch.step_samples * computed.share
+        self.metrics.record(self.strategy, computed.loss, computed.samples, norm, of_all)
         return True
 
     def _drain(self) -> None:

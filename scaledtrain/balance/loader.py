@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from scaledtrain.balance.balancer import Balancer
-from scaledtrain.data.division import Divisible, Division, count_samples
+from scaledtrain.balance.division import Divisible, Division
+from scaledtrain.data.cut import count_samples
 from scaledtrain.data.map_style import SamplerOrder, rebuilt
 from scaledtrain.data.replica_loader import EPOCH_SEEDS, ReplicaLoader, StepBatch, to_device
 from scaledtrain.errors import ConfigError
@@ -137,11 +138,8 @@ class BalancedLoader:
     def _division(self, samples: int = 0) -> Division:
         """This rank's part of a step with so many, if that is not known from the batch size."""
         shares = self._balancer.begin((self.batch_size or 0) * self._batches or samples)
-        i, n = self._piece
-        before, own = sum(shares[: self._replica]), shares[self._replica]
         most = self._balancer.balance.max_local_batch or self.batch_size
-        ends = before + own * i // n, before + own * (i + 1) // n
-        return Division(*ends, sum(shares), self._accumulation, most)
+        return Division(shares, self._replica, self._piece, self._accumulation, most)
 
     def _parts(
         self, epoch: int, step: int, ready: Callable[[], None]
@@ -178,11 +176,13 @@ class BalancedLoader:
         sizes = [count_samples(batch) for batch in microbatches]
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
-        even = samples / self._ranks
-        if self._alone:  # no mean is made over the ranks with their weights, but with equal ones
-            return StepBatch(microbatches, sizes, 1.0, even, even)
+        even = sum(self._balancer.shares or ()) / self._ranks
         weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
-        return StepBatch(microbatches, sizes, weight, None, even)
+        step = StepBatch(microbatches, sizes, weight, None, even, samples)
+        # Where gradients of one replica each are counted alike, they are made to count by samples.
+        return (
+            step._replace(weight=1.0, mean_samples=samples / self._ranks) if self._alone else step
+        )
 
 
 class _Batches:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from scaledtrain.data.division import count_samples
+from scaledtrain.data.cut import count_samples
 from scaledtrain.data.map_style import SamplerOrder, rebuilt
 from scaledtrain.errors import ConfigError
 
@@ -93,7 +93,9 @@ class StepBatch(NamedTuple):
     """Samples per rank, where several make the gradient of one replica as the mean of theirs; None:
     this one makes it, from ``samples``."""
     even_samples: float | None = None
-    """What this rank would have if the step's samples were shared out evenly; None: these."""
+    """What a rank has of a full step whose samples are shared out evenly; None: these."""
+    step_samples: int | None = None
+    """Of all ranks together; None: as many on each."""
 
     @property
     def samples(self) -> int:

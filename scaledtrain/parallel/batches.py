@@ -114,6 +114,7 @@ class AgreedBatches:
             sum(weights) / self._group.size,
             mean,
             step.even_samples,
+            step.step_samples,
         )
 
     def _lend(self, lender: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from scaledtrain.data.division import Division
+from scaledtrain.balance.division import Division
 from scaledtrain.data.sharded.balance import ClassBalance
 from scaledtrain.data.sharded.batching import Batching, EqualBatches, LengthBuckets, Span
 from scaledtrain.data.sharded.dataset import Batch, ShardedDataset
