@@ -1,4 +1,4 @@
-"""Uneven shares on real ranks: a sharded replica, a server and a group give what one process does."""
+"""Uneven shares on real ranks: sharded replicas, a server and a group do what one process does."""
 
 from __future__ import annotations
 
