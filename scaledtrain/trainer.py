@@ -21,7 +21,7 @@ from scaledtrain.checkpoint.begin import resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, must_end
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
@@ -75,6 +75,9 @@ class Trainer:
         model: any module; moved to this rank's device. All replicas start with rank 0's values.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar, the mean over the samples. None: the model
             returns its own loss (``model(**batch).loss``).
+        loss_weight: of how many terms the loss of a batch is the mean, if not of its samples: of
+            the tokens that are not masked, say. By that number microbatches, replicas and batches
+            of an evaluation count, and it stands for samples in the metrics.
         optimizer: a factory, ``functools.partial(torch.optim.SGD, lr=0.1)``: it is called with the
             (name, parameter) pairs where the updates are made, on the replica or on a server.
         lr_scheduler: a factory from optimizer to ``LRScheduler``; one step per update.
@@ -131,6 +134,7 @@ class Trainer:
         loss_fn: LossFn | None,
         optimizer: MakeOptimizer,
         *,
+        loss_weight: Weigh | None = None,
         lr_scheduler: MakeScheduler | None = None,
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
@@ -231,6 +235,7 @@ class Trainer:
         self.epoch = 0
         self.steps_in_epoch = 0
         self._loss_fn = loss_fn
+        self._loss_weight = loss_weight
         self._accumulation = gradient_accumulation_steps
         self._max_grad_norm = max_grad_norm
         self._eval_metrics = dict(eval_metrics or {})
@@ -311,7 +316,7 @@ class Trainer:
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
         if self.balancer is not None:
-            self.balancer.computed(self.step_count, start, waited, computed.samples)
+            self.balancer.computed(self.step_count, start, waited, computed.share)
         self._call("on_gradients")
         self.strategy.reduce_gradients(weight * computed.share)
         finite, norm = self.scaler.check_and_clip(
@@ -394,6 +399,7 @@ class Trainer:
             seed=self._seed,
             alone=not self.in_lockstep,
             balancer=self.balancer,
+            weigh=self._loss_weight,
         )
         self._loader = loader
         self._find_place(loader)
@@ -484,7 +490,7 @@ class Trainer:
         group.broadcast(self.replica.buffers)
         self.layout.share_buffers()
         start = self.timeline.now()
-        share = self.layout.steps(loader, group.rank, group.size)
+        share = self.layout.steps(loader, group.rank, group.size, weigh=self._loss_weight)
         names = ["loss", *self._eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (

@@ -55,7 +55,8 @@ class Balancer:
         self._round = 0
         self._computing: list[float] = []  # seconds per sample of each measured step
         self._other: list[float] = []  # and its seconds beside
-        self._lately = (0.0, 0)  # of the step under way: seconds of its passes, and samples
+        self._handed_out = 0
+        self._lately = (0.0, 0.0)  # of the step under way: seconds of its passes, and samples
         self._began = (0.0, 0.0)
 
     def start(self) -> None:
@@ -79,25 +80,29 @@ class Balancer:
         every = self._every
         return every is not None and step % every >= every - self.balance.measured
 
-    def computed(self, step: int, start: float, waited: float, samples: int) -> None:
+    def handed_out(self, samples: int) -> None:
+        """This rank's step that comes next has so many."""
+        self._handed_out = samples
+
+    def computed(self, step: int, start: float, waited: float, share: float) -> None:
         """The passes of a step are done.
 
         Args:
             step: which.
             start: when they began.
             waited: ``Timeline.waited`` at that time.
-            samples: that they were made with.
+            share: of the step's samples, that they were made with.
         """
         if self.measures(step):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             now, waited_now = self._marks()
-            self._lately = (max(0.0, now - start - (waited_now - waited)), samples)
+            self._lately = (max(0.0, now - start - (waited_now - waited)), share * self._handed_out)
 
     def step_ended(self, step: int) -> None:
         """All that belongs to a step is done; ``step``: updates so far, the same everywhere."""
         began, self._began = self._began, self._marks()
-        (seconds, samples), self._lately = self._lately, (0.0, 0)
+        (seconds, samples), self._lately = self._lately, (0.0, 0.0)
         if samples:
             now, waited = self._began
             busy = now - began[0] - (waited - began[1])

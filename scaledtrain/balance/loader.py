@@ -15,7 +15,7 @@ from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.division import Divisible, Division
 from scaledtrain.data.cut import count_samples
 from scaledtrain.data.map_style import SamplerOrder, rebuilt
-from scaledtrain.data.replica_loader import EPOCH_SEEDS, ReplicaLoader, StepBatch, to_device
+from scaledtrain.data.replica_loader import EPOCH_SEEDS, ReplicaLoader, StepBatch, Weigh, to_device
 from scaledtrain.errors import ConfigError
 
 __all__ = ["BalancedLoader"]
@@ -46,6 +46,7 @@ class BalancedLoader:
         seed: of the order of the samples and of the loader's workers.
         device: where the batches go.
         alone: this replica is in step with no other, and its gradient counts by its samples.
+        weigh: how much a batch counts in the mean loss; default: its samples.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class BalancedLoader:
         seed: int = 0,
         device: torch.device | None = None,
         alone: bool = False,
+        weigh: Weigh | None = None,
     ) -> None:
+        self._weigh = weigh or count_samples
         self._loader = loader
         self._balancer = balancer
         self._replica = replica
@@ -173,16 +176,19 @@ class BalancedLoader:
             yield from (indices[low:high] for low, high in pieces)
 
     def _step(self, microbatches: list[Any], samples: int) -> StepBatch:
-        sizes = [count_samples(batch) for batch in microbatches]
+        own = sum(count_samples(batch) for batch in microbatches)
+        sizes = [int(self._weigh(batch)) for batch in microbatches]
+        self._balancer.handed_out(own)
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
-        even = sum(self._balancer.shares or ()) / self._ranks
+        of_sample = sum(sizes) / own if own else 1.0
+        even = of_sample * sum(self._balancer.shares or ()) / self._ranks
         weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
-        step = StepBatch(microbatches, sizes, weight, None, even, samples)
+        step = StepBatch(microbatches, sizes, weight, None, even, round(of_sample * samples))
+        if not self._alone:
+            return step
         # Where gradients of one replica each are counted alike, they are made to count by samples.
-        return (
-            step._replace(weight=1.0, mean_samples=samples / self._ranks) if self._alone else step
-        )
+        return step._replace(weight=1.0, mean_samples=of_sample * samples / self._ranks)
 
 
 class _Batches:

@@ -33,6 +33,7 @@ __all__ = [
     "StatefulLoader",
     "StepBatch",
     "StridedLoader",
+    "Weigh",
     "count_samples",
     "must_end",
     "to_device",
@@ -80,13 +81,17 @@ class StatefulLoader(Protocol):
         """The next iteration goes on from there."""
 
 
+Weigh = Callable[[Any], float]
+"""How much a batch's mean loss counts in a mean over several: of how many terms it is the mean."""
+
+
 class StepBatch(NamedTuple):
     """What one replica trains on in one step."""
 
     microbatches: list[Any]
     """As the loader gives them, on the replica's device; empty if the epoch left it nothing."""
     sizes: list[int]
-    """Samples in each microbatch."""
+    """Samples in each microbatch, or how much else it counts in the mean loss of the step."""
     weight: float = 1.0
     """Samples here relative to a full step's: this replica's weight in a mean over replicas."""
     mean_samples: float | None = None
@@ -178,6 +183,7 @@ class ReplicaLoader:
         alone: this replica is in step with no other.
         share: (i, n): of each n batches that fall to the replica this rank takes the i-th, and
             others the rest; ``accumulation`` is that of one rank.
+        weigh: how much a batch counts; default: its samples.
 
     Attributes:
         batch_size: samples in a full batch; None until the first one of a plain iterable.
@@ -203,7 +209,9 @@ class ReplicaLoader:
         device: torch.device | None = None,
         alone: bool = False,
         share: tuple[int, int] = (0, 1),
+        weigh: Weigh | None = None,
     ) -> None:
+        self._weigh = weigh or count_samples
         self._rank = rank
         self._alone = alone
         self._replicas = replicas
@@ -375,7 +383,7 @@ class ReplicaLoader:
                 yield mine
 
     def _step(self, microbatches: list[Any]) -> StepBatch:
-        sizes = [count_samples(batch) for batch in microbatches]
+        sizes = [int(self._weigh(batch)) for batch in microbatches]
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.

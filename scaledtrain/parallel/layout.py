@@ -15,7 +15,7 @@ from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.data.replica_loader import ReplicaLoader, to_device
+from scaledtrain.data.replica_loader import ReplicaLoader, Weigh, to_device
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches, Steps
@@ -143,6 +143,7 @@ class Layout:
         seed: int = 0,
         alone: bool = False,
         balancer: Balancer | None = None,
+        weigh: Weigh | None = None,
     ) -> Steps:
         """This rank's share of a loader's batches.
 
@@ -154,6 +155,7 @@ class Layout:
             seed: of the order of the samples.
             alone: this replica is in step with no other.
             balancer: tells how many samples each replica takes; None: as many as the others.
+            weigh: how much a batch counts; default: its samples.
         """
         group, device = self._shard_group, self.link.device
         if alone and self._shards is not None and self._shards[0].needs_lockstep:
@@ -177,6 +179,7 @@ class Layout:
                 seed=seed,
                 device=device,
                 alone=alone,
+                weigh=weigh,
             )
         else:
             own = ReplicaLoader(
@@ -188,6 +191,7 @@ class Layout:
                 device=device,
                 alone=alone,
                 share=share,
+                weigh=weigh,
             )
         return own if self._shards is None else AgreedBatches(own, group, device)
 

@@ -308,3 +308,33 @@ def test_a_handicap_is_in_proportion_to_the_samples() -> None:
 
     tiny = Cluster(Constant(1e-9), HOST)
     assert simulate(program, tiny, 4).seconds == pytest.approx(3 * 3.0)
+
+
+@pytest.mark.parametrize("balance", [Even(), Fixed([1, 2, 3, 1])], ids=["even", "fixed"])
+def test_masked_tokens_count_one_by_one(balance: Balance) -> None:
+    """Sequences with 1 to 5 targets each, the loss the mean over them: as one process has it."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(48, 5, 3, generator=generator)
+    targets = torch.randint(4, (48, 5), generator=generator)
+    for i in range(48):
+        targets[i, 1 + i % 5 :] = -100
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    def run(link: Link | None, local: int, **options: Any) -> tuple[Tensor, float]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 4)
+        with Trainer(
+            model, loss, SGD, loss_weight=lambda batch: (batch[1] != -100).sum().item(),
+            console=False, link=link, **options,
+        ) as trainer:  # fmt: skip
+            loader = DataLoader(TensorDataset(inputs, targets), batch_size=local, shuffle=True)
+            trainer.fit(loader, max_steps=5)
+            return model.weight.detach(), trainer.evaluate(loader)["loss"]
+
+    expected, loss_then = run(None, 16)
+    ran = simulate(lambda link: run(link, 4, balance=balance), cluster(), 4).results[2]
+    assert ran is not None
+    torch.testing.assert_close(ran[0], expected, rtol=1e-5, atol=1e-6)
+    assert ran[1] == pytest.approx(loss_then, rel=1e-5)
