@@ -45,8 +45,8 @@ from scaledtrain.sim import (
 
 WORKERS = 8
 LOCAL_BATCH = 16
-SECONDS = 300.0
-WARMUP_SECONDS = 100.0  # not counted; the balance is found in it
+SECONDS = 240.0
+WARMUP_SECONDS = 60.0  # not counted; the balance is found in it
 SLOW = 4.0
 HOST = Topology(ranks_per_host=WORKERS, hosts=1, port=Wire(0.0, float("inf")))
 
@@ -83,7 +83,7 @@ STRAGGLERS: Mapping[str, tuple[ComputeModel, Speeds | None]] = {
 }
 CURES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "none": dict,
-    "auto balance": lambda: {"balance": Auto(every=20, measured=10)},
+    "auto balance": lambda: {"balance": Auto(every=10, measured=5)},
     "DropCompute": lambda: {
         "drop_compute": DropCompute(1.25),
         "gradient_accumulation_steps": LOCAL_BATCH // 2,
@@ -125,7 +125,7 @@ def used(cure: str, straggler: str, folder: Path) -> float:
             nn.functional.mse_loss,
             partial(torch.optim.SGD, lr=0.01),
             run_dir=folder,
-            log_every=1,
+            log_every=4,
             console=False,
             link=link,
             **options,
