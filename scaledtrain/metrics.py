@@ -193,7 +193,7 @@ class Metrics:
         loss: Tensor,
         samples: int,
         grad_norm: Tensor | None,
-        step_samples: float | None = None,
+        mean_samples: float | None = None,
     ) -> None:
         """Take note of a step; makes a record when one is due.
 
@@ -202,15 +202,14 @@ class Metrics:
             loss: of this replica, a scalar on its device.
             samples: that this replica trained on.
             grad_norm: of its gradient, if measured.
-            step_samples: of all ranks together; None: they trained on as many each.
+            mean_samples: over all ranks; None: each trained on as many.
 
         Raises:
             NonFiniteLossError: at a record, if a loss since the last one was NaN or infinite.
         """
         self._steps += 1
         self._samples += samples
-        ranks = strategy.gradients_per_step * self._data_ranks
-        self._mean_samples += samples if step_samples is None else step_samples / ranks
+        self._mean_samples += samples if mean_samples is None else mean_samples
         if samples:
             self._losses.append(loss)
             self._weights.append(samples)

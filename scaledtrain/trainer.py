@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.balance import Balance
+from scaledtrain.balance.make import make_balancer
 from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.checkpoint.begin import resume_and_save
@@ -231,7 +232,7 @@ class Trainer:
             log_every=log_every,
             console=console,
         )
-        self.balancer = self.layout.balancer(balance, self.strategy, self.metrics.say)
+        self.balancer = make_balancer(balance, self.strategy, self.layout, self.metrics.say)
         self.epoch = 0
         self.steps_in_epoch = 0
         self._loss_fn = loss_fn
@@ -325,8 +326,10 @@ class Trainer:
         if finite:
             self.strategy.apply_gradients()
         self.strategy.after_step()
-        of_all = None if batch.step_samples is None else batch.step_samples * computed.share
-        self.metrics.record(self.strategy, computed.loss, computed.samples, norm, of_all)
+        mean: float = computed.samples
+        if batch.samples_per_rank is not None:
+            mean = batch.samples_per_rank * computed.share
+        self.metrics.record(self.strategy, computed.loss, computed.samples, norm, mean)
         return True
 
     def _drain(self) -> None:

@@ -38,7 +38,8 @@ class BalancedLoader:
 
     Args:
         loader: as in `ReplicaLoader`.
-        balancer: tells the shares; after a step in which they changed, reading begins anew there.
+        balancer: tells the shares; after a step in which they changed, a rank that reads its own
+            samples alone begins to read anew there.
         replica: this rank's, of the balancer's.
         piece: (i, n): of the replica's samples this rank takes the i-th of n equal parts.
         accumulation: batches of a step on each rank, if shares are even; no rank has fewer
@@ -128,7 +129,7 @@ class BalancedLoader:
                     step += 1
                     if microbatches or not self._alone:
                         yield self._step(microbatches, samples)
-                    if self._balancer.decisions != decisions:
+                    if self._balancer.decisions != decisions and self._reads_own:
                         is_over = False
                         break
             ready = None
@@ -137,6 +138,11 @@ class BalancedLoader:
                 "the loader has no batch; check the data set's length and drop_last, and that it "
                 "can be iterated more than once (a generator cannot: give a list or a DataLoader)"
             )
+
+    @property
+    def _reads_own(self) -> bool:
+        """Whether what is read depends on the shares."""
+        return self._order is not None or isinstance(self._loader, Divisible)
 
     def _division(self, samples: int = 0) -> Division:
         """This rank's part of a step with so many, if that is not known from the batch size."""
@@ -184,11 +190,10 @@ class BalancedLoader:
         of_sample = sum(sizes) / own if own else 1.0
         even = of_sample * sum(self._balancer.shares or ()) / self._ranks
         weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
-        step = StepBatch(microbatches, sizes, weight, None, even, round(of_sample * samples))
-        if not self._alone:
-            return step
-        # Where gradients of one replica each are counted alike, they are made to count by samples.
-        return step._replace(weight=1.0, mean_samples=of_sample * samples / self._ranks)
+        mean = of_sample * samples / self._ranks
+        if self._alone:  # where all gradients are counted alike, they are made to count by samples
+            return StepBatch(microbatches, sizes, 1.0, mean, even, mean)
+        return StepBatch(microbatches, sizes, weight, None, even, mean)
 
 
 class _Batches:

@@ -99,8 +99,8 @@ class StepBatch(NamedTuple):
     this one makes it, from ``samples``."""
     even_samples: float | None = None
     """What a rank has of a full step whose samples are shared out evenly; None: these."""
-    step_samples: int | None = None
-    """Of all ranks together; None: as many on each."""
+    samples_per_rank: float | None = None
+    """Mean over the ranks, of this step; None: as many as here on each."""
 
     @property
     def samples(self) -> int:

@@ -114,7 +114,7 @@ class AgreedBatches:
             sum(weights) / self._group.size,
             mean,
             step.even_samples,
-            step.step_samples,
+            step.samples_per_rank,
         )
 
     def _lend(self, lender: int) -> None:

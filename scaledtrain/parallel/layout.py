@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scaledtrain.balance.agree import Agree, InLockstep, OnBoard
 from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.comm.local import LocalGroup
@@ -29,7 +28,6 @@ from scaledtrain.replica import MakeOptimizer, MakeScheduler
 from scaledtrain.schedule import MicrobatchLoop, Schedule
 
 if TYPE_CHECKING:
-    from scaledtrain.balance import Balance
     from scaledtrain.drop_compute import DropCompute
     from scaledtrain.loss_scale import LossScaler
     from scaledtrain.schedule import Slowdown
@@ -194,51 +192,6 @@ class Layout:
                 weigh=weigh,
             )
         return own if self._shards is None else AgreedBatches(own, group, device)
-
-    def balancer(
-        self, balance: Balance | None, strategy: Strategy, say: Callable[[str], None]
-    ) -> Balancer | None:
-        """What shares samples out among the replicas; None: each takes equally many. Collective.
-
-        Args:
-            balance: as asked for.
-            strategy: of the replicas.
-            say: shows a line to people.
-
-        Raises:
-            ConfigError: that cannot be with this layout, or with this strategy.
-        """
-        replicas = self.link.group
-        if balance is None or balance.is_even:
-            return None
-        balance.first(replicas.size, replicas.size)  # that are as many as were thought of
-        if replicas.size == 1:
-            return None
-        if self._pipe is not None:
-            raise ConfigError(
-                f"balance is {balance}, but with mesh.pipe the batches of a replica are cut into "
-                "microbatches of one size; leave balance out, or set mesh.pipe to 1"
-            )
-        agree: Agree | None = None
-        if balance.every is not None:
-            agree = self._agree_on_costs(balance, strategy)
-        return Balancer(balance, replicas.size, self.link.timeline, self.link.device, agree, say)
-
-    def _agree_on_costs(self, balance: Balance, strategy: Strategy) -> Agree:
-        if strategy.lockstep.size == self.link.group.size:
-            return InLockstep(strategy.lockstep, self.pieces, self.link.device)
-        if not strategy.makes_equal_steps:
-            raise ConfigError(
-                f"balance is {balance}, but the replicas of {strategy} do not wait for each other: "
-                "a fast one makes more steps; leave balance out, or give them shares that stay "
-                "(balance=fixed)"
-            )
-        if self.pieces.size > 1 or self.link.returned:
-            raise ConfigError(
-                f"balance is {balance}, which with {strategy} needs replicas of one rank that have "
-                "all been there from the start; take balance=fixed or even, or strategy=sync"
-            )
-        return OnBoard(self.link.board())
 
     @property
     def called(self) -> Callable[..., Any]:

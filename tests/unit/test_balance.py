@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -338,3 +340,13 @@ def test_masked_tokens_count_one_by_one(balance: Balance) -> None:
     assert ran is not None
     torch.testing.assert_close(ran[0], expected, rtol=1e-5, atol=1e-6)
     assert ran[1] == pytest.approx(loss_then, rel=1e-5)
+
+
+def test_the_rate_is_that_of_all_replicas(tmp_path: Path) -> None:
+    """Shares of 2, 2, 4 and 8 of 16 take 0.5, 0.5, 1 and 2 s."""
+    on_four(Sync, Fixed([1, 1, 2, 4]), run_dir=tmp_path, log_every=100)
+    for rank, share in enumerate([2, 2, 4, 8]):
+        lines = (tmp_path / f"metrics-rank{rank}.jsonl").read_text("utf-8").splitlines()
+        record = json.loads(lines[-1])
+        assert record["samples_per_second"] == pytest.approx(16 / 2.0)
+        assert record["samples"] == 14 * share
