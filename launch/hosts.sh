@@ -38,6 +38,7 @@ names=$(mktemp) # of all hosts, instead of /etc/hosts
 name=st$$ # of the namespaces and cards: several jobs may run at once
 net=10.$((64 + $$ / 250 % 64)).$(($$ % 250))
 
+# shellcheck disable=SC2329 # the traps call it
 clean() {
     trap - EXIT INT TERM
     # shellcheck disable=SC2046 # one word for each process

@@ -21,7 +21,8 @@ stage() { # NAME COMMAND...
 stage lint "$python" -m ruff check .
 stage format "$python" -m ruff format --check .
 stage types "$python" -m mypy
-stage tests "$python" -m pytest "$@"
+# Two at once: many wait for each other's processes. A file stays with one, for what its tests share.
+stage tests "$python" -m pytest --numprocesses 2 --dist loadscope "$@"
 
 if [ -n "$failed" ]; then
     printf '\nFAILED:%s\n' "$failed" >&2
