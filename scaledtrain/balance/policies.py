@@ -83,6 +83,9 @@ class Even(_Settled):
 class Fixed(_Settled):
     """Replicas take samples in these proportions.
 
+    Where replicas go their own way (`ParameterServer`, `Gossip`, ...) a replica's gradient is
+    multiplied by its samples over the mean of all: there it counts by them, too.
+
     Args:
         shares: of each replica, > 0: samples, or any other numbers of which only the ratios matter.
             ``[1, 1, 0.25]``: the third computes four times slower.
