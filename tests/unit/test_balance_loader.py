@@ -126,7 +126,7 @@ def test_steps_have_the_samples_of_one_process_in_their_order(kind: str, folder:
         assert [step.sizes for step in each[2]] == [[2, 3]] * 3 + [[4]]
         weights = [[step.weight for step in steps] for steps in zip(*each, strict=True)]
         assert weights[0] == [6 / 4, 1 / 4, 5 / 4]
-        assert [step.step_samples for step in each[2]] == [12, 12, 12, 10]
+        assert [step.samples_per_rank for step in each[2]] == [4.0, 4.0, 4.0, 10 / 3]
         assert {step.even_samples for step in each[2]} == {4.0}
 
 
