@@ -142,7 +142,7 @@ def write_raw(folder: Path, case: Case, n_bytes: int) -> None:
 
 
 def write_ours(folder: Path, case: Case, n_bytes: int) -> None:
-    """`ShardWriter`, which waits for the disk after every shard."""
+    """`ShardWriter`: the disk gets a shard while the next one is filled."""
     with ShardWriter(folder) as writer:
         for chunk in _chunks(case, n_bytes):
             writer.write_batch({"x": chunk})

@@ -7,7 +7,8 @@ python -m benchmarks.layouts --table               write README.md's table anew
 python -m benchmarks.layouts --check               fail if README.md is not up to date
 
 A pipeline of p equal ranks whose schedule idles for a share i of the time cannot take less than
-T / (p (1 - i)) for what one rank does in T. Both run on the same cores in the same round.
+T / (p (1 - i)) for what one rank does in T. T is measured on all of the cores at once, each with a
+whole model, since cores that all compute are slower than one alone. All run in the same round.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Task:
 
 
 def whole(task: Task) -> None:
-    """One rank: gradient accumulation over the same microbatches."""
+    """Each rank for itself: gradient accumulation over the same microbatches."""
     net = model()
     optimizer = adamw(net.parameters())
     for inputs, targets in task.batches:
@@ -156,6 +157,27 @@ def bare_pipeline(task: Task) -> None:
         schedule.step(*given, **({"target": targets, "losses": []} if has_last else {}))
         optimizer.step()
         optimizer.zero_grad()
+
+
+def deepspeed_pipeline(task: Task) -> None:
+    """DeepSpeed's engine, whose schedule is 1F1B, with the same cut."""
+    os.environ["DS_SKIP_CUDA_CHECK"] = "1"
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    parts = list(model().pipeline_parts())
+    module = deepspeed.pipe.PipelineModule(
+        parts, num_stages=2, loss_fn=next_token_loss, partition_method="parameters"
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "gradient_accumulation_steps": task.case.microbatches,
+        "steps_per_print": 10**9,
+    }
+    optimizer = adamw(module.parameters())
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    for inputs, targets in task.batches:
+        engine.train_batch(zip(inputs.split(SAMPLES), targets.split(SAMPLES), strict=True))
 
 
 def ours(task: Task, **options: Any) -> None:
@@ -215,15 +237,19 @@ SHARDS: Mapping[str, Callable[[Task], None]] = {
     "ours, deepspeed": lambda task: ours(task, mesh=Mesh(shard=2), engine=DeepSpeed(zero_stage=2)),
 }
 PIPELINES: Mapping[str, Callable[[Task], None]] = {
-    "one rank": whole,
+    "whole model": whole,
     "torch": bare_pipeline,
+    "deepspeed": deepspeed_pipeline,
     "ours": our_pipeline,
 }
 
 
 def contenders(case: Case) -> Mapping[str, Callable[[Task], None]]:
     """By name."""
-    return SHARDS if case.schedule is None else PIPELINES
+    if case.schedule is None:
+        return SHARDS
+    has_all = case.schedule == "1F1B"
+    return {n: c for n, c in PIPELINES.items() if has_all or n != "deepspeed"}
 
 
 def _work(contender: str, name: str, is_quick: bool, folder: Path) -> None:
@@ -242,13 +268,20 @@ def _work(contender: str, name: str, is_quick: bool, folder: Path) -> None:
 
 
 def measure(contender: str, case: Case, number: int, is_quick: bool) -> Measurement:
-    """Run one contender in fresh processes; the times are those of rank 0."""
+    """Run one contender in fresh processes; the times are those of rank 0.
+
+    Of ranks that have nothing to do with each other they are the means of all.
+    """
     load_average = os.getloadavg()[0]
     flags = ["--quick"] if is_quick else []
     with tempfile.TemporaryDirectory() as folder:
         work = ["--work", contender, case.name, folder, *flags]
-        run_group(python_module("benchmarks.layouts", *work), 1 if contender == "one rank" else 2)
-        seconds = json.loads((Path(folder) / "rank0.json").read_text("utf-8"))
+        run_group(python_module("benchmarks.layouts", *work), 2)
+        paths = [Path(folder) / f"rank{rank}.json" for rank in range(2)]
+        of_ranks = [json.loads(path.read_text("utf-8")) for path in paths]
+    seconds = of_ranks[0]
+    if contender == "whole model":
+        seconds = [sum(block) / len(block) for block in zip(*of_ranks, strict=True)]
     return Measurement(case.name, 2, contender, number, 1, seconds, [], load_average)
 
 
@@ -257,7 +290,7 @@ def measure(contender: str, case: Case, number: int, is_quick: bool) -> Measurem
 
 def share_of_ideal(measurements: Sequence[Measurement], case: Case, who: str) -> Spread | None:
     """The schedule's ideal time over the measured one."""
-    ratio = ratios(measurements, (case.name, 2), "one rank", who)
+    ratio = ratios(measurements, (case.name, 2), "whole model", who)
     if ratio is None:
         return None
     ideal = case.ideal_share
@@ -277,19 +310,23 @@ def _bar(what: str, spread: Spread | None, holds: Callable[[float], bool]) -> st
 def render(measurements: Sequence[Measurement], where: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
     lines = [
-        "| | one rank, ms | torch: share of ideal | ours: share of ideal |",
-        "|---|--:|--:|--:|",
+        "| | whole model, ms | torch: share of ideal | DeepSpeed | ours |",
+        "|---|--:|--:|--:|--:|",
     ]
     bars = []
     for case in CASES.values():
         if case.schedule is None:
             continue
-        alone = times(measurements, (case.name, 2), "one rank")
-        theirs, own = (share_of_ideal(measurements, case, who) for who in ("torch", "ours"))
+        alone = times(measurements, (case.name, 2), "whole model")
+        shares = {who: share_of_ideal(measurements, case, who) for who in contenders(case)}
+        own = shares["ours"]
         took = f"{alone.median * 1e3:.0f}" if alone else ""
-        lines.append(f"| {case.name} | {took} | {_cell(theirs)} | {_cell(own)} |")
-        against = ratios(measurements, (case.name, 2), "torch", "ours")
-        bars.append(_bar(f"{case.name}: torch / ours ≥ 1", against, lambda x: x >= 1.0))
+        cells = [_cell(shares.get(who)) for who in ("torch", "deepspeed", "ours")]
+        lines.append(f"| {case.name} | {took} | {' | '.join(cells)} |")
+        for who in contenders(case):
+            if who in ("torch", "deepspeed"):
+                against = ratios(measurements, (case.name, 2), who, "ours")
+                bars.append(_bar(f"{case.name}: {who} / ours ≥ 1", against, lambda x: x >= 1.0))
         if case.schedule == "1F1B":
             bars.append(_bar(f"{case.name}: share of ideal ≥ 0.95", own, lambda x: x >= 0.95))
     shard = ("shard m=2", 2)

@@ -1,5 +1,6 @@
 """scaledtrain: distributed training from synchronous to asynchronous, behind one Trainer."""
 
+from scaledtrain.batch_growth import BatchGrowth
 from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.checkpoint import Checkpointing, Preempted
 from scaledtrain.drop_compute import DropCompute, choose_threshold
@@ -17,6 +18,7 @@ from scaledtrain.errors import (
 )
 from scaledtrain.memory import estimate_memory
 from scaledtrain.mesh import Mesh
+from scaledtrain.noise_scale import NoiseScale
 from scaledtrain.precision import Precision
 from scaledtrain.rendezvous import connect
 from scaledtrain.replica import Replica
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Asynchronous",
+    "BatchGrowth",
     "Callback",
     "CheckpointError",
     "Checkpointing",
@@ -42,6 +45,7 @@ __all__ = [
     "FitResult",
     "LocalSGD",
     "Mesh",
+    "NoiseScale",
     "NonFiniteLossError",
     "ParameterServer",
     "PeerLostError",

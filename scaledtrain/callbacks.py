@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scaledtrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from scaledtrain.data.replica_loader import StepBatch
     from scaledtrain.trainer import Trainer
 
 __all__ = ["Callback", "StopAtTarget"]
@@ -19,11 +20,22 @@ class Callback:
     def on_fit_start(self, trainer: Trainer) -> None:
         """Called before the first step."""
 
+    def needs_own_gradients(self, trainer: Trainer, batch: StepBatch) -> bool:
+        """Whether ``on_gradients`` is to see this replica's own gradients of the step that begins.
+
+        If so, nothing is sent before. Replicas in lockstep have to answer the same.
+        """
+        return False
+
     def on_gradients(self, trainer: Trainer) -> None:
         """Called in each step when the gradients are computed, before they are used.
 
-        With `Sync` and overlap most have been sent by then, so that to change them does nothing.
+        With `Sync` and overlap most have been sent by then, so that to change them does nothing,
+        unless ``needs_own_gradients`` asked for them.
         """
+
+    def on_reduced(self, trainer: Trainer) -> None:
+        """Called in each step when the gradients have been combined, before they are clipped."""
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Called after each step; ``trainer.step_count`` says which."""
@@ -33,6 +45,17 @@ class Callback:
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Called after the last step, when all replicas are equal."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """What a record should tell, by name."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, of numbers, texts, tensors, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
 
 
 class StopAtTarget(Callback):

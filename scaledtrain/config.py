@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,6 +14,7 @@ from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
+from scaledtrain.optim.scaling import LearningRateScaling
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
@@ -41,17 +42,41 @@ class BatchSizes:
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} is {value}; it counts samples, >= 1")
 
-    def local(self, replicas: int, accumulation: int) -> int:
+    @property
+    def batches_per_step(self) -> int:
+        """Of the local size, in a step of the global one, however many replicas there are.
+
+        Raises:
+            ConfigError: one of the sizes is missing, or they do not divide.
+        """
+        if self.global_batch_size is None or self.local_batch_size is None:
+            raise ConfigError(
+                "elastic keeps the samples of a step when ranks die or come, which takes both "
+                "sizes: set data.global_batch_size (samples in a step of all replicas) and "
+                "data.local_batch_size (samples that one replica computes with at once)"
+            )
+        batches, rest = divmod(self.global_batch_size, self.local_batch_size)
+        if rest:
+            raise ConfigError(
+                f"data.global_batch_size is {self.global_batch_size}, which does not divide into "
+                f"batches of data.local_batch_size {self.local_batch_size}; with elastic it must"
+            )
+        return batches
+
+    def local(self, replicas: int, accumulation: int, elastic: bool = False) -> int:
         """Samples in each batch of each replica.
 
         Args:
             replicas: how many share a step.
             accumulation: batches of a step on each of them.
+            elastic: a step has ``batches_per_step`` instead, whatever they are.
 
         Raises:
             ConfigError: the global size does not divide, contradicts the local one, or both are
                 missing.
         """
+        if elastic and self.batches_per_step and self.local_batch_size is not None:
+            return self.local_batch_size
         if self.global_batch_size is None:
             if self.local_batch_size is None:
                 raise ConfigError(
@@ -128,8 +153,31 @@ class TrainConfig:
     log_every: int
     console: bool
     trace: bool
+    elastic: bool = False
+    batch: Node | None = None
     checkpointing: Checkpointing | None = None
     resume: str | None = None
+    lr_scaling: LearningRateScaling = field(default_factory=LearningRateScaling)
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    zero_gamma: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.elastic:
+            return
+        needed = {"run_dir": self.run_dir, "checkpointing": self.checkpointing}
+        lacking = [key for key, value in needed.items() if value is None]
+        if self.resume != "auto" or lacking:
+            raise ConfigError(
+                "elastic lets a run go on when its ranks are started again, which takes "
+                "run_dir=FOLDER (that all hosts see), checkpointing=steps (or minutes), and "
+                f"resume=auto; {' and '.join(lacking) or 'resume'} is not so"
+            )
+        if self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but with "
+                "elastic it follows from data.global_batch_size, data.local_batch_size and the "
+                "number of ranks; leave it out"
+            )
 
 
 def check(config: TrainConfig | DictConfig | Mapping[str, Any]) -> TrainConfig:

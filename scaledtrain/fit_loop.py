@@ -78,7 +78,7 @@ class FitLoop:
                     timeline.add("data", start)
                     if not trainer.step(batch):
                         return self._ended_by_strategy()
-                    trainer.steps_in_epoch += 1
+                    trainer.steps_in_epoch += batch.multiple
                     self._steps += 1
                     self._tell("on_step_end")
                     evaluated = self._evaluation_is_due() and self._evaluate()

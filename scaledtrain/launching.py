@@ -6,6 +6,7 @@ process ends within seconds.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -22,13 +23,15 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from scaledtrain.errors import ClusterError, ConfigError, RendezvousError, ScaledTrainError
-from scaledtrain.ranks import RankInfo
+from scaledtrain.ranks import RankInfo, life_of
 
 __all__ = ["Interrupted", "guarded", "tell", "workers_to_start"]
 
 FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes
 PREEMPTED = 75  # saved after a signal: to be started again (EX_TEMPFAIL of sysexits.h)
 
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # ranks that never met have no life of their own
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _UNWIND_SECONDS = 3.0  # for a rank that was asked to end, before it is ended
 _ROOT_CAUSE_SECONDS = 1.5  # for the rank that failed first to say so
@@ -50,6 +53,7 @@ def guarded(main: Callable[[], None]) -> None:
     saved first, 130 after Ctrl-C, 143 after SIGTERM.
     A rank of a job with several ranks does not wait for the others, nor for its own threads.
     """
+    _end_with_launcher()
     with _StopSignals() as signals:
         try:
             main()
@@ -67,6 +71,15 @@ def guarded(main: Callable[[], None]) -> None:
             _leave(ended_by.code)
         _tell(ended_by)
         _leave(_exit_code(ended_by))
+
+
+def _end_with_launcher() -> None:
+    """Ask for SIGTERM when the torchrun that started this process is killed: nobody else ends it.
+
+    The run is then saved as after any SIGTERM, if it is one that is.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def workers_to_start(workers: int | None) -> int:
@@ -147,7 +160,8 @@ def _is_first(info: RankInfo) -> bool | None:
         with suppress(OSError, RuntimeError):
             socket.create_connection(address, _STORE_SECONDS).close()  # or torch writes warnings
             store = dist.TCPStore(*address, wait_for_workers=False)
-            first = store.compare_set(f"scaledtrain/{info.life}/told", "", str(info.rank))
+            told = f"scaledtrain/{life_of(store)}/told/{os.environ.get(_RESTARTS, '0')}"
+            first = store.compare_set(told, "", str(info.rank))
             answers.append(int(first) == info.rank)
 
     # In a thread, since there is no limit to the wait if another program listens on that port.

@@ -42,10 +42,10 @@ class LossScaler(ABC):
 
     @abstractmethod
     def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Set the parameters' ``.grad`` to what backward passes have left somewhere else.
+        """Add to the parameters' ``.grad`` what backward passes have left somewhere else.
 
         Args:
-            parameters: without a gradient.
+            parameters: with or without a gradient.
             gradients: of the losses that ``backward`` was given; not used by anybody else.
         """
 
@@ -86,7 +86,7 @@ class NoScaler(LossScaler):
     def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """As they are."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            _add(parameter, gradient)
 
     def check_and_clip(
         self, replica: Replica, max_norm: float | None, measure: bool
@@ -211,7 +211,7 @@ class DynamicScaler(LossScaler):
     def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Divided by S."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.to(parameter.grad_dtype) * (1.0 / self.scale)
+            _add(parameter, gradient.to(parameter.grad_dtype) * (1.0 / self.scale))
 
     def check_and_clip(
         self, replica: Replica, max_norm: float | None, measure: bool
@@ -253,3 +253,7 @@ class DynamicScaler(LossScaler):
         self.scale = state.get("scale", self.scale)
         self._clean = state.get("clean", self._clean)
         self.overflows = state.get("overflows", self.overflows)
+
+
+def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -65,13 +65,16 @@ class Metrics:
       ``evaluation_seconds``: the parts of ``step_seconds``;
     * where the loss is scaled, ``loss_scale``: of the next step, and ``overflows``: steps of this
       replica that made no update, since training began;
+    * where a `NoiseScale` measures, ``batch_size``: samples of the last whole step it measured,
+      and ``noise_scale``, ``gradient_variance``, ``gradient_squared_norm`` where there are such;
     * ``staleness_mean``, ``staleness_max``, ``staleness_counts`` (value -> pushes), where there is
       one;
     * ``bytes_sent``: payload that this rank handed to a transport, per step of this replica;
     * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
 
     An evaluation is a line with ``kind`` ``"evaluation"``. With a traced timeline
-    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began, and
+    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began (with
+    stages also one for each pass, as ``["0F1", start, end]``, see `PipelineOrder`), and
     before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
     ranks share.
 
@@ -84,7 +87,7 @@ class Metrics:
         device: whose memory is reported.
         bytes_sent: tells how much this rank has sent so far; None: nothing is.
         data_ranks: how many ranks train a replica together, each on samples of its own.
-        scaling: tells scale and overflows by name; None: there are none.
+        more: tells what else is to be in a record, by name; None: nothing.
         log_every: steps between records, at least 1.
         console: whether rank 0 shows progress on stderr.
         tensorboard: whether rank 0 writes TensorBoard events to ``run_dir/tensorboard``.
@@ -99,7 +102,7 @@ class Metrics:
         device: torch.device,
         bytes_sent: Callable[[], int] | None = None,
         data_ranks: int = 1,
-        scaling: Callable[[], Mapping[str, float]] | None = None,
+        more: Callable[[], Mapping[str, float]] | None = None,
         log_every: int = 50,
         console: bool = True,
         tensorboard: bool = True,
@@ -112,7 +115,7 @@ class Metrics:
         self._device = device
         self._bytes_sent = bytes_sent or (lambda: 0)
         self._data_ranks = data_ranks
-        self._scaling = scaling or dict
+        self._more = more or dict
         self._show = console and rank == 0
         self._console = Console(None, False)
         self._run_dir = run_dir
@@ -233,7 +236,7 @@ class Metrics:
             "step_seconds": elapsed / self._steps,
             "bytes_sent": (self._bytes_sent() - self._sent_before) / self._steps,
             "memory_bytes": _peak_memory_bytes(self._device),
-            **self._scaling(),
+            **self._more(),
         }
         if loss is not None:
             values["loss"] = loss
@@ -247,10 +250,8 @@ class Metrics:
             values["staleness_max"] = max(self._staleness)
         counts = {"steps": self._steps, "samples": self._samples}
         self._write("step", step, values, **counts, staleness_counts=self._staleness)
-        if spans:
-            self._write_trace(
-                [[s.phase, s.start - self._begin, s.end - self._begin] for s in spans]
-            )
+        if rows := [*spans, *self._timeline.drain_named()]:
+            self._write_trace([[n, s - self._begin, e - self._begin] for n, s, e in rows])
         text = (
             f"loss {values.get('loss', math.nan):.4f}  {values['samples_per_second']:.0f} samples/s"
         )
@@ -258,6 +259,8 @@ class Metrics:
             text += f"  staleness {values['staleness_mean']:.1f}"
         if values.get("overflows"):
             text += f"  {values['overflows']:.0f} overflows"
+        if "noise_scale" in values:
+            text += f"  noise scale {values['noise_scale']:.0f}, batch {values['batch_size']:.0f}"
         self._console.show(step, text)
         self._forget(step, now)
 

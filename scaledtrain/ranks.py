@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,9 +17,11 @@ import torch.distributed as dist
 
 from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError
 
-__all__ = ["RankInfo", "meet"]
+__all__ = ["RankInfo", "life_of", "meet"]
 
 _POLL_SECONDS = 0.02
+_LIFE = "scaledtrain/life"
+_FIRST_LIFE = "0"
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,9 @@ class RankInfo:
     """Each rank was launched by itself, so one that died may come back while the others go on."""
 
     @property
-    def life(self) -> str:
-        """Of the job: a launcher of all ranks restarts all, who then meet anew."""
-        return "0" if self.single else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    def is_elastic(self) -> bool:
+        """Whether a launcher may start all ranks again, other ones too, who then meet anew."""
+        return self.has_agent and not self.single
 
     @property
     def has_agent(self) -> bool:
@@ -134,7 +138,10 @@ def meet(info: RankInfo, timeout_seconds: float) -> tuple[dist.Store, int]:
             timeout=timedelta(seconds=timeout_seconds),
             wait_for_workers=False,
         )
-        store = dist.PrefixStore(f"scaledtrain/{info.life}", store)
+        if info.is_elastic:
+            life = _begin_life(info, store, deadline, timeout_seconds)
+            return dist.PrefixStore(f"scaledtrain/{life}", store), 0
+        store = dist.PrefixStore(f"scaledtrain/{_FIRST_LIFE}", store)
         attempt = store.add(f"attempts/{info.rank}", 1) - 1
         if store.check(["met"]):
             return store, attempt
@@ -143,20 +150,66 @@ def meet(info: RankInfo, timeout_seconds: float) -> tuple[dist.Store, int]:
         while missing and time.monotonic() < deadline:
             missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
             time.sleep(_POLL_SECONDS if missing else 0.0)
+    except RendezvousError:
+        raise
     except (RuntimeError, dist.DistError) as error:
         raise PeerLostError(
             f"rank 0 at {where} left while rank {info.rank} met the others; its own message says "
             f"why ({str(error).splitlines()[0]})"
         ) from error
     if missing:
-        raise RendezvousError(
-            f"rank {info.rank} waited {timeout_seconds:g} s at {where} for rank"
-            f"{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {info.size}, "
-            "which did not come; see whether it started (its own output, or the scheduler's), that "
-            "WORLD_SIZE is the number of processes, and that no firewall is between"
-        )
+        raise _missed(info, missing, timeout_seconds)
     store.set("met", "1")
     return store, 0
+
+
+def _missed(info: RankInfo, missing: Sequence[int], timeout_seconds: float) -> RendezvousError:
+    return RendezvousError(
+        f"rank {info.rank} waited {timeout_seconds:g} s at {info.master_address}:"
+        f"{info.master_port} for rank{'s' if len(missing) > 1 else ''} "
+        f"{', '.join(map(str, missing))} of {info.size}, which did not come; see whether it "
+        "started (its own output, or the scheduler's), that WORLD_SIZE is the number of processes, "
+        "and that no firewall is between"
+    )
+
+
+def life_of(store: dist.Store) -> str:
+    """The word by which the ranks that are there now, or met last, have their keys in a store."""
+    return store.get(_LIFE).decode() if store.check([_LIFE]) else _FIRST_LIFE
+
+
+def _begin_life(info: RankInfo, store: dist.Store, deadline: float, timeout_seconds: float) -> str:
+    """Meet those that the launcher started together with this rank.
+
+    The store may hold what ranks of earlier rounds wrote, and a launcher that joined later counts
+    restarts from 0. So rank 0 draws a new word; each other rank answers under it with a word of its
+    own, which comes back when all have: then both are of this round.
+
+    Raises:
+        RendezvousError: a rank did not come.
+    """
+    own, life, missing = secrets.token_hex(8), "", [0]
+    if info.rank == 0:
+        life, missing = own, list(range(1, info.size))
+        store.set(_LIFE, life)
+    while missing and time.monotonic() < deadline:
+        if info.rank == 0:
+            missing = [r for r in missing if not store.check([f"scaledtrain/{life}/here/{r}"])]
+        else:
+            if (newest := life_of(store)) not in (life, _FIRST_LIFE):
+                life = newest
+                store.set(f"scaledtrain/{life}/here/{info.rank}", own)
+            met = f"scaledtrain/{life}/met"
+            if life and store.check([met]) and own in json.loads(store.get(met)):
+                missing = []
+        time.sleep(_POLL_SECONDS if missing else 0.0)
+    if missing:
+        raise _missed(info, missing, timeout_seconds)
+    if info.rank == 0:
+        others = range(1, info.size)
+        words = [store.get(f"scaledtrain/{life}/here/{r}").decode() for r in others]
+        store.set(f"scaledtrain/{life}/met", json.dumps(words))
+    return life
 
 
 def _wait_for_port(info: RankInfo, deadline: float, timeout_seconds: float) -> None:

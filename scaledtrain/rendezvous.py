@@ -168,6 +168,11 @@ class Connection:
             part._open_group()
         return part
 
+    @property
+    def pieces(self) -> Group:
+        """The ranks that have this rank's replica together."""
+        return LocalGroup() if self._pieces is None else self._pieces.group
+
     def process_group(self) -> dist.ProcessGroup:
         """torch.distributed's own group of these ranks, who call this together the first time."""
         if self._process_group is None:
@@ -282,7 +287,6 @@ class Connection:
 
     def board(self) -> Board:
         """Make a board; all ranks call this together."""
-        self._check_whole()
         store = self._store_of_new("board")
         if store is None:
             return LocalBoard()
@@ -298,7 +302,6 @@ class Connection:
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
         """Let all ranks send messages to each other's peers; all ranks call this together."""
-        self._check_whole()
         store = self._store_of_new("peers")
         if store is None:
             return LocalPeers()
@@ -307,14 +310,13 @@ class Connection:
         return peers
 
     def _check_whole(self) -> None:
-        """What one rank of a replica hears from others, and when, the rest of it would not know."""
+        """Raise ConfigError where others would have to share pieces of parameters."""
         if self._pieces is not None:
             raise ConfigError(
-                "Gossip, PushSum and Hogwild let each rank hear from others at any moment, so that "
-                "the pieces of a replica that mesh.shard or mesh.pipe divides over "
-                f"{self._pieces.group.size} ranks would be of different moments; let each rank "
-                "have a whole replica (mesh.shard=1, mesh.pipe=1), or take another strategy: "
-                "ParameterServer, AsyncLocalSGD, LocalSGD or DiLoCo"
+                "Hogwild lets all ranks compute with the same memory, so that each needs a whole "
+                "replica in it, but mesh.shard or mesh.pipe divides one over "
+                f"{self._pieces.group.size} ranks; set both to 1, or take another strategy: "
+                "Gossip, PushSum, ParameterServer, AsyncLocalSGD, LocalSGD or DiLoCo"
             )
 
     def _share(self, store: dist.Store, n_bytes: int) -> SharedSegment | None:

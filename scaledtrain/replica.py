@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,29 +70,77 @@ class Updater:
         """Of the next update (of the first parameter group)."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def step(self) -> None:
-        """Make one update from the parameters' ``.grad``."""
-        if self._wide is None:
-            self.optimizer.step()
-        else:
-            self._wide.step()
+    def step(self, scale: float = 1.0) -> None:
+        """Make one update from the parameters' ``.grad``.
+
+        Args:
+            scale: of its learning rates; a schedule sees nothing of that.
+        """
+        with _scaled_learning_rate(self.optimizer, scale):
+            if self._wide is None:
+                self.optimizer.step()
+            else:
+                self._wide.step()
         if self._scheduler is not None:
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state of the optimizer, of the schedule, and of the rounding."""
         scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
+        kinds = [type(self.optimizer).__name__, _schedule_name(self._scheduler)]
         # Copied here and below, since torch's own dictionaries share the tensors in use.
         state = copy.deepcopy({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
-        return {**state, "rounding": None if self._wide is None else self._wide.state_dict()}
+        rounding = None if self._wide is None else self._wide.state_dict()
+        return {**state, "rounding": rounding, "kinds": kinds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ConfigError: it is of another optimizer, or of another schedule.
+        """
+        self._check_kinds(*state.get("kinds", [None, None]))
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self._wide is not None and state["rounding"] is not None:
             self._wide.load_state_dict(state["rounding"], state["optimizer"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
+
+    def _check_kinds(self, optimizer: str | None, schedule: str | None) -> None:
+        """Names of the classes whose state it is; None: not known."""
+        own, own_schedule = type(self.optimizer).__name__, _schedule_name(self._scheduler)
+        if optimizer is not None and optimizer != own:
+            raise ConfigError(
+                f"the state is of {optimizer}, but the optimizer is {own}, which would read it in "
+                f"its own way; go on with {optimizer}, or begin anew from the weights alone "
+                "(scaledtrain.checkpoint.export)"
+            )
+        if schedule is not None and schedule != own_schedule:
+            raise ConfigError(
+                f"the state is of a run with {schedule} as its learning-rate schedule, but here it "
+                f"is {own_schedule}: the rate would go on from where neither of them has it; go on "
+                f"with {schedule}, or begin anew from the weights alone "
+                "(scaledtrain.checkpoint.export)"
+            )
+
+
+def _schedule_name(scheduler: LRScheduler | None) -> str:
+    return "none" if scheduler is None else type(scheduler).__name__
+
+
+@contextmanager
+def _scaled_learning_rate(optimizer: Optimizer, scale: float) -> Iterator[None]:
+    if scale == 1.0:
+        yield
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * scale
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 class Replica:

@@ -26,13 +26,16 @@ __all__ = [
     "Pace",
     "Schedule",
     "Slowdown",
+    "Told",
     "as_arguments",
     "call_model",
+    "call_without_loss",
     "inputs_and_targets",
 ]
 
 LossFn = Callable[[Any, Any], Tensor]
 Abandon = Callable[[], bool] | None
+Told = Callable[[int], None] | None
 
 
 class Computed(NamedTuple):
@@ -44,6 +47,8 @@ class Computed(NamedTuple):
     """How many of the batch's samples were computed with."""
     share: float = 1.0
     """Of the batch's samples, exactly 1 for all, so that equal weights stay equal."""
+    is_due: bool = True
+    """Whether gradients come with this step, on whatever replica; else there is no update."""
 
 
 class Schedule(Protocol):
@@ -74,9 +79,22 @@ class Schedule(Protocol):
             Their outputs, None where another rank has them; and their mean loss.
         """
 
+    def outputs(self, batch: Any) -> Any:
+        """Of the model for a batch, which may lack targets; None where another rank has them."""
+
     @property
     def pending(self) -> int:
         """Steps on no batch after the last one, until all gradients have come."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether microbatches run one after another, in each step as many as its batch has."""
+
+    def tell(self, told: Told) -> None:
+        """Call this after each microbatch, with its samples; in ``.grad`` is then what there is.
+
+        Only a schedule that runs them one by one does.
+        """
 
 
 def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> tuple[Any, Tensor]:
@@ -101,6 +119,13 @@ def call_model(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) ->
             "average it over the batch, e.g. loss.mean()"
         )
     return outputs, loss
+
+
+def call_without_loss(model: Callable[..., Any], batch: Any) -> Any:
+    """Outputs for inputs alone, (inputs, targets), or the keywords of a model."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _own_loss(outputs: Any) -> Any:
@@ -199,6 +224,7 @@ class MicrobatchLoop:
         self._drop_compute = drop_compute or DropCompute()
         self._paces = paces
         self._clock = clock or HostClock()
+        self._told: Told = None
         # Else the clock would show when kernels were launched.
         may_drop = math.isfinite(self._drop_compute.threshold_seconds)
         self._waits_for_device = may_drop or bool(paces)
@@ -208,13 +234,15 @@ class MicrobatchLoop:
         total: Tensor | None = None
         samples = batch.samples
         mean = samples if batch.mean_samples is None else batch.mean_samples
-        even = mean if batch.even_samples is None else batch.even_samples
+        even = mean / batch.multiple if batch.even_samples is None else batch.even_samples
         computed = 0
         self.microbatch_seconds = []
         for pace in self._paces:
             pace.begin_step()
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
-            if computed and self._drop_compute.is_over(sum(self.microbatch_seconds)):
+            if computed and self._drop_compute.is_over(
+                sum(self.microbatch_seconds) / batch.multiple
+            ):
                 break
             start = self._clock.now()
             with self._precision.autocast(self._parameters[0].device):
@@ -225,6 +253,8 @@ class MicrobatchLoop:
             if size != mean:
                 loss = loss * (size / mean)
             self._scaler.backward(loss)
+            if self._told is not None:
+                self._told(size)
             loss = loss.detach()
             total = loss if total is None else total + loss
             computed += size
@@ -262,7 +292,18 @@ class MicrobatchLoop:
             total = loss if size == batch.samples else total + loss * (size / batch.samples)
         return outputs, total
 
+    @torch.no_grad()
+    def outputs(self, batch: Any) -> Any:
+        """The model's."""
+        with self._precision.autocast(self._parameters[0].device):
+            return call_without_loss(self._evaluated, batch)
+
     pending = 0
+    one_by_one = True
+
+    def tell(self, told: Told) -> None:
+        """Call this after each microbatch; see `Schedule`."""
+        self._told = told
 
     def _take_time(self, start: float, share: float, abandon: Abandon) -> bool:
         seconds = self._clock.now() - start

@@ -10,7 +10,7 @@ import torch
 
 from scaledtrain.clock import Clock, HostClock
 
-__all__ = ["Phase", "Span", "Timeline"]
+__all__ = ["Named", "Phase", "Span", "Timeline"]
 
 _MAX_INSIDE = 4096  # spans that one span can hold; forgetting more keeps memory bounded
 
@@ -23,6 +23,14 @@ class Span(NamedTuple):
     """From ``start`` to ``end`` (seconds on the monotonic clock of the host) in one phase."""
 
     phase: Phase
+    start: float
+    end: float
+
+
+class Named(NamedTuple):
+    """Something with a name of its own that was done from ``start`` to ``end``."""
+
+    name: str
     start: float
     end: float
 
@@ -56,6 +64,7 @@ class Timeline:
         self.keep = keep
         self._device = device if device is not None and device.type == "cuda" else None
         self._spans: list[Span] = []
+        self._named: list[Named] = []
         self._seconds: dict[Phase, float] = {}
         self.waited = 0.0
         # Start and length of the last spans that lie in no other one so far.
@@ -77,6 +86,18 @@ class Timeline:
         if self.keep:
             self._spans.append(Span(phase, start, end))
         return end
+
+    def note(self, name: str, start: float) -> None:
+        """Keep, if spans are kept, what ends now, and lies inside of a span."""
+        if self.keep:
+            if self._device is not None:
+                torch.cuda.synchronize(self._device)
+            self._named.append(Named(name, start, self.now()))
+
+    def drain_named(self) -> list[Named]:
+        """What was noted since the last time."""
+        named, self._named = self._named, []
+        return named
 
     def drain(self) -> tuple[dict[Phase, float], list[Span]]:
         """Seconds by phase and the kept spans since the last drain."""

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from scaledtrain.command_line import read_command_line
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
+from scaledtrain.parallel.pipeline import draw_pipeline, planned_and_measured
 from scaledtrain.report.chrome import write_chrome_trace
 from scaledtrain.report.gantt import MAX_RANKS, draw_gantt, readable_window
 from scaledtrain.report.picture import require_matplotlib
@@ -29,7 +30,7 @@ from scaledtrain.schema import parse
 __all__ = ["TraceConfig", "main", "show"]
 
 _PROG = "scaledtrain trace"
-_File = Literal["trace.json", "gantt.png", "timeline.html"]
+_File = Literal["trace.json", "gantt.png", "timeline.html", "pipeline.png"]
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ def show(runs: Sequence[str | Path], config: TraceConfig) -> list[Path]:
         The files that were made.
 
     Raises:
-        ConfigError: there is no run, one has no trace, or matplotlib is missing for the picture.
+        ConfigError: there is no run, one has no trace, matplotlib is missing for a picture, or
+            there is no pipeline for that of one.
     """
     if not runs:
         raise ConfigError(f"no run was given; write {_PROG} RUN, where RUN is the folder of a run")
-    if "gantt.png" in config.files:
+    if {"gantt.png", "pipeline.png"} & {*config.files}:
         require_matplotlib()
     traces = [find_trace(run) for run in runs]
     if config.ranks is not None:
@@ -103,6 +105,9 @@ def show(runs: Sequence[str | Path], config: TraceConfig) -> list[Path]:
         elif name == "gantt.png":
             windows = [readable_window(trace, start, end) for trace in few]
             draw_gantt(folder / name, few, windows)
+        elif name == "pipeline.png":
+            tables = [t for trace in traces for t in planned_and_measured(trace, window)]
+            draw_pipeline(folder / name, tables)
         else:
             write_timeline_page(folder / name, few, window)
     return [folder / name for name in config.files]

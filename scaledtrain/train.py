@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.callbacks import Callback, StopAtTarget
+from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
@@ -33,8 +34,12 @@ from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.launching import Interrupted, guarded, workers_to_start
 from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
+from scaledtrain.optim.scaling import decay_groups, norms_and_biases, zero_gamma
+from scaledtrain.optim.warmup import units_per_update
 from scaledtrain.parallel.accelerate import with_accelerate
+from scaledtrain.parallel.deepspeed import DeepSpeed
 from scaledtrain.rendezvous import Connection, Transport, connect
+from scaledtrain.run_config import write_config
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
 from scaledtrain.tasks import Task
@@ -75,7 +80,7 @@ def _main() -> None:
     if workers := workers_to_start(config.workers):
         config.mesh.check(workers)  # rather here, once, than on every rank
         data_ranks = config.mesh.replicas(workers) * config.mesh.shard
-        batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps)
+        batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps, config.elastic)
         seconds = SAVE_SECONDS if config.checkpointing is not None else UNWIND_SECONDS
         start_workers("scaledtrain.train", arguments, workers, seconds)
         return
@@ -194,7 +199,9 @@ def run_settled(
     trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
     if run_dir is not None and writes:
-        (run_dir / "config.yaml").write_bytes(to_yaml(config).encode())
+        changed = write_config(run_dir, config)
+        if changed is not None:
+            trainer.metrics.say(changed)
     with trainer:
         try:
             result = trainer.fit(
@@ -218,8 +225,7 @@ def run_settled(
             "data": task.facts,
             "environment": environment(link),
         }
-        text = json.dumps(told, indent=2)
-        (run_dir / "result.json").write_text(f"{text}\n", encoding="utf-8")
+        replace_file(run_dir / "result.json", f"{json.dumps(told, indent=2)}\n".encode())
     return result
 
 
@@ -280,7 +286,8 @@ def _assemble(
         config.gradient_accumulation_steps,
     )
     data_ranks = replicas * config.mesh.shard
-    batch_size = sizes.local(data_ranks, accumulation)
+    batch_size = sizes.local(data_ranks, accumulation, config.elastic)
+    batches_per_step = sizes.batches_per_step if config.elastic else None
     train = task.train_loader(batch_size)
     test = task.test_loader(sizes.eval_batch_size or batch_size)
     seed_everything(config.seed)
@@ -290,19 +297,62 @@ def _assemble(
             f"model names {config.model['_target_']!r}, which returned {_a(model)}; it must return "
             "a torch.nn.Module"
         )
+    if config.zero_gamma:
+        zero_gamma(model)
+    exempt = norms_and_biases(model) if config.weight_decay_on == "matrices" else set()
     strategy = make(config.strategy)
+    engine = None if config.engine is None else make(config.engine)
+    scaling = config.lr_scaling
+    if isinstance(engine, DeepSpeed) and (scaling.rule != "none" or exempt):
+        raise ConfigError(
+            "DeepSpeed makes the optimizer before it is known how many gradients make an update, "
+            "and divides it by parameter groups of its own; with engine=deepspeed set the learning "
+            "rate yourself, and leave lr_scaling.rule at none and weight_decay_on at all"
+        )
     callbacks = list(callbacks)
+    if config.batch is not None:
+        callbacks.append(make(config.batch))
     if config.target.metric is not None:
         callbacks.append(StopAtTarget(**asdict(config.target)))
+
+    def samples_per_update() -> int:
+        """Known once the strategy is attached."""
+        batches: float = accumulation * config.mesh.shard  # of a gradient
+        if batches_per_step is not None:  # replicas need not have equally many
+            batches = batches_per_step / replicas
+        return round(batch_size * batches * strategy.gradients_per_step)
+
+    def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        given = decay_groups(parameters, exempt) if exempt else parameters
+        optimizer = cast(Optimizer, make_of("optimizer", config.optimizer, given))
+        if scaling.rule != "none":
+            scaling.apply(optimizer, samples_per_update())
+        return optimizer
 
     def make_scheduler(optimizer: Optimizer) -> LRScheduler:
         """Called once the strategy is attached, and so knows how many gradients make an update."""
         assert config.lr_schedule is not None
-        steps = ReplicaLoader(train, replicas=data_ranks, accumulation=accumulation).steps_per_epoch
-        limits = [config.max_steps] if config.max_steps is not None else []
-        if config.max_epochs is not None and steps is not None:
-            limits.append(config.max_epochs * steps * replicas // strategy.gradients_per_step)
-        known = dict.fromkeys(_NAMES_OF_TOTAL, min(limits)) if limits else {}
+        steps = ReplicaLoader(
+            train,
+            replicas=data_ranks,
+            accumulation=accumulation,
+            batches_per_step=batches_per_step,
+        ).steps_per_epoch
+        in_epoch = None if steps is None else steps * replicas / strategy.gradients_per_step
+        limits = [float(config.max_steps)] if config.max_steps is not None else []
+        if config.max_epochs is not None and in_epoch is not None:
+            limits.append(config.max_epochs * in_epoch)
+        known: dict[str, Any] = {
+            "max_lr": [group["lr"] for group in optimizer.param_groups],
+            "samples_per_update": samples_per_update(),
+            "start_factor": min(1.0, 1.0 / scaling.factor(samples_per_update())),
+        }
+        if in_epoch is not None:
+            known["updates_per_epoch"] = in_epoch
+        if limits:
+            known |= dict.fromkeys(_NAMES_OF_TOTAL, int(min(limits)))
+            unit = config.lr_schedule.get("unit", "steps")
+            known["total"] = min(limits) * units_per_update(unit, in_epoch, samples_per_update())
         node, lacking = complete(config.lr_schedule, known, n_given=1)
         if lacking:
             raise ConfigError(
@@ -314,11 +364,11 @@ def _assemble(
     trainer = Trainer(
         model,
         task.loss_fn,
-        lambda parameters: make_of("optimizer", config.optimizer, parameters),
+        make_optimizer,
         lr_scheduler=make_scheduler if config.lr_schedule is not None else None,
         strategy=strategy,
         mesh=config.mesh,
-        engine=None if config.engine is None else make(config.engine),
+        engine=engine,
         pipeline=None if config.mesh.pipe == 1 else replace(config.pipeline, example=_first(train)),
         precision=config.precision,
         activation_checkpointing=(
@@ -327,6 +377,7 @@ def _assemble(
             else make(config.activation_checkpointing)
         ),
         gradient_accumulation_steps=accumulation,
+        batches_per_step=batches_per_step,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,
         balance=make(config.balance),

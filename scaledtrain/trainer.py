@@ -29,7 +29,7 @@ from scaledtrain.fit_loop import FitLoop
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
-from scaledtrain.parallel.batches import Steps
+from scaledtrain.parallel.batches import Steps, share_out
 from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor
@@ -90,6 +90,9 @@ class Trainer:
         activation_checkpointing: which activations are computed again instead of kept; None keeps
             all.
         gradient_accumulation_steps: batches of the loader per step on each replica.
+        batches_per_step: batches of the loader per step on all replicas together, instead: a run
+            that goes on with more or fewer of them keeps its global batch. Where they do not divide
+            some replicas have one more, in turns.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
         balance: how many samples of a step each replica trains on; default `Even`.
@@ -106,8 +109,9 @@ class Trainer:
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
         checkpointing: when the run is saved; None: never.
-        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir`` (none:
-            it begins), or the path of a checkpoint or of a run.
+        resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir``, or
+            what hosts kept of it in memory if that is newer (none: it begins), or the path of a
+            checkpoint or of a run.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
 
@@ -144,6 +148,7 @@ class Trainer:
         precision: Precision | PrecisionName = "fp32",
         activation_checkpointing: CheckpointPolicy | None = None,
         gradient_accumulation_steps: int = 1,
+        batches_per_step: int | None = None,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
         balance: Balance | None = None,
@@ -175,8 +180,19 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
+        strategy = strategy or Sync()
+        if batches_per_step is not None:
+            gradient_accumulation_steps = share_out(
+                batches_per_step,
+                gradient_accumulation_steps,
+                mesh or Mesh(),
+                self.link.group.size,
+                strategy.replicas_equal,
+            )
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         converted = self.precision.convert(model.to(self.link.device))
+        n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._described = f"{type(model).__name__}, {n_parameters:,} trainable parameters"
         recipe = Recipe(
             self.precision,
             optimizer,
@@ -188,7 +204,7 @@ class Trainer:
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
-        self.strategy: Strategy = strategy or Sync()
+        self.strategy: Strategy = strategy
         self.layout.check_fits(self.strategy, drop_compute, slowdown)
         self.replica = Replica(
             self.model,
@@ -227,7 +243,7 @@ class Trainer:
             timeline=self.timeline,
             device=self.link.device,
             bytes_sent=lambda: self.link.bytes_sent,
-            scaling=self.scaler.metrics,
+            more=self._more_metrics,
             data_ranks=self.layout.data_ranks,
             log_every=log_every,
             console=console,
@@ -238,8 +254,9 @@ class Trainer:
         self._loss_fn = loss_fn
         self._loss_weight = loss_weight
         self._accumulation = gradient_accumulation_steps
+        self._batches_per_step = batches_per_step
         self._max_grad_norm = max_grad_norm
-        self._eval_metrics = dict(eval_metrics or {})
+        self.eval_metrics = dict(eval_metrics or {})
         self._callbacks = list(callbacks)
         self._seed = seed
         self._loop: FitLoop | None = None
@@ -268,7 +285,9 @@ class Trainer:
 
         refused = None
         try:
-            self._checkpointing = self.layout.checkpoint(policy, sample, self._compile)
+            self._checkpointing = self.layout.checkpoint(
+                policy, sample, self._compile, batch.microbatches[largest]
+            )
         except ConfigError as error:  # with batches of another shape another rank may have none
             refused = error
         if self.layout.agree(refused is not None):
@@ -291,6 +310,23 @@ class Trainer:
         return {} if self._loop is None else self._loop.evaluation
 
     @property
+    def step_size(self) -> tuple[int, int | None]:
+        """Of a fit: batches of a step as configured, of all replicas, and samples of a batch."""
+        assert self._loader is not None
+        return self._loader.step_size
+
+    @property
+    def batch_multiple(self) -> int:
+        """How many steps as configured are made as one, from the next one on; of a fit."""
+        return 1 if self._loader is None else self._loader.multiple
+
+    @batch_multiple.setter
+    def batch_multiple(self, value: int) -> None:
+        """Set by a callback, on all replicas at the same step."""
+        assert self._loader is not None
+        self._loader.multiple = value
+
+    @property
     def step_count(self) -> int:
         """Updates that this replica's parameters have received."""
         return self.strategy.step
@@ -306,7 +342,9 @@ class Trainer:
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
             weight = self.schedule.weight(batch)
-            going = self.strategy.before_forward(self.schedule.backward_passes(batch), weight)
+            whole = [c.needs_own_gradients(self, batch) for c in self._callbacks]
+            passes = 0 if any(whole) else self.schedule.backward_passes(batch)
+            going = self.strategy.before_forward(passes, weight)
             self.metrics.saw_staleness(self.strategy.staleness)
             if not self.in_lockstep:  # else its other pieces come to the same
                 going = not self.layout.agree(not going)
@@ -319,11 +357,13 @@ class Trainer:
         if self.balancer is not None:
             self.balancer.computed(self.step_count, start, waited, computed.share)
         self._call("on_gradients")
-        self.strategy.reduce_gradients(weight * computed.share)
+        if computed.is_due:
+            self.strategy.reduce_gradients(weight * computed.share)
+            self._call("on_reduced")
         finite, norm = self.scaler.check_and_clip(
             self.replica, self._max_grad_norm, self.metrics.due()
         )
-        if finite:
+        if finite and computed.is_due:
             self.strategy.apply_gradients()
         self.strategy.after_step()
         mean: float = computed.samples
@@ -403,6 +443,7 @@ class Trainer:
             alone=not self.in_lockstep,
             balancer=self.balancer,
             weigh=self._loss_weight,
+            batches_per_step=self._batches_per_step,
         )
         self._loader = loader
         self._find_place(loader)
@@ -441,11 +482,13 @@ class Trainer:
             with self._saver.stop_request if self._saver is not None else nullcontext():
                 self._call("on_fit_start")
                 stopped_by = run.run()
+                is_drained = self.schedule.pending > 0
                 if self.balancer is not None:
                     self.balancer.end()
                 self._drain()
                 if self._saver is not None:
-                    self._saver.end(is_stopping=stopped_by not in ("max_steps", "max_epochs"))
+                    is_stopping = stopped_by not in ("max_steps", "max_epochs")
+                    self._saver.end(is_stopping, is_changed=is_drained)
                 else:
                     self.strategy.settle()
                 self.layout.share_buffers()
@@ -494,7 +537,7 @@ class Trainer:
         self.layout.share_buffers()
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size, weigh=self._loss_weight)
-        names = ["loss", *self._eval_metrics]
+        names = ["loss", *self.eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (
             self.strategy.consensus(),
@@ -518,12 +561,12 @@ class Trainer:
         outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
         if outputs is None:
             return []
-        if self._eval_metrics and not isinstance(batch, (tuple, list)):
+        if self.eval_metrics and not isinstance(batch, (tuple, list)):
             raise ConfigError(
-                f"eval_metrics ({', '.join(self._eval_metrics)}) compare outputs with targets, but "
+                f"eval_metrics ({', '.join(self.eval_metrics)}) compare outputs with targets, but "
                 f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
             )
-        metrics = self._eval_metrics.values()
+        metrics = self.eval_metrics.values()
         return [loss, *(metric(outputs[0], batch[1]) for metric in metrics)]
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
@@ -531,7 +574,9 @@ class Trainer:
 
         The rank that calls this computes all of them; nothing is communicated but parts of the
         model, so that ranks that have a replica together call it together. Batches may be inputs
-        alone, (inputs, targets), or dicts for the model.
+        alone, (inputs, targets), or dicts for the model. With ``mesh.pipe`` the rank of the last
+        stage has the outputs (the last rank, with ``ZBVZeroBubble`` and ``DualPipeV`` the first),
+        the others an empty list.
         """
         must_end(loader, "a prediction")
         self.layout.refresh()
@@ -539,12 +584,9 @@ class Trainer:
         with eval_mode(self.model):
             for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
                 for batch in step.microbatches:
-                    with self.precision.autocast(self.link.device):
-                        if isinstance(batch, Mapping):
-                            outputs.append(self.model(**batch))
-                        else:
-                            first = batch[0] if isinstance(batch, (tuple, list)) else batch
-                            outputs.append(self.model(first))
+                    made = self.schedule.outputs(batch)
+                    if made is not None:  # else another rank has them
+                        outputs.append(made)
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
@@ -560,20 +602,19 @@ class Trainer:
             "seed": self._seed,
             "loader": None if loader is None else copy.deepcopy(loader.state_dict()),
             "step_size": None if loader is None else loader.step_size,
+            "steps_per_epoch": None if loader is None else loader.steps_per_epoch,
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
+            "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks],
             "balance": None if self.balancer is None else self.balancer.state_dict(),
         }
 
     def full_state_dict(self) -> dict[str, Any]:
         """The whole model's state dict: plain tensors on the host, by the model's own names.
 
-        It is this replica's, sharded or not. The ranks of a replica call this together; its first
-        rank has the result, the others an empty dict. A run with any layout begins with it if it is
-        loaded into the model before that is given to a Trainer.
-
-        Raises:
-            ConfigError: the model is divided into stages.
+        It is this replica's, in whatever layout. The ranks of a replica call this together; its
+        first rank has the result, the others an empty dict. A run with any layout begins with it if
+        it is loaded into the model before that is given to a Trainer.
         """
         return self.layout.full_state_dict()
 
@@ -596,9 +637,16 @@ class Trainer:
         self.metrics.load_state_dict(state["metrics"], self.step_count)
         if self.balancer is not None and state.get("balance") is not None:
             self.balancer.load_state_dict(state["balance"])
+        saved = list(state.get("callbacks", []))
+        for callback in self._callbacks:  # of several of a class, the first gets the first's
+            mine = next((s for s in saved if s[0] == type(callback).__name__), None)
+            if mine is not None:
+                saved.remove(mine)
+                callback.load_state_dict(mine[1])
         self._resumed = {
             "loader": state["loader"],
             "step_size": state["step_size"],
+            "steps_per_epoch": state.get("steps_per_epoch"),
             "generators": state.get("generators"),
         }
         self._ready()
@@ -613,6 +661,13 @@ class Trainer:
         then = self._resumed.get("step_size")
         if then is not None:
             self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
+            long, now = self._resumed["steps_per_epoch"], loader.steps_per_epoch
+            if then == loader.step_size and None not in (long, now) and long != now:
+                self.metrics.say(
+                    f"the data have another size: an epoch had {long} steps, and has {now} from "
+                    "here on, in another order, so that this one misses some samples or has some "
+                    "twice"
+                )
         if self._resumed.get("loader") is not None:
             loader.load_state_dict(self._resumed["loader"])
 
@@ -653,21 +708,27 @@ class Trainer:
         for callback in self._callbacks:
             getattr(callback, moment)(self, *arguments)
 
+    def _more_metrics(self) -> dict[str, float]:
+        told = {**self.scaler.metrics()}
+        for callback in self._callbacks:
+            told.update(callback.metrics())
+        return told
+
     def _introduce(self, loader: Steps) -> None:
         """Say once what will run."""
         if self._introduced:
             return
         self._introduced = True
-        n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         replicas, each = self.layout.link.group.size, self.layout.pieces.size
         pieces = f" of {each} ranks" if each > 1 else ""
         local = "as loaded" if loader.batch_size is None else loader.batch_size
         self.metrics.say(
-            f"scaledtrain: {type(self.model).__name__}, {n_parameters:,} trainable parameters; "
+            f"scaledtrain: {self._described}; "
             f"{replicas} replica{'s' if replicas > 1 else ''}{pieces} on "
             f"{self.link.device.type} over {self.link.transport}; strategy "
             f"{self.strategy}; precision {self.precision}; batch per replica "
             f"{local} x {self._accumulation} accumulation"
+            + ("" if self._batches_per_step is None else f", {self._batches_per_step} in a step")
         )
         if self.layout.told:
             self.metrics.say(self.layout.told)

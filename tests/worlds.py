@@ -74,6 +74,7 @@ class WorldLink(Undivided):
     """One rank's link; also its group."""
 
     transport = "threads"
+    overlaps = False
     device = torch.device("cpu")
 
     def __init__(self, world: World, rank: int) -> None:

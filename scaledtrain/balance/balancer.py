@@ -10,7 +10,7 @@ import torch
 
 from scaledtrain.balance.agree import Agree
 from scaledtrain.balance.policies import Balance
-from scaledtrain.balance.shares import Cost, step_seconds
+from scaledtrain.balance.shares import Cost, apportion, step_seconds
 from scaledtrain.timeline import Timeline
 
 __all__ = ["Balancer"]
@@ -31,7 +31,7 @@ class Balancer:
         say: shows a line to people.
 
     Attributes:
-        shares: samples of each replica, of a step of ``sum(shares)``; None before the first.
+        shares: samples of each replica, of a full step of ``sum(shares)``; None before the first.
         decisions: how often they have changed.
     """
 
@@ -53,6 +53,7 @@ class Balancer:
         self._device = device
         self._agree = agree
         self._round = 0
+        self._multiple = 1  # of the usual step, that the shares are for
         self._computing: list[float] = []  # seconds per sample of each measured step
         self._other: list[float] = []  # and its seconds beside
         self._handed_out = 0
@@ -65,10 +66,14 @@ class Balancer:
             self._agree.start()
         self._began = self._marks()
 
-    def begin(self, total: int) -> Sequence[int]:
-        """The shares, of steps with so many samples."""
-        if self.shares is None or len(self.shares) != self.replicas:
+    def begin(self, total: int, multiple: int = 1) -> Sequence[int]:
+        """The shares, of steps of so many samples, which are ``multiple`` usual steps in one."""
+        if self.shares is None:
             self.shares = self.balance.first(self.replicas, total)
+        elif multiple != self._multiple:
+            grown = sum(self.shares) * multiple // self._multiple
+            self.shares = apportion(self.shares, grown)
+        self._multiple = multiple
         return self.shares
 
     @property
@@ -146,6 +151,7 @@ class Balancer:
             "shares": self.shares,
             "decisions": self.decisions,
             "round": self._round,
+            "multiple": self._multiple,
             "computing": list(self._computing),
             "other": list(self._other),
         }
@@ -155,7 +161,7 @@ class Balancer:
         if state["shares"] is not None and len(state["shares"]) != self.replicas:
             return
         self.shares, self.decisions = state["shares"], state["decisions"]
-        self._round = state["round"]
+        self._round, self._multiple = state["round"], state["multiple"]
         self._computing, self._other = list(state["computing"]), list(state["other"])
 
 

@@ -31,15 +31,16 @@ class BalancedLoader:
     loader, one after the other. Of these, in their order, replica 0 takes the first ones, replica 1
     the next, as many as the balancer says; an epoch's last step, which may have fewer, is shared
     out in the same proportions. So the samples of a step, and of an epoch, do not depend on the
-    shares.
+    shares. Where steps are made of several (``multiple``), or of a number of batches that is no
+    multiple of the ranks, nothing is different.
 
     Only this rank's samples are read from a ``DataLoader`` over a map-style data set and from a
     `ShardedLoader`; of any other loader all ranks read everything, as it comes, and keep their own.
 
     Args:
         loader: as in `ReplicaLoader`.
-        balancer: tells the shares; after a step in which they changed, a rank that reads its own
-            samples alone begins to read anew there.
+        balancer: tells the shares; after a step in which they, or ``multiple``, changed, a rank
+            that reads its own samples alone begins to read anew there.
         replica: this rank's, of the balancer's.
         piece: (i, n): of the replica's samples this rank takes the i-th of n equal parts.
         accumulation: batches of a step on each rank, if shares are even; no rank has fewer
@@ -48,6 +49,10 @@ class BalancedLoader:
         device: where the batches go.
         alone: this replica is in step with no other, and its gradient counts by its samples.
         weigh: how much a batch counts in the mean loss; default: its samples.
+        batches_per_step: of all ranks together, instead of ``accumulation`` on each.
+
+    Raises:
+        ConfigError: as `ReplicaLoader` does.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class BalancedLoader:
         device: torch.device | None = None,
         alone: bool = False,
         weigh: Weigh | None = None,
+        batches_per_step: int | None = None,
     ) -> None:
         self._weigh = weigh or count_samples
         self._loader = loader
@@ -70,12 +76,18 @@ class BalancedLoader:
         self._piece = piece
         self._accumulation = accumulation
         self._ranks = balancer.replicas * piece[1]
-        self._batches = accumulation * self._ranks
+        self._batches = batches_per_step or accumulation * self._ranks
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
         self._alone = alone
         # Of all ranks' batches: it knows their number, and reads what cannot be read in parts.
-        self._whole = ReplicaLoader(loader, accumulation=self._batches, seed=seed)
+        self._whole = ReplicaLoader(
+            loader,
+            accumulation=self._batches,
+            seed=seed,
+            alone=alone,
+            batches_per_step=batches_per_step,
+        )
         self._order: SamplerOrder | None = None
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             self._read_own_of(loader)
@@ -86,9 +98,18 @@ class BalancedLoader:
         if gives_indices and self._whole.steps_per_epoch is not None:
             self._order = order
             self._generator = torch.Generator()  # of the seeds of the loader's workers
-            self._place = (0, 0)  # epoch and step at which the next iteration begins
+            self._place = (0, 0)  # epoch and batch at which the next iteration begins
             self._found: deque[tuple[int, int]] = deque()
             self._own = rebuilt(loader, _Batches(self._indices), self._generator)
+
+    @property
+    def multiple(self) -> int:
+        """How many steps are made as one from the next one on; see `ReplicaLoader`."""
+        return self._whole.multiple
+
+    @multiple.setter
+    def multiple(self, value: int) -> None:
+        self._whole.multiple = value
 
     @property
     def batch_size(self) -> int | None:
@@ -123,13 +144,13 @@ class BalancedLoader:
         """The steps of one epoch, from step ``start`` on; see `ReplicaLoader.epoch`."""
         step, is_over = start, False
         while not is_over:
-            decisions, is_over = self._balancer.decisions, True
+            begun, is_over = (self._balancer.decisions, self.multiple), True
             with closing(self._parts(epoch, step, ready or (lambda: None))) as parts:
                 for microbatches, samples in parts:
-                    step += 1
+                    step += self.multiple
                     if microbatches or not self._alone:
                         yield self._step(microbatches, samples)
-                    if self._balancer.decisions != decisions and self._reads_own:
+                    if self._reads_own and begun != (self._balancer.decisions, self.multiple):
                         is_over = False
                         break
             ready = None
@@ -146,9 +167,16 @@ class BalancedLoader:
 
     def _division(self, samples: int = 0) -> Division:
         """This rank's part of a step with so many, if that is not known from the batch size."""
-        shares = self._balancer.begin((self.batch_size or 0) * self._batches or samples)
+        full = (self.batch_size or 0) * self._window or samples
+        shares = self._balancer.begin(full, self.multiple)
         most = self._balancer.balance.max_local_batch or self.batch_size
-        return Division(shares, self._replica, self._piece, self._accumulation, most)
+        at_least = self._accumulation * self.multiple
+        return Division(shares, self._replica, self._piece, at_least, most)
+
+    @property
+    def _window(self) -> int:
+        """Batches of the next step, of all ranks together."""
+        return self._batches * self.multiple
 
     def _parts(
         self, epoch: int, step: int, ready: Callable[[], None]
@@ -156,13 +184,13 @@ class BalancedLoader:
         if self._order is not None:
             rank = self._replica * self._piece[1] + self._piece[0]
             self._generator.manual_seed(self._seed + rank + EPOCH_SEEDS * epoch)
-            self._place, self._found = (epoch, step), deque()
+            self._place, self._found = (epoch, step * self._batches), deque()
             ready()
             yield from _regrouped(iter(self._own), self._found)
         elif isinstance(self._loader, Divisible):
             ready()
             yield from self._loader.parts(
-                epoch, step * self._batches, self._batches, self._division(), self._seed
+                epoch, step * self._batches, self._window, self._division(), self._seed
             )
         else:  # all ranks read everything
             with closing(self._whole.epoch(epoch, step, ready)) as steps:
@@ -172,9 +200,9 @@ class BalancedLoader:
     def _indices(self) -> Iterator[list[Any]]:
         """Of this rank's microbatches; tells in advance what each step has."""
         assert self._order is not None
-        (epoch, step), found = self._place, self._found
-        batches = islice(self._order.epoch(epoch), step * self._batches, None)
-        while window := list(islice(batches, self._batches)):
+        (epoch, first), found, size = self._place, self._found, self._window
+        batches = islice(self._order.epoch(epoch), first, None)
+        while window := list(islice(batches, size)):
             indices = [index for batch in window for index in batch]
             division = self._division(len(indices))
             pieces = division.pieces(*division.part(len(indices)), division.microbatches)
@@ -188,12 +216,19 @@ class BalancedLoader:
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
         of_sample = sum(sizes) / own if own else 1.0
-        even = of_sample * sum(self._balancer.shares or ()) / self._ranks
-        weight = sum(sizes) / ((self.batch_size or 1) * self._accumulation)
+        even = of_sample * sum(self._balancer.shares or ()) / (self._ranks * self.multiple)
         mean = of_sample * samples / self._ranks
-        if self._alone:  # where all gradients are counted alike, they are made to count by samples
-            return StepBatch(microbatches, sizes, 1.0, mean, even, mean)
-        return StepBatch(microbatches, sizes, weight, None, even, mean)
+        weight = sum(sizes) * self._ranks / ((self.batch_size or 1) * self._window)
+        return StepBatch(
+            microbatches,
+            sizes,
+            # Where all gradients are counted alike, they are made to count by samples.
+            weight=1.0 if self._alone else weight,
+            mean_samples=mean if self._alone else None,
+            multiple=self.multiple,
+            even_samples=even,
+            samples_per_rank=mean,
+        )
 
 
 class _Batches:

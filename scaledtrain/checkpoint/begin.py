@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaledtrain.checkpoint.folder import SavedStep
+from scaledtrain.checkpoint.folder import Manifest, SavedStep
+from scaledtrain.checkpoint.lock import RunLock
 from scaledtrain.checkpoint.policy import Checkpointing
 from scaledtrain.checkpoint.resume import CHECKPOINTS, find, goes_on_in, load
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.errors import ConfigError, ScaledTrainError
+from scaledtrain.schema import did_you_mean
 
 if TYPE_CHECKING:
+    from scaledtrain.checkpoint.part import Owner
     from scaledtrain.trainer import Trainer
 
 __all__ = ["resume_and_save"]
+
+_logger = logging.getLogger(__name__)
 
 
 def resume_and_save(
@@ -35,13 +42,20 @@ def resume_and_save(
         What saves; None: nothing does.
 
     Raises:
-        ConfigError: there is no folder, or the checkpoint is of another kind of run.
+        ConfigError: there is no folder, another job is at work in it, or the checkpoint is of
+            another kind of run.
         CheckpointError: it is damaged.
     """
     link, layout, strategy = trainer.link, trainer.layout, trainer.strategy
-    if link.returned:  # to a job that has gone on: the server has the state
-        return None
+    _check(trainer, options, resume)
     if options is None and resume is None:
+        return None
+    if link.returned:  # to a job that has gone on: the server has the state
+        _logger.warning(
+            "rank %d came back to its job: it goes on from the server's state, and checkpoints are "
+            "of the other ranks; one that is resumed gives it the first one's place in the data",
+            link.group.rank,
+        )
         return None
     from scaledtrain.checkpoint.export import config_of
     from scaledtrain.checkpoint.part import Owner  # with DCP, which takes a second to import
@@ -60,36 +74,94 @@ def resume_and_save(
         layout.whole,
         layout.counted_elsewhere(),
     )
-    saver = None
-    if options is not None:
-        if folder is None:
-            raise ConfigError("checkpointing needs a folder: set run_dir, or checkpointing.folder")
+    facts = {
+        "model": type(trainer.model).__name__,
+        "strategy": str(strategy),
+        "precision": str(trainer.precision),
+    }
+    if options is None:
+        _resume(trainer, resume, folder, owner, None, facts)
+        return None
+    if folder is None:
+        raise ConfigError("checkpointing needs a folder: set run_dir, or checkpointing.folder")
+    lock = RunLock(folder, link)
+    try:
         saver = Saver(
             options,
             folder,
             link,
             strategy,
             goes_on=resume is not None and goes_on_in(resume, folder),
+            is_newest=resume == "auto",
             state=trainer.state_dict,
             evaluation=lambda: trainer.evaluation,
             owner=owner,
             agree=layout.agree,
-            facts={
-                "model": type(trainer.model).__name__,
-                "strategy": str(strategy),
-                "precision": str(trainer.precision),
-                "config": config_of(trainer.model),
-            },
+            facts={**facts, "config": config_of(trainer.model)},
+            lock=lock,
         )
-    saved = None if resume is None else find(resume, folder, link)
+        _resume(trainer, resume, folder, owner, saver, facts)
+    except BaseException:
+        lock.release()
+        raise
+    return saver
+
+
+def _resume(
+    trainer: Trainer,
+    resume: str | Path | None,
+    folder: Path | None,
+    owner: Owner,
+    saver: Saver | None,
+    facts: Mapping[str, Any],
+) -> None:
+    """Go on from the newest state that is meant, on the disk or in memory; say which it was."""
+    if resume is None:
+        return
+    saved = find(resume, folder, trainer.link)
+    step, source = (0, "") if saved is None else (saved.step, str(saved.path))
+    is_here = saved is not None and folder is not None and goes_on_in(saved.path, folder)
+    copy = None
+    if saver is not None and saver.memory is not None and resume == "auto":
+        copy = saver.memory.newest(after=step)
+    if copy is not None:
+        newer = "" if saved is None else f" (the newest checkpoint is of step {step})"
+        saved = copy.saved
+        step, source = saved.step, f"memory: {copy.told}{newer}"
     if saved is not None:
         _load(trainer, saved, load(saved, owner))
-        trainer.metrics.say(f"resumed at step {saved.step} from {saved.path}")
-    elif resume is not None:
+        trainer.metrics.say(f"resumed at step {step} from {source}")
+        for line in _differences(Manifest.read(saved.path).facts, facts):
+            trainer.metrics.say(line)
+    else:
         trainer.metrics.forget_after(0)  # of a run that ended before it was saved
-    if saver is not None and resume is not None:
-        saver.resumed(saved)
-    return saver
+    if saver is not None:
+        is_own = is_here or copy is not None
+        saver.resumed(step if is_own else None, is_saved=is_here and copy is None)
+
+
+def _check(trainer: Trainer, options: Checkpointing | None, resume: Any) -> None:
+    if resume is not None and not isinstance(resume, str | Path):
+        raise ConfigError(
+            f"resume is {resume!r}; it is 'auto' (the newest checkpoint of this run, if there is "
+            "one), the path of a checkpoint or of a run, or None to begin anew"
+        )
+    metrics = ["loss", *trainer.eval_metrics]
+    if options is not None and options.keep_best and options.best_metric not in metrics:
+        best = options.best_metric
+        raise ConfigError(
+            f"checkpointing.best_metric is {best!r}{did_you_mean(best, metrics)}, but an "
+            f"evaluation has: {', '.join(metrics)}"
+        )
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"its {name} was {then[name]}; from here on it is {value}, so that the run does not end as "
+        "it would have"
+        for name, value in now.items()
+        if then.get(name, value) != value
+    ]
 
 
 def _load(trainer: Trainer, saved: SavedStep, state: dict[str, Any]) -> None:

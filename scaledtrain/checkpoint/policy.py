@@ -31,6 +31,11 @@ class Checkpointing:
         on_failure: when one cannot be written (the disk is full): train on and say it, or end the
             run with the error. Those that there are stay in either case.
         folder: where they go; None: ``checkpoints`` in the folder of the run.
+        memory_every_steps: so often each rank keeps a copy of its state in its host's memory, and
+            one in that of another host, where both are left if it crashes: ``resume="auto"`` takes
+            the newest of these and of the checkpoints. Of strategies whose replicas are in
+            lockstep. None: never.
+        memory_folder: where these are; None: in /dev/shm.
 
     Raises:
         ConfigError: a number is not positive, or nothing would be kept.
@@ -50,9 +55,11 @@ class Checkpointing:
     asynchronous: bool = False
     on_failure: Literal["go_on", "end"] = "go_on"
     folder: str | None = None
+    memory_every_steps: int | None = None
+    memory_folder: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "every_minutes"):
+        for name in ("every_steps", "every_minutes", "memory_every_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"checkpointing.{name} is {value}; it is > 0, or None for never")
@@ -78,6 +85,11 @@ class Checkpointing:
     def is_due_by_steps(self, step: int, last_step: int) -> bool:
         """Whether to save at this step, the last time having been at that one."""
         every = self.every_steps
+        return every is not None and step // every > last_step // every
+
+    def is_copied(self, step: int, last_step: int) -> bool:
+        """Whether to keep a copy in memory at this step, the last time having been at that one."""
+        every = self.memory_every_steps
         return every is not None and step // every > last_step // every
 
     def kept(self, evaluations: Mapping[int, Mapping[str, float]]) -> set[int]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import secrets
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scaledtrain.checkpoint.folder import SavedStep, clean, saved_steps, set_aside
+from scaledtrain.checkpoint.folder import clean, saved_steps, set_aside
+from scaledtrain.checkpoint.lock import RunLock
+from scaledtrain.checkpoint.memory import Memory
 from scaledtrain.checkpoint.policy import Checkpointing
 from scaledtrain.checkpoint.signals import Preempted, StopRequest
+from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.checkpoint.writer import Writer
 from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
@@ -26,6 +30,7 @@ __all__ = ["Saver"]
 
 _ASKED, _SETTLED, _STOP, _INTERRUPT = 1, 2, 4, 8  # bits of a word; above them the round
 _ROUND = 16
+_RUN_WORD = "run"  # a file beside the checkpoints
 _VOTE_SECONDS = 1.0
 _MAX_STEPS_BETWEEN_VOTES = 1000
 
@@ -44,14 +49,20 @@ class Saver:
         link: to the other ranks.
         strategy: attached.
         goes_on: whether the run goes on from what may be in the folder.
+        is_newest: whether that is the newest there is, copies in memory included.
         state: makes a copy of this rank's state.
         evaluation: tells the last evaluation's values.
         owner: this rank.
         agree: whether a rank of this replica says so; all of them ask together.
         facts: for the manifest.
+        lock: of the folder, held until this is closed.
+
+    Attributes:
+        memory: keeps copies in the memory of hosts; None: nothing does.
 
     Raises:
-        ConfigError: the folder has another run's checkpoints, or cannot be made.
+        ConfigError: the folder has another run's checkpoints, or cannot be made; or copies in
+            memory are asked for of replicas that settle to be saved.
     """
 
     def __init__(
@@ -62,13 +73,16 @@ class Saver:
         strategy: Strategy,
         *,
         goes_on: bool,
+        is_newest: bool,
         state: Callable[[], Mapping[str, Any]],
         evaluation: Callable[[], Mapping[str, float]],
         owner: Owner,
         agree: Callable[[bool], bool],
         facts: Mapping[str, Any],
+        lock: RunLock,
     ) -> None:
         self._options = options
+        self._lock = lock
         if not goes_on and saved_steps(folder):
             raise ConfigError(
                 f"{folder} holds the checkpoints of a run already; go on from them with "
@@ -82,20 +96,23 @@ class Saver:
         self._evaluation = evaluation
         self._rank = link.group.rank
         if self._rank == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"the folder of the checkpoints cannot be made: {error}; set "
-                    "checkpointing.folder to one that can"
-                ) from error
             clean(folder)
-        session = torch.tensor([secrets.randbits(62)], device=link.device)
-        link.group.broadcast([session])
+        words = torch.tensor([secrets.randbits(62), self._run_word(is_newest)], device=link.device)
+        link.group.broadcast([words])
+        session, run = (f"{word:x}" for word in words.tolist())
+        self.memory: Memory | None = None
+        if options.memory_every_steps is not None:
+            if strategy.settles_to_save:
+                raise ConfigError(
+                    f"checkpointing.memory_every_steps is {options.memory_every_steps}, but under "
+                    f"{strategy} there is no step that all ranks make together; leave it out: who "
+                    "is left goes on without a restart there"
+                )
+            self.memory = Memory(options.memory_folder, run, session, link, owner, facts)
         self._writer = Writer(
             options,
             folder,
-            f"{session.item():x}",
+            session,
             link.board(),
             owner,
             facts,
@@ -109,21 +126,38 @@ class Saver:
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
 
-    def resumed(self, saved: SavedStep | None) -> None:
-        """What the run has now is this checkpoint; None: it begins.
+    def _run_word(self, is_newest: bool) -> int:
+        """By which this run's copies in memory are known, on rank 0: a new one for a new course."""
+        if self._rank > 0:
+            return 0
+        path = self._folder / _RUN_WORD
+        if self._options.memory_every_steps is None or not is_newest:
+            path.unlink(missing_ok=True)  # or a later job would take up what is older by then
+        with suppress(OSError, ValueError):
+            return int(path.read_text(), 16)
+        word = secrets.randbits(62)
+        if self._options.memory_every_steps is not None:
+            replace_file(path, f"{word:x}".encode())
+        return word
 
-        Others in the folder that are not older are set aside, or they would be the newest, which
-        stay, and this run's would go.
+    def resumed(self, step: int | None, is_saved: bool) -> None:
+        """What the run has now is the state of this step; None: it begins, or is another's.
+
+        Checkpoints in the folder that are not older are set aside, or they would be the newest,
+        which stay, and this run's would go.
+
+        Args:
+            step: of this run.
+            is_saved: there is a checkpoint of it in the folder.
         """
-        is_here = saved is not None and saved.path.parent.resolve() == self._folder.resolve()
-        self._saved_step = saved.step if saved is not None and is_here else None
+        self._saved_step = step if is_saved else None
         if self._rank == 0:
-            set_aside(self._folder, after=-1 if self._saved_step is None else self._saved_step)
+            set_aside(self._folder, after=-1 if step is None else step)
 
     def start(self, max_steps: int | None) -> None:
         """A fit begins; the strategy has been started with this limit."""
         self._max_steps = max_steps
-        self._last_step = self._strategy.step
+        self._last_step = self._last_copy = self._strategy.step
         self._last_time = self._vote_time = self._link.timeline.now()
         self._since_vote = 0
         self._next_vote = 1
@@ -142,15 +176,19 @@ class Saver:
         else:
             self._save_in_lockstep()
 
-    def end(self, is_stopping: bool) -> None:
+    def end(self, is_stopping: bool, is_changed: bool) -> None:
         """This replica has made its last step: save, and settle with the others.
 
         Args:
             is_stopping: it asked the others to end.
+            is_changed: updates have been made since that step, which count as none.
         """
+        if is_changed:
+            self._saved_step = None
         if not self._apart:
             self._save()  # before, so that a run with a later end goes on as if it had none
             self._writer.finish()
+            self._forget_copies()
             self._strategy.settle()
             return
         while self._settle():
@@ -163,6 +201,7 @@ class Saver:
     def close(self) -> None:
         """Wait for this rank's own writing."""
         self._writer.close()
+        self._lock.release()
 
     def _save_in_lockstep(self) -> None:
         step = self._strategy.step
@@ -176,6 +215,9 @@ class Saver:
         by_steps = self._options.is_due_by_steps(step, self._last_step)
         if late or caught or by_steps or is_last:
             self._save()
+        elif self.memory is not None and self._options.is_copied(step, self._last_copy):
+            self._last_copy = step
+            self.memory.keep(step, self._state(), self._evaluation())
         if caught:
             self._leave(caught)
 
@@ -261,8 +303,14 @@ class Saver:
             self._saved_step = step
         self._last_step, self._last_time = step, self._link.timeline.now()
 
+    def _forget_copies(self) -> None:
+        """Unless the disk was full, and they are the newest that there is."""
+        if self.memory is not None and self._writer.path(self._strategy.step).is_dir():
+            self.memory.remove()
+
     def _leave(self, caught: int) -> None:
         self._writer.finish()
+        self._forget_copies()
         step = self._strategy.step
         text = f"saved at step {step} in {self._writer.path(step)}; resume with resume=auto"
         if caught == _INTERRUPT:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from scaledtrain.errors import ConfigError
 
-__all__ = ["DTYPES", "Written", "sha256_of", "sync_folder", "write_bytes", "write_tensors"]
+__all__ = [
+    "DTYPES",
+    "Written",
+    "replace_file",
+    "sha256_of",
+    "sync_folder",
+    "write_bytes",
+    "write_tensors",
+]
 
 DTYPES = {
     torch.float64: "F64",
@@ -78,9 +86,18 @@ def write_tensors(
     return _write(path, _pieces([len(text).to_bytes(8, "little") + text], tensors))
 
 
-def write_bytes(path: Path, content: bytes) -> Written:
+def write_bytes(path: Path, content: bytes | memoryview[int]) -> Written:
     """Write a small file; it is on the disk when this returns."""
     return _write(path, iter([memoryview(content)]))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file, also in place of one that is there: it is the old one or the new one."""
+    new = path.with_name(f".new-{path.name}")
+    new.unlink(missing_ok=True)
+    write_bytes(new, content)
+    new.replace(path)
+    sync_folder(path.parent)
 
 
 def _pieces(first: list[bytes], tensors: Sequence[tuple[str, Tensor]]) -> Iterator[memoryview]:

@@ -15,26 +15,6 @@ from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTim
 __all__ = ["AbsentGroup", "Done", "LocalBoard", "LocalGroup", "LocalPeers", "Undivided"]
 
 
-class Undivided:
-    """What a link lacks whose ranks are always whole replicas."""
-
-    timeout_seconds = math.inf
-
-    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Any:
-        """Raise ConfigError."""
-        raise self._error()
-
-    def process_group(self) -> Any:
-        """Raise ConfigError."""
-        raise self._error()
-
-    def _error(self) -> ConfigError:
-        return ConfigError(
-            "mesh.pipe and mesh.shard are for real ranks: here, in a simulation, a replay or an "
-            "estimate of memory, each rank is a whole replica; set both to 1"
-        )
-
-
 class Done:
     """A handle of something already finished."""
 
@@ -62,6 +42,27 @@ class LocalGroup:
     def all_gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """These tensors alone."""
         return [list(tensors)]
+
+
+class Undivided:
+    """What a link lacks whose ranks are always whole replicas."""
+
+    timeout_seconds = math.inf
+    pieces = LocalGroup()
+
+    def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Any:
+        """Raise ConfigError."""
+        raise self._error()
+
+    def process_group(self) -> Any:
+        """Raise ConfigError."""
+        raise self._error()
+
+    def _error(self) -> ConfigError:
+        return ConfigError(
+            "mesh.pipe and mesh.shard are for real ranks: here, in a simulation, a replay or an "
+            "estimate of memory, each rank is a whole replica; set both to 1"
+        )
 
 
 class AbsentGroup:

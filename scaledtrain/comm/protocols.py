@@ -303,6 +303,10 @@ class Link(Protocol):
             ConfigError: ranks here are never divided.
         """
 
+    @property
+    def pieces(self) -> Group:
+        """The ranks that have this rank's replica together."""
+
     def process_group(self) -> ProcessGroup:
         """torch.distributed's own group of these ranks, who call this together the first time.
 

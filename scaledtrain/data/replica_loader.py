@@ -6,6 +6,9 @@ the same whatever the number of replicas, every sample is used exactly once, and
 the same number of steps: where the epoch ends unevenly, some replicas get fewer samples, or none,
 and a smaller weight in the mean.
 
+A step may also be given as a number of batches for all replicas together, of which then no multiple
+need be made: of 4 batches on 3 replicas one makes 2, in the next step another one.
+
 Replicas that are in step with no other go on counting batches where an epoch ends, so that each has
 its part also of a data set with fewer batches than there are replicas: batch i of epoch e, of b
 batches each, goes to replica (e b + i) modulo their number. None of them makes a step on nothing.
@@ -97,8 +100,11 @@ class StepBatch(NamedTuple):
     mean_samples: float | None = None
     """Samples per rank, where several make the gradient of one replica as the mean of theirs; None:
     this one makes it, from ``samples``."""
+    multiple: int = 1
+    """How many steps of the usual size this one is."""
     even_samples: float | None = None
-    """What a rank has of a full step whose samples are shared out evenly; None: these."""
+    """What a rank has of a full step of the usual size whose samples are shared out evenly; None:
+    these."""
     samples_per_rank: float | None = None
     """Mean over the ranks, of this step; None: as many as here on each."""
 
@@ -184,18 +190,26 @@ class ReplicaLoader:
         share: (i, n): of each n batches that fall to the replica this rank takes the i-th, and
             others the rest; ``accumulation`` is that of one rank.
         weigh: how much a batch counts; default: its samples.
+        batches_per_step: of all replicas together, instead of ``accumulation`` on each.
 
     Attributes:
         batch_size: samples in a full batch; None until the first one of a plain iterable.
+        multiple: how many steps are made as one from the next one on; places in an epoch are
+            counted in steps all the same, so that a step passes over so many of them.
 
     Raises:
-        ConfigError: the loader already shards (``DistributedSampler``), or has no batch.
+        ConfigError: the loader already shards (``DistributedSampler``), or has no batch; or
+            ``batches_per_step`` of replicas that make steps of their own, or that is no multiple of
+            the replicas where nobody knows how long an epoch is.
 
     Example:
         >>> batches = [torch.full((2, 1), float(i)) for i in range(5)]  # 5 batches of 2 samples
         >>> [[len(s.microbatches) for s in ReplicaLoader(batches, rank=r, replicas=2).epoch(0)]
         ...  for r in (0, 1)]
         [[1, 1, 1], [1, 1, 0]]
+        >>> [[len(s.microbatches) for s in ReplicaLoader(batches, rank=r, replicas=3,
+        ...   batches_per_step=4).epoch(0)] for r in (0, 1, 2)]
+        [[2, 0], [1, 1], [1, 0]]
     """
 
     def __init__(
@@ -210,13 +224,21 @@ class ReplicaLoader:
         alone: bool = False,
         share: tuple[int, int] = (0, 1),
         weigh: Weigh | None = None,
+        batches_per_step: int | None = None,
     ) -> None:
+        if alone and batches_per_step is not None:
+            raise ConfigError(
+                f"batches_per_step is {batches_per_step}, but replicas of this strategy make steps "
+                "of their own, so that there is none of all together; set "
+                "gradient_accumulation_steps (of each), or take a strategy in lockstep (sync)"
+            )
         self._weigh = weigh or count_samples
         self._rank = rank
         self._alone = alone
         self._replicas = replicas
         self._share = share
-        self._accumulation = accumulation * share[1]
+        self._per_step = batches_per_step or replicas * accumulation * share[1]
+        self.multiple = 1
         self._seed = seed
         self._device = device if device is not None and device.type != "cpu" else None
         self._order: _EveryNth | _Strided | None = None
@@ -261,12 +283,12 @@ class ReplicaLoader:
         """Steps of an epoch, the same on every replica; None if only the end will tell."""
         if self._total is None:
             return None
-        return math.ceil(self._total / (self._replicas * self._accumulation))
+        return math.ceil(self._total / self._per_step)
 
     @property
     def step_size(self) -> tuple[int, int | None]:
         """Batches of a step, of all replicas together, and samples of a batch if that is known."""
-        return self._replicas * self._accumulation, self.batch_size
+        return self._per_step, self.batch_size
 
     def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
         """How many steps of this loader pass over as many samples as those of another one.
@@ -322,7 +344,7 @@ class ReplicaLoader:
         if self._alone and self._length is not None:
             rank = (self._rank - epoch * self._length) % self._replicas
         if self._order is not None:
-            self._order.begin(epoch, rank + start * self._accumulation * self._replicas)
+            self._order.begin(epoch, self._first(start * self._per_step, rank))
         windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
         window = next(windows, None)
         has_one = not (self._alone and self._length and rank >= self._length)
@@ -340,16 +362,20 @@ class ReplicaLoader:
             yield self._step(window[self._share[0] :: self._share[1]])
             window = next(windows, None)
 
+    def _first(self, begin: int, rank: int) -> int:
+        """This replica's first batch from that one on."""
+        return begin + (rank - begin) % self._replicas
+
     def _own_only(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from a loader that yields no others."""
         if self._total is None:
             yield from self._own_of_unknown()
             return
-        window = self._replicas * self._accumulation
+        stop = first * self._per_step
         batches: Iterator[Any] | None = None
-        for start in range(first * window, self._total, window):
-            stop = min(start + window, self._total)
-            count = len(range(start + rank, stop, self._replicas))
+        while stop < self._total:
+            start, stop = stop, min(stop + self._window, self._total)
+            count = len(range(self._first(start, rank), stop, self._replicas))
             if count or not self._alone:
                 if batches is None:
                     batches = iter(self._own)
@@ -358,27 +384,41 @@ class ReplicaLoader:
                 if own or not self._alone:
                     yield own
 
+    @property
+    def _window(self) -> int:
+        """Batches of the next step, of all replicas together."""
+        return self._per_step * self.multiple
+
     def _own_of_unknown(self) -> Iterator[list[Any]]:
         """The same where no length is known: it yields equally many on every replica."""
+        accumulation, rest = divmod(self._per_step, self._replicas)
+        if rest:
+            raise ConfigError(
+                f"a step has {self._per_step} batches for {self._replicas} replicas, of which each "
+                "must have as many where nobody knows how many there are in an epoch; choose the "
+                "local batch size so that the global one is a multiple of all of them, or a loader "
+                "with a length"
+            )
         batches = iter(self._own)
         self._ready()
-        while given := list(islice(batches, self._accumulation)):
+        while given := list(islice(batches, accumulation * self.multiple)):
             own = [batch for batch in given if batch is not None]
             if own or not self._alone:
                 yield own
 
     def _of_all(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from an iterable that yields all replicas'."""
-        size = self._replicas * self._accumulation
+        begin = first * self._per_step
         batches = iter(self._own)
         if not self._is_placed:
-            deque(islice(batches, first * size), maxlen=0)
+            deque(islice(batches, begin), maxlen=0)
         self._is_placed = False
         self._ready()
-        while window := list(islice(batches, size)):
+        while window := list(islice(batches, self._window)):
             if self.batch_size is None:
                 self.batch_size = count_samples(window[0])
-            mine = window[rank :: self._replicas]
+            mine = window[(rank - begin) % self._replicas :: self._replicas]
+            begin += len(window)
             if mine or not self._alone:
                 yield mine
 
@@ -387,8 +427,9 @@ class ReplicaLoader:
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.
-        weight = sum(sizes) * self._share[1] / ((self.batch_size or 1) * self._accumulation)
-        return StepBatch(microbatches, sizes, weight)
+        full = (self.batch_size or 1) * (self._window / self._replicas)
+        weight = sum(sizes) * self._share[1] / full
+        return StepBatch(microbatches, sizes, weight, multiple=self.multiple)
 
 
 def _length(loader: Any) -> int | None:

@@ -116,7 +116,9 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
     workers = 1 if training.workers is None else training.workers
     training.mesh.check(workers)
     limit = asked.memory_bytes
-    size = batch_sizes(training).local(workers, training.gradient_accumulation_steps)
+    size = batch_sizes(training).local(
+        workers, training.gradient_accumulation_steps, training.elastic
+    )
     training, task = settle(training)
     device = training.device or ("cuda" if torch.cuda.is_available() else "cpu")
     estimator = _estimator(training, task, workers, device)
@@ -144,6 +146,7 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
         strategy=_class(training.strategy),
         workers=workers,
         mesh_shard=training.mesh.shard,
+        mesh_pipe=training.mesh.pipe,
         device=device,
         memory=limit,
         chosen=(str(main), _chosen(training)),
@@ -168,6 +171,7 @@ def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> 
         workers=workers,
         mesh=training.mesh,
         engine=None if training.engine is None else make(training.engine),
+        pipeline=training.pipeline,
         blocks=None if chosen is None else chosen.get("blocks"),
         device=device,
     )

@@ -17,7 +17,9 @@ from scaledtrain.memory.gathering import gathering_of, shards_of
 from scaledtrain.memory.measure import Kept, UpdateBytes, activation_bytes, most_bytes, update_bytes
 from scaledtrain.memory.ranks import RankKept, bytes_kept_by_ranks
 from scaledtrain.memory.search import largest
+from scaledtrain.memory.stages import RankOfStages, ranks_of_stages
 from scaledtrain.mesh import Mesh
+from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute.blocks import find_blocks, named_blocks
@@ -102,6 +104,7 @@ class MemoryEstimator:
         workers: int = 1,
         mesh: Mesh | None = None,
         engine: FullyShard | None = None,
+        pipeline: Pipeline | None = None,
         blocks: Sequence[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -116,11 +119,13 @@ class MemoryEstimator:
                 raise ConfigError(f"{name} is {value}; there is at least one")
         self._mesh = mesh or Mesh()
         self._mesh.check(workers)
-        if self._mesh.pipe > 1:
+        if self._mesh.pipe > 1 and self._mesh.shard > 1:
             raise ConfigError(
-                f"mesh.pipe is {self._mesh.pipe}, but what the stages of a pipeline take is not "
-                "estimated; give a model of one stage, and mesh.pipe=1"
+                f"mesh.pipe is {self._mesh.pipe} and mesh.shard is {self._mesh.shard}, but what "
+                "sharded stages take is not estimated; set one of them to 1"
             )
+        self._pipeline = pipeline or Pipeline()
+        self._batches = microbatches
         self._engine = engine or FullyShard()
         self._model = copied(model, "meta").train()
         self._loss_fn = loss_fn
@@ -148,8 +153,10 @@ class MemoryEstimator:
         Raises:
             ConfigError: the parts do not fit each other, or something needs values.
         """
-        prepared = self._prepare(precision)
         size = self._size(batch_size)
+        if self._mesh.pipe > 1:
+            return self._of_stages(precision, activation_checkpointing, size)
+        prepared = self._prepare(precision)
         with Fakes() as fakes, fakes.explained(type(self._model).__name__):
             step = _Step(self, prepared, activation_checkpointing, size)
             n_read = fakes.n_read
@@ -190,6 +197,10 @@ class MemoryEstimator:
         Raises:
             ConfigError: as `estimate`; or activations do not grow with the batch.
         """
+        if self._mesh.pipe > 1:
+            return largest(
+                lambda size: self._of_stages(precision, activation_checkpointing, size).peak, memory
+            )
         prepared = self._prepare(precision)
 
         def peak(size: int) -> int:
@@ -201,6 +212,71 @@ class MemoryEstimator:
             )
 
         return largest(peak, memory)
+
+    def _of_stages(
+        self,
+        precision: Precision | PrecisionName,
+        policy: CheckpointPolicy | None,
+        size: int,
+    ) -> MemoryEstimate:
+        if isinstance(precision, str):
+            precision = Precision(precision)
+        precision = replace(precision, float32_matmul=None)
+        n, pipeline, device = self._mesh.pipe, self._pipeline, self._device
+        replicas = self._mesh.replicas(self._workers)
+        model = precision.convert(copied(self._model, "meta"))
+        with Fakes() as fakes, fakes.explained(type(self._model).__name__):
+            batch = batch_of(size, self._batch, device)
+            batch_bytes = bytes_of(tensors_in(batch))
+            own = list(
+                ranks_of_stages(
+                    copied(model, device),
+                    self._loss_fn,
+                    batch,
+                    self._optimizer,
+                    precision,
+                    policy,
+                    pipeline,
+                    n,
+                    self._batches,
+                )
+            )
+            kept = [[RankKept(rank.update.state, 0, True, False)] * replicas for rank in own]
+            if self._strategy is not None:
+                kept = [
+                    bytes_kept_by_ranks(
+                        lambda rank=rank: pipeline.unmeasured_stages(  # type: ignore[misc]
+                            copied(model, device), rank, n, self._batches
+                        ),
+                        self._optimizer,
+                        precision,
+                        self._strategy,
+                        replicas,
+                    )
+                    for rank in range(n)
+                ]
+            looks_at_values = fakes.n_read > 0
+        memory = [
+            _of_rank(own[rank], kept[rank][replica], batch_bytes)
+            for replica in range(replicas)
+            for rank in range(n)
+        ]
+        most = max(range(len(memory)), key=lambda rank: memory[rank].peak)
+        shown = own[most % n]
+        return MemoryEstimate(
+            size,
+            shown.parameters,
+            shown.buffers,
+            batch_bytes,
+            shown.gradients,
+            shown.activations,
+            Kept(shown.kept, (), 0),
+            shown.gradients + shown.activations,
+            shown.update.working,
+            tuple(memory),
+            memory[most].peak,
+            looks_at_values,
+        )
 
     def _size(self, batch_size: int | None) -> int:
         size = count_samples(self._batch) if batch_size is None else batch_size
@@ -273,6 +349,14 @@ class _Prepared:
         always = self.parameters + self.buffers + batch + kept.optimizer + kept.strategy
         peak = always + max(computing, self.gradients + working)
         return RankMemory(kept.optimizer, kept.strategy, peak)
+
+
+def _of_rank(own: RankOfStages, kept: RankKept, batch: int) -> RankMemory:
+    working = own.update.working if kept.updates else 0
+    computing = own.gradients + own.activations + (working if kept.serves else 0)
+    always = own.parameters + own.buffers + batch + kept.optimizer + kept.strategy
+    peak = always + max(computing, own.gradients + working)
+    return RankMemory(kept.optimizer, kept.strategy, peak)
 
 
 class _Step:
@@ -348,6 +432,7 @@ def estimate_memory(
     workers: int = 1,
     mesh: Mesh | None = None,
     engine: FullyShard | None = None,
+    pipeline: Pipeline | None = None,
     blocks: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> MemoryEstimate:
@@ -363,6 +448,8 @@ def estimate_memory(
           + max(activations and gradients while computing, gradients + what the update takes)
 
     and on one with a server the update's share on top, since it may come while the rank computes.
+
+    With ``mesh.pipe`` what is not told by rank is of the rank that needs most.
 
     With ``mesh.shard`` parameters, gradients and optimizer are those of the largest shard; what is
     gathered of the blocks that compute, and their gradients until they are reduced, is counted
@@ -389,6 +476,9 @@ def estimate_memory(
         workers: ranks.
         mesh: their layout; None: each has a replica.
         engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
+        pipeline: how the stages are run where ``mesh.pipe`` is above 1; default `Pipeline`. They
+            are cut by numbers of parameters, unless it has a ``split``; activations are those of
+            all microbatches that its schedule keeps alive, messages included.
         blocks: names of the submodules that are the chain, unless the policy has some; None: they
             are found.
         device: whose kernels are meant: this host must have it.
@@ -419,6 +509,7 @@ def estimate_memory(
         workers=workers,
         mesh=mesh,
         engine=engine,
+        pipeline=pipeline,
         blocks=blocks,
         device=device,
     )

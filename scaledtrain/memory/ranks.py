@@ -67,9 +67,9 @@ class _WatchedReplica(Replica):
         self.optimizer_bytes += self.live() - before
         step = made.step
 
-        def counting_step() -> None:
+        def counting_step(scale: float = 1.0) -> None:
             before = self.live()
-            step()
+            step(scale)
             self.optimizer_bytes += self.live() - before
 
         made.step = counting_step  # type: ignore[method-assign]

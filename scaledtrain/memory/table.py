@@ -35,7 +35,9 @@ class Report:
     strategy: str
     workers: int
     mesh_shard: int
-    """Ranks that have a replica together."""
+    """Ranks that have a replica, or a stage of one, together."""
+    mesh_pipe: int
+    """Ranks that have different stages of a replica."""
     device: str
     memory: int | None
     """Of each rank, that was given."""
@@ -66,8 +68,8 @@ def to_text(report: Report) -> str:
 def _title(report: Report) -> str:
     size = next(c.estimate.batch_size for c in report.cells if c.estimate is not None)
     workers = "1 worker" if report.workers == 1 else f"{report.workers} workers"
-    if report.mesh_shard > 1:
-        workers += f", {report.mesh_shard} to a replica"
+    if (each := report.mesh_shard * report.mesh_pipe) > 1:
+        workers += f", {each} to a replica"
     return (
         f"{report.model}, {report.optimizer}, {report.strategy} of {workers}; batches of {size}, "
         f"kernels of {report.device}"
@@ -153,6 +155,12 @@ def _words(report: Report) -> Iterable[str]:
         yield (
             f"Parameters, gradients and optimizer are the largest of {report.mesh_shard} shards'; "
             "what is gathered meanwhile counts in all, not in activations."
+        )
+    if report.mesh_pipe > 1:
+        yield (
+            f"What is not told by rank is of the rank that needs most of the {report.mesh_pipe} "
+            "that have stages, cut by numbers of parameters where pipeline.split does not say how; "
+            "activations are those of all microbatches under way, messages included."
         )
     if report.compiled:
         yield "torch.compile is not counted: it fuses operators, and keeps what it likes."

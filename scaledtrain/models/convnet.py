@@ -80,6 +80,11 @@ class ConvNet(nn.Module):
         features = self.stages(self.stem(images))
         return cast(Tensor, self.head(_mean(features)))
 
+    def last_norms(self) -> list[nn.Module]:
+        """The last normalisation layer of each residual branch; see `scaledtrain.optim`."""
+        blocks = [block for block in self.stages if isinstance(block, _ResidualBlock)]
+        return [block.branch[-1] for block in blocks]
+
     def pipeline_parts(self) -> list[nn.Module]:
         """The stem, each residual block, and the classifier, to be cut into stages."""
         first = nn.Sequential(_Check(self.channels), self.stem)

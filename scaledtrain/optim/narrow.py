@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from scaledtrain.optim.layerwise import LayerwiseOptimizer
 from scaledtrain.optim.rounding import random_bits, stochastic_round
 
 __all__ = [
@@ -185,8 +187,9 @@ class WideStep:
     ``step`` takes the parameters some at a time: each becomes float32 for the moment, with its
     gradient and its state, the optimizer's own ``step`` is called, which skips those without a
     gradient, and all become 16 bits again. So any optimizer will do that treats every parameter by
-    itself, as all of ``torch.optim`` do but LBFGS; its groups, learning rates and fused kernels are
-    as usual. Parameters of 32 bits are left alone.
+    itself, as all of ``torch.optim`` do but LBFGS, and LARS and LAMB unless they clip a norm over
+    all tensors or work on shards, when all are widened at once; its groups, learning rates and
+    fused kernels are as usual. Parameters of 32 bits are left alone.
 
     The memory for float32 is that of ``n_at_once`` numbers at a time, or of the largest tensor if
     that is larger. A crash loses what is not saved: ``state_dict`` holds what the optimizer's own
@@ -222,7 +225,7 @@ class WideStep:
         parameters = list(self._parameters())
         for index in gradients:
             parameters[index].grad = None
-        for some in _portions(parameters, list(gradients), self._n_at_once):
+        for some in _portions(parameters, list(gradients), self._most_at_once()):
             narrow = {i: parameters[i].data for i in some if parameters[i].dtype in _HALF}
             for i in some:
                 if i in narrow:
@@ -235,6 +238,11 @@ class WideStep:
                     self._narrow(parameters[i], i, narrow[i])
         for index, gradient in gradients.items():
             parameters[index].grad = gradient
+
+    def _most_at_once(self) -> float:
+        optimizer = self._optimizer
+        coupled = isinstance(optimizer, LayerwiseOptimizer) and optimizer.couples_tensors
+        return math.inf if coupled else self._n_at_once
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self._optimizer.param_groups:
@@ -288,7 +296,7 @@ class WideStep:
 
 
 def _portions(
-    parameters: list[nn.Parameter], indices: list[int], n_at_once: int
+    parameters: list[nn.Parameter], indices: list[int], n_at_once: float
 ) -> list[list[int]]:
     """Indices in order, of at most so many numbers together or of one tensor; never no list."""
     portions: list[list[int]] = [[]]

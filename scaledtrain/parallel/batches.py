@@ -10,12 +10,63 @@ import torch
 
 from scaledtrain.comm.protocols import Group
 from scaledtrain.data.replica_loader import StepBatch, to_device
+from scaledtrain.errors import ConfigError
+from scaledtrain.mesh import Mesh
 
-__all__ = ["AgreedBatches", "Steps"]
+__all__ = ["AgreedBatches", "Steps", "share_out"]
+
+
+def share_out(
+    batches_per_step: int, accumulation: int, mesh: Mesh, ranks: int, replicas_equal: bool
+) -> int:
+    """The most batches that a rank has in a step of so many for all of them.
+
+    Args:
+        batches_per_step: of all replicas together.
+        accumulation: what was asked for of each, which must be nothing.
+        mesh: the layout.
+        ranks: of the job.
+        replicas_equal: every update is made from the mean over all samples of a step, so that it
+            does not matter who has which.
+
+    Raises:
+        ConfigError: it is below 1, or both were asked for; or the ranks must each have as many,
+            but are no divisor of it.
+
+    Example:
+        >>> share_out(4, 1, Mesh(), ranks=3, replicas_equal=True)
+        2
+    """
+    mesh.check(ranks)
+    if batches_per_step < 1:
+        raise ConfigError(f"batches_per_step is {batches_per_step}; a step has batches, >= 1")
+    if accumulation != 1:
+        raise ConfigError(
+            f"batches_per_step is {batches_per_step} and gradient_accumulation_steps "
+            f"{accumulation}; the second follows from the first and the number of replicas: give "
+            "one of them"
+        )
+    data_ranks = mesh.replicas(ranks) * mesh.shard
+    least, rest = divmod(batches_per_step, data_ranks)
+    if rest and (mesh.pipe > 1 or not replicas_equal):
+        why = (
+            "mesh.pipe is above 1, whose schedule has equally many in every step"
+            if mesh.pipe > 1
+            else "replicas that train on for a while without each other must see equally many"
+        )
+        raise ConfigError(
+            f"a step has {batches_per_step} batches, which do not divide by {data_ranks} ranks "
+            f"with data of their own, and {why}; choose smaller batches, so that there is a "
+            "multiple of all numbers of ranks that may come, or other numbers of ranks"
+        )
+    return least + bool(rest)
 
 
 class Steps(Protocol):
     """What a rank trains on, step by step."""
+
+    multiple: int
+    """How many steps are made as one from the next one on."""
 
     @property
     def batch_size(self) -> int | None:
@@ -65,6 +116,15 @@ class AgreedBatches:
         self._has_spare = False
 
     @property
+    def multiple(self) -> int:
+        """How many steps are made as one."""
+        return self._loader.multiple
+
+    @multiple.setter
+    def multiple(self, value: int) -> None:
+        self._loader.multiple = value
+
+    @property
     def batch_size(self) -> int | None:
         """Samples in a full batch."""
         return self._loader.batch_size
@@ -111,10 +171,11 @@ class AgreedBatches:
         return StepBatch(
             step.microbatches + [self._spare] * lacking,
             step.sizes + [0] * lacking,
-            sum(weights) / self._group.size,
-            mean,
-            step.even_samples,
-            step.samples_per_rank,
+            weight=sum(weights) / self._group.size,
+            mean_samples=mean,
+            multiple=step.multiple,
+            even_samples=step.even_samples,
+            samples_per_rank=step.samples_per_rank,
         )
 
     def _lend(self, lender: int) -> None:

@@ -12,7 +12,7 @@ from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.loss_scale import LossScaler
 from scaledtrain.precision import Precision
 from scaledtrain.replica import MakeOptimizer
-from scaledtrain.schedule import Abandon, Computed, LossFn, Schedule
+from scaledtrain.schedule import Abandon, Computed, LossFn, Schedule, Told
 
 __all__ = ["Divided", "DividedSchedule", "Engine", "Recipe"]
 
@@ -40,6 +40,8 @@ class Divided(Protocol):
     """What runs the model, on all ranks together."""
     needs_lockstep: bool
     """Whether strategies may write into the parts only when they do so in all replicas at once."""
+    one_by_one: bool
+    """Whether gradients may be taken after each of any number of backward passes."""
 
     def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
         """What makes the optimizer of the parts."""
@@ -114,10 +116,31 @@ class DividedSchedule:
         """As the schedule inside."""
         return self._loop.predict(batch)
 
+    def outputs(self, batch: Any) -> Any:
+        """As the schedule inside."""
+        return self._loop.outputs(batch)
+
     @property
     def pending(self) -> int:
         """As the schedule inside."""
         return self._loop.pending
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether schedule and engine can."""
+        return self._loop.one_by_one and self._parts.one_by_one
+
+    def tell(self, told: Told) -> None:
+        """Call this after each microbatch, whose gradient is then handed over at once."""
+        if told is None:
+            self._loop.tell(None)
+            return
+
+        def hand_over(samples: int) -> None:
+            self._scaler.hand_over(*self._parts.take_gradients())
+            told(samples)
+
+        self._loop.tell(hand_over)
 
 
 class Engine(Protocol):

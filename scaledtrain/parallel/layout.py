@@ -19,9 +19,10 @@ from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches, Steps
 from scaledtrain.parallel.engine import Divided, DividedSchedule, Engine, Recipe
-from scaledtrain.parallel.pipe import Pipe
+from scaledtrain.parallel.pipe import Pipe, StagesSchedule
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.parallel.shard import FullyShard
+from scaledtrain.parallel.whole_tensors import for_stages
 from scaledtrain.recompute import CheckpointPolicy, Executor, checkpoint_activations
 from scaledtrain.recompute.apart import Sample
 from scaledtrain.replica import MakeOptimizer, MakeScheduler
@@ -67,6 +68,7 @@ class Layout:
         self.pieces: Group = pieces or LocalGroup()
         self._shards = shards
         self._pipe = pipe
+        self._stages: StagesSchedule | None = None
 
     @property
     def _shard_group(self) -> Group:
@@ -107,13 +109,19 @@ class Layout:
         """Names of parameters that another rank of this replica has as well, and counts."""
         return set() if self._pipe is None else self._pipe.stages.counted_elsewhere()
 
-    def checkpoint(self, policy: CheckpointPolicy, sample: Sample, compile: str | None) -> Executor:
-        """Let a policy decide what this rank's piece keeps.
+    def checkpoint(
+        self, policy: CheckpointPolicy, sample: Sample, compile: str | None, batch: Any
+    ) -> Executor:
+        """Let a policy decide what this rank's piece keeps. Collective.
 
-        It is tried out, but for stages: they run only in a step that all ranks make.
+        Args:
+            policy: it is tried out, where a piece can be run alone.
+            sample: of the model's loss of that batch.
+            compile: as `checkpoint_activations` has it.
+            batch: as large as any.
 
         Raises:
-            ConfigError: it cannot; of stages, a policy that has to measure, or names blocks.
+            ConfigError: it cannot.
         """
         if self._pipe is None:
             stand_in = None if self._shards is None else self._shards[0].stand_in(policy.blocks)
@@ -125,7 +133,8 @@ class Layout:
                 "with mesh.pipe the blocks that are computed again are those of each stage, as "
                 "they are; leave activation_checkpointing.blocks and compile out"
             )
-        return policy.install(self.model, self._pipe.stages.blocks(), None)
+        assert self._stages is not None
+        return self._pipe.checkpoint(policy, batch, self._stages, self._shards is not None)
 
     def scheduler(self, make: MakeScheduler | None) -> MakeScheduler | None:
         """A learning-rate schedule as this piece of the model wants it."""
@@ -142,6 +151,7 @@ class Layout:
         alone: bool = False,
         balancer: Balancer | None = None,
         weigh: Weigh | None = None,
+        batches_per_step: int | None = None,
     ) -> Steps:
         """This rank's share of a loader's batches.
 
@@ -154,6 +164,7 @@ class Layout:
             alone: this replica is in step with no other.
             balancer: tells how many samples each replica takes; None: as many as the others.
             weigh: how much a batch counts; default: its samples.
+            batches_per_step: of all ranks together, instead of ``accumulation``.
         """
         group, device = self._shard_group, self.link.device
         if alone and self._shards is not None and self._shards[0].needs_lockstep:
@@ -178,6 +189,7 @@ class Layout:
                 device=device,
                 alone=alone,
                 weigh=weigh,
+                batches_per_step=batches_per_step,
             )
         else:
             own = ReplicaLoader(
@@ -190,6 +202,7 @@ class Layout:
                 alone=alone,
                 share=share,
                 weigh=weigh,
+                batches_per_step=batches_per_step,
             )
         return own if self._shards is None else AgreedBatches(own, group, device)
 
@@ -200,7 +213,8 @@ class Layout:
 
     def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
         """What makes the optimizer of `named_parameters`."""
-        return usual if self._shards is None else self._shards[0].optimizer(usual)
+        made = usual if self._pipe is None else for_stages(usual)
+        return made if self._shards is None else self._shards[0].optimizer(made)
 
     def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
         """What runs backward passes."""
@@ -215,7 +229,8 @@ class Layout:
         """
         schedule: Schedule = loop
         if self._pipe is not None:
-            schedule = self._pipe.schedule(scaler, sharded=self._shards is not None)
+            sharded, replicas = self._shards is not None, self.link.group.size
+            schedule = self._stages = self._pipe.schedule(scaler, sharded, replicas)
         if self._shards is not None:
             schedule = DividedSchedule(schedule, self._shards[0], scaler)
         return schedule
@@ -224,19 +239,15 @@ class Layout:
         """The whole model's, on the host; on the first rank of this replica, empty on others.
 
         All ranks of the replica call this together.
-
-        Raises:
-            ConfigError: it is divided into stages.
         """
-        if self._pipe is not None:
-            raise ConfigError(
-                "a whole state dict is not gathered from the stages of a pipeline; with mesh.pipe "
-                "each rank has those of its stages: trainer.model.state_dict()"
-            )
         self.refresh()
         if self._shards is not None:
-            return self._shards[0].full_state_dict(keep=self.pieces.rank == 0)
-        return copy.deepcopy(to_device(self.model.state_dict(), torch.device("cpu")))
+            is_first = self._shard_group.rank == 0
+            own = self._shards[0].full_state_dict(keep=is_first)
+        else:
+            is_first = True
+            own = copy.deepcopy(to_device(self.model.state_dict(), torch.device("cpu")))
+        return self._pipe.full_state_dict(own) if self._pipe is not None and is_first else own
 
     def check_fits(
         self, strategy: Strategy, drop_compute: DropCompute | None, slowdown: Slowdown | None
@@ -258,6 +269,8 @@ class Layout:
                 "slowdown makes a rank compute slower, but with mesh.pipe a schedule decides what "
                 "it computes when; leave one of them out"
             )
+        if self._pipe is not None and strategy.pushes_gradients:
+            self._pipe.check_pushes(str(strategy))
         if strategy.may_abandon:
             raise ConfigError(
                 f"{strategy} lets each rank abandon a step by itself, but with mesh.shard or "
@@ -266,9 +279,11 @@ class Layout:
             )
 
     def refresh(self) -> None:
-        """Let the model compute with the values that `named_parameters` have now."""
+        """Let the model compute with the values that `named_parameters` have now. Collective."""
         if self._shards is not None:
             self._shards[0].refresh()
+        if self._stages is not None:
+            self._stages.refresh()
 
     def share_buffers(self) -> None:
         """Give all ranks of this replica the first one's running statistics."""

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 from scaledtrain.comm.protocols import Link
+from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.engine import Recipe
+from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.execute import PipelineSchedule
 from scaledtrain.parallel.pipeline.pipedream import PipeDreamSchedule, delays
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.pipeline.pipemare import pipemare
+from scaledtrain.parallel.pipeline.recompute import Called, StageMemory, seen_calls
+from scaledtrain.recompute.execute import Executor
+from scaledtrain.recompute.policies import CheckpointPolicy
 from scaledtrain.replica import MakeScheduler
-from scaledtrain.schedule import Schedule
 
 if TYPE_CHECKING:
     from scaledtrain.loss_scale import LossScaler
 
-__all__ = ["Pipe"]
+__all__ = ["Pipe", "StagesSchedule"]
+
+StagesSchedule = PipelineSchedule | PipeDreamSchedule
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,91 @@ class Pipe:
                 "hooks; choose GPipe, 1F1B or Interleaved1F1B, or set mesh.shard to 1"
             )
 
-    def schedule(self, scaler: LossScaler, sharded: bool) -> Schedule:
-        """What runs the stages; see `Layout.schedule`."""
+    def checkpoint(
+        self, policy: CheckpointPolicy, batch: Any, schedule: StagesSchedule, sharded: bool
+    ) -> Executor:
+        """Let a policy decide what each stage here keeps. Collective.
+
+        Args:
+            policy: it is tried out on what each stage is really given, but where stages are
+                sharded: they run only in a step that all ranks make.
+            batch: as large as any.
+            schedule: of the stages.
+            sharded: whether they are.
+
+        Raises:
+            ConfigError: it cannot; where stages are sharded, if it has to measure.
+        """
+        own, pipeline, recipe = self.stages, self.pipeline, self.recipe
+        step = StepBatch([batch], [count_samples(batch)])
+        microbatch = cut_step(step, pipeline.n_microbatches)[0].batch
+        calls: dict[int, Called] = {}
+        if not sharded:
+            calls = seen_calls(own.stages, lambda: schedule.outputs(microbatch))
+        live = pipeline.live_of_stages(self.links[0].group.size, recipe.gradient_accumulation_steps)
+        found: list[Executor] = []
+
+        def remove() -> None:
+            for executor in found[1:]:
+                executor.remove()
+
+        try:
+            for number, stage in own.stages.items():
+                blocks = own.blocks(number)
+                if sharded:
+                    found.append(policy.install(stage, blocks, None))
+                    continue
+                loss_fn, precision = recipe.loss_fn, recipe.precision
+                memory = StageMemory(
+                    number, own.n_stages, calls[number], microbatch, loss_fn, precision
+                )
+                alive = memory.live(live[number], len(own.stages))
+                found.append(memory.install(policy, stage, blocks, alive))
+        except BaseException:
+            for executor in found:
+                executor.remove()
+            raise
+        told = [f"stage {n}: {e.told}" for n, e in zip(own.stages, found, strict=True) if e.told]
+        found[0].when_removed(remove)
+        found[0].told = "\n".join(told)
+        return found[0]
+
+    def check_pushes(self, strategy: str) -> None:
+        """Raise ConfigError where gradients come in other steps than the batches they are of."""
+        if self.pipeline.is_asynchronous:
+            raise ConfigError(
+                f"pipeline.schedule is {self.pipeline.schedule}, whose stages have the gradient of "
+                f"a batch some steps later, but {strategy} pushes one of the whole replica in each "
+                "step; choose 1F1B, or a strategy whose replicas have optimizers (sync, local_sgd, "
+                "diloco)"
+            )
+
+    def full_state_dict(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole model's on the first rank of the pipeline, empty on others; all call this.
+
+        Args:
+            own: of this rank's stages, in the host's memory.
+        """
+        link = self.links[0]
+        group, device = link.process_group(), link.device
+        if link.group.rank > 0:
+            dist.send_object_list([own], group=group, group_dst=0, device=device)
+            return {}
+        found = dict(own)
+        for rank in range(1, link.group.size):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, group=group, group_src=rank, device=device)
+            found = {**received[0], **found}  # of tied weights the first stage's
+        return {name: found[name] for name in self.stages.names}
+
+    def schedule(self, scaler: LossScaler, sharded: bool, replicas: int) -> StagesSchedule:
+        """What runs the stages; see `Layout.schedule`.
+
+        Args:
+            scaler: of the loss.
+            sharded: whether the stages are.
+            replicas: how many have such stages.
+        """
         forth, back = (link.process_group() for link in self.links)
         link, pipeline, stages = self.links[0], self.pipeline, self.stages.stages
         if pipeline.is_asynchronous:
@@ -109,6 +199,7 @@ class Pipe:
             precision=self.recipe.precision,
             scaler=scaler,
             tied=self.stages.tied,
+            equalizes=replicas > 1,
             recomputed=self.recipe.recomputed,
             sharded=sharded,
             timeout_seconds=link.timeout_seconds,

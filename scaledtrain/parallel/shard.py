@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as _fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.stand_in import StandIn
+from scaledtrain.parallel.whole_tensors import for_shards
 from scaledtrain.recompute.blocks import find_blocks
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from scaledtrain.precision import Precision
     from scaledtrain.replica import MakeOptimizer
 
-__all__ = ["FullyShard", "Shards", "elementwise"]
-
-_OF_WHOLE_TENSORS = (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon)
+__all__ = ["FullyShard", "Shards"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class FullyShard:
     for all ranks of its replica at each block. A crash of one of them ends the run for all.
 
     With mixed precision parameters are gathered in the 16-bit format, those of a model with batch
-    norms in their own, and gradients reduced in float32. The optimizer has to update number by
-    number (SGD, Adam); those that look at rows or norms of whole tensors would see a shard's.
+    norms in their own, and gradients reduced in float32. The optimizer updates number by number
+    (SGD, Adam), or is LARS or LAMB, which add the shards' norms up in one all-reduce of all
+    tensors; others that look at rows or norms of whole tensors (Muon) would see a shard's.
 
     Args:
         reshard_after_forward: give up the parameters of a block after its forward pass; they are
@@ -151,12 +151,14 @@ class Shards:
     """
 
     needs_lockstep = False
+    one_by_one = True
 
     def __init__(
         self, roots: Sequence[nn.Module], device: torch.device, stand_in: StandIn | None = None
     ) -> None:
         self.called: Callable[..., Any] = roots[0]
         self._model = roots[0]
+        self._roots = roots
         self._device = device
         self._stand_in = stand_in
         modules = [module for root in roots for module in root.modules()]
@@ -179,7 +181,8 @@ class Shards:
         """
         whole: dict[int, Any] = {}
         found = {}
-        for name, value in self._model.state_dict(keep_vars=True).items():
+        named = (item for r in self._roots for item in r.state_dict(keep_vars=True).items())
+        for name, value in named:
             if id(value) not in whole:
                 full = value
                 if isinstance(value, DTensor):  # a shard in the host's memory is not gathered there
@@ -217,8 +220,15 @@ class Shards:
         )
 
     def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
-        """The usual one, or an error if that cannot update shards."""
-        return elementwise(usual)
+        """The usual one; LARS and LAMB have norms of whole tensors, others that want them fail."""
+        return for_shards(usual, self._sum, [shard for _, shard in self.named_parameters])
+
+    def _sum(self, squares: Tensor) -> None:
+        """Over the ranks that have the other shards."""
+        mesh = next(iter(self._by_name.values())).device_mesh
+        on_device = squares.to(self._device)
+        dist.all_reduce(on_device, group=mesh.get_group())
+        squares.copy_(on_device)
 
     def scaler(self, usual: Callable[[], LossScaler]) -> LossScaler:
         """As for any model."""
@@ -249,28 +259,6 @@ class Shards:
                 gradients.append(_local(parameter.grad))
                 parameter.grad = None
         return shards, gradients
-
-
-def elementwise(make: MakeOptimizer) -> MakeOptimizer:
-    """A factory of optimizers that refuses those that need whole tensors.
-
-    Args:
-        make: the factory.
-    """
-    if isinstance(make, Optimizer):  # whoever gets it says what is wrong with that
-        return make
-
-    def made(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        optimizer = make(named_parameters)
-        if isinstance(optimizer, _OF_WHOLE_TENSORS):
-            raise ConfigError(
-                f"optimizer is {type(optimizer).__name__}, which looks at rows, columns or norms "
-                "of whole matrices, but with mesh.shard each rank has a part of each; take one "
-                "that updates number by number (SGD, AdamW), or leave mesh.shard out"
-            )
-        return optimizer
-
-    return made
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from scaledtrain.recompute.blocks import Call
 from scaledtrain.recompute.live_bytes import LiveBytes
 
-__all__ = ["Apart", "Sample", "computes", "loss_without_gradients", "peak_bytes"]
+__all__ = [
+    "Apart",
+    "Sample",
+    "computes",
+    "kept_and_peak_bytes",
+    "loss_without_gradients",
+    "peak_bytes",
+]
 
 Sample = Callable[[Call], Tensor]
 """Called with what runs the model's ``forward``, returns the loss of one microbatch."""
@@ -59,7 +66,7 @@ class Apart:
             held += [(place, dict(place)) for place in tensors if place]
         try:
             for place, before in held:
-                place.update({n: self._own[t] for n, t in before.items() if t is not None})
+                place.update({n: self._own.get(t, t) for n, t in before.items() if t is not None})
             yield
         finally:
             for place, before in held:
@@ -94,7 +101,14 @@ def peak_bytes(model: nn.Module, sample: Sample) -> int:
         model: with or without a plan.
         sample: see `Sample`.
     """
+    return kept_and_peak_bytes(model, sample)[1]
+
+
+def kept_and_peak_bytes(model: nn.Module, sample: Sample) -> tuple[int, int]:
+    """Activations between forward and backward pass, and as `peak_bytes` has them."""
     with Apart(model) as apart, LiveBytes() as counted:
-        torch.autograd.backward(sample(apart))
+        loss = sample(apart)
+        kept: int = counted.live
+        torch.autograd.backward(loss)
     peak: int = counted.peak
-    return peak
+    return kept, peak

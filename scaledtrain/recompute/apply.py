@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from scaledtrain.recompute.blocks import Compiled, find_blocks, named_blocks
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.policies import CheckpointPolicy
 
-__all__ = ["checkpoint_activations"]
+__all__ = ["checkpoint_activations", "tried"]
 
 
 def checkpoint_activations(
@@ -62,11 +62,11 @@ def checkpoint_activations(
     compiled = None if compile is None else Compiled(chain, compile)
     try:
         if stand_in is None:
-            executor = _tried(policy, model, chain, sample)
+            executor = tried(lambda: policy.install(model, chain, sample), model, sample)
         else:
-            tried = checkpoint_activations(stand_in, policy, sample, compile=compile)
-            tried.remove()
-            executor = tried.on(model, chain)
+            on_stand_in = checkpoint_activations(stand_in, policy, sample, compile=compile)
+            on_stand_in.remove()
+            executor = on_stand_in.on(model, chain)
     except BaseException:
         if compiled is not None:
             compiled.remove()
@@ -76,13 +76,12 @@ def checkpoint_activations(
     return executor
 
 
-def _tried(
-    policy: CheckpointPolicy, model: nn.Module, chain: Sequence[nn.Module], sample: Sample | None
-) -> Executor:
+def tried(install: Callable[[], Executor], model: nn.Module, sample: Sample | None) -> Executor:
+    """What lets a model's blocks run, if with it the loss stays; see `checkpoint_activations`."""
     if sample is None:
-        return policy.install(model, chain, sample)
+        return install()
     expected = loss_without_gradients(model, sample)
-    executor = policy.install(model, chain, sample)
+    executor = install()
     try:
         if not computes(model, sample, expected):
             raise ConfigError(

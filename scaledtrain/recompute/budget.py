@@ -10,7 +10,12 @@ from torch import nn
 
 from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.errors import ConfigError
-from scaledtrain.recompute.apart import Sample, computes, loss_without_gradients, peak_bytes
+from scaledtrain.recompute.apart import (
+    Sample,
+    computes,
+    kept_and_peak_bytes,
+    loss_without_gradients,
+)
 from scaledtrain.recompute.blocks import is_compiled
 from scaledtrain.recompute.chain import Chain
 from scaledtrain.recompute.dear import MakeContexts
@@ -18,8 +23,8 @@ from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results
 from scaledtrain.recompute.measure import measure_chain
 from scaledtrain.recompute.offload import DiskStore, HostStore, Store
-from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, depth
-from scaledtrain.recompute.policies import CheckpointPolicy
+from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, depth, every, kept_bytes
+from scaledtrain.recompute.policies import CheckpointPolicy, Live
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
 __all__ = ["MemoryBudget", "PlanSearch"]
@@ -114,6 +119,26 @@ class MemoryBudget(CheckpointPolicy):
             + (", or offload to disk" if self.offload is None else "")
         )
 
+    def install_on_stage(
+        self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample, live: Live
+    ) -> Executor:
+        """Measure, plan for all microbatches that are under way at once, and try it out."""
+        n_bytes = int(self.n_bytes * live.share)
+        messages = live.microbatches * live.bytes_each + live.bytes_once
+        search = PlanSearch(model, blocks, sample, self._store(model), live.microbatches)
+        executor = search.fit(n_bytes - messages)
+        if executor is not None:
+            return executor
+        least = int((search.least() + messages) / live.share) + 1
+        raise ConfigError(
+            f"the activations of a stage with {len(blocks)} blocks, {live.microbatches} "
+            f"microbatches at once, and messages of {_mib(messages)} do not fit into {n_bytes} "
+            f"bytes ({live.share:.0%} of a budget of {self.n_bytes}): {least} bytes "
+            f"({_mib(least)}) are needed for the rank; raise the budget to that, make more and "
+            "smaller microbatches (pipeline.n_microbatches), or take a schedule that keeps fewer "
+            "(1F1B)"
+        )
+
     def _store(self, model: nn.Module) -> Store | None:
         if self.offload == "host" and not any(p.is_cuda for p in model.parameters()):
             raise ConfigError(
@@ -133,6 +158,8 @@ class PlanSearch:
         blocks: in the order in which the model calls them.
         sample: see `Sample`.
         store: where to offload to; None: nowhere.
+        microbatches: that are between their forward and backward pass at the same time. All but
+            one of them keep what a forward pass leaves.
 
     Raises:
         ConfigError: the model does not call each block once, in this order.
@@ -144,8 +171,10 @@ class PlanSearch:
         blocks: Sequence[nn.Module],
         sample: Sample,
         store: Store | None = None,
+        microbatches: int = 1,
     ) -> None:
         self._model = model
+        self._others = microbatches - 1
         self._blocks = blocks
         self._sample = sample
         self._store = store
@@ -159,45 +188,107 @@ class PlanSearch:
         Returns:
             What lets them; None: there is no such plan, and they run as before.
         """
+        if self._others:
+            return self._fit_several(n_bytes)
         aim = n_bytes - _SLACK_BYTES
         for _ in range(_ATTEMPTS):
-            plan = _plan(self._chain, aim)
-            if plan is None:
+            found = self._try(aim)
+            if found is None:
                 return None
-            executor = self._executor(plan)
-            try:
-                measured = peak_bytes(self._model, self._sample)
-                differs = not computes(self._model, self._sample, self._expected)
-            except BaseException:
-                executor.remove()
-                raise
-            if differs and any(block.joins for block in self._chain.blocks):
-                # The model uses what blocks return for more than the next block.
-                executor.remove()
-                alone = tuple(replace(block, joins=False) for block in self._chain.blocks)
-                self._chain = replace(self._chain, blocks=alone)
-                continue
-            if measured + _SLACK_BYTES <= n_bytes:
-                executor.told = _told(self._chain, plan, n_bytes, measured)
-                return executor
-            executor.remove()
-            aim -= measured + _SLACK_BYTES - n_bytes
+            plan, measured = found
+            if measured <= n_bytes:
+                return self._told(plan, n_bytes, measured)
+            aim -= measured - n_bytes
         return None
+
+    def _fit_several(self, n_bytes: int) -> Executor | None:
+        """Of simple plans the fastest that fits: the others keep what a forward pass leaves."""
+        aim = n_bytes
+        for _ in range(_ATTEMPTS):
+            plans = _simple_plans(self._chain)
+            fitting = [plan for plan in plans if self._predicted(plan) <= aim]
+            if not fitting:
+                return None
+            plan = min(fitting, key=lambda plan: cost(self._chain, plan).seconds)
+            measured = self._measured(plan)
+            if measured is not None and measured <= n_bytes:
+                return self._told(plan, n_bytes, measured)
+            if measured is not None:
+                aim = min(aim, self._predicted(plan)) - max(1, measured - n_bytes)
+        return None
+
+    def _predicted(self, plan: Plan) -> int:
+        others = self._others * kept_bytes(self._chain, plan)
+        return cost(self._chain, plan).peak_bytes + others + _SLACK_BYTES
+
+    def _told(self, plan: Plan, n_bytes: int, measured: int) -> Executor:
+        executor = self._executor(plan)
+        executor.told = _told(self._chain, plan, n_bytes, measured)
+        if self._others:
+            executor.told += f"; {self._others + 1} microbatches at once"
+        return executor
 
     def least(self) -> int:
         """Bytes that can be kept to: those of the smallest plan, tried out."""
+        if self._others:
+            several: int | None = None
+            while several is None:
+                smallest = min(_simple_plans(self._chain), key=self._predicted)
+                several = self._measured(smallest)
+            return several
         least = smallest_bytes(self._chain)
-        while (plan := _plan(self._chain, least)) is None:  # it nests too deep
+        while (found := self._try(least)) is None:  # it nests too deep
             least += least // 8
+        return max(least + _SLACK_BYTES, found[1])
+
+    def _try(self, aim: int) -> tuple[Plan, int] | None:
+        """The fastest plan within so many bytes, and what it takes."""
+        while (plan := _plan(self._chain, aim)) is not None:
+            measured = self._measured(plan)
+            if measured is not None:
+                return plan, measured
+        return None
+
+    def _measured(self, plan: Plan) -> int | None:
+        """What all microbatches take; None: no block runs again together with others any more."""
         executor = self._executor(plan)
         try:
-            return max(least, peak_bytes(self._model, self._sample)) + _SLACK_BYTES
+            kept, peak = kept_and_peak_bytes(self._model, self._sample)
+            differs = not computes(self._model, self._sample, self._expected)
         finally:
             executor.remove()
+        if not differs or not any(block.joins for block in self._chain.blocks):
+            return peak + self._others * kept + _SLACK_BYTES
+        # The model uses what blocks return for more than the next block.
+        alone = tuple(replace(block, joins=False) for block in self._chain.blocks)
+        self._chain = replace(self._chain, blocks=alone)
+        return None
 
     def _executor(self, plan: Plan) -> Executor:
         """The last step is what comes after the blocks, and nobody's matter."""
         return Executor(self._model, self._blocks, plan[:-1], self._ways, self._store)
+
+
+def _simple_plans(chain: Chain) -> list[Plan]:
+    """The first blocks are computed again in groups of one size, the others keep what they do.
+
+    A plan that is best for one microbatch lets the last block keep everything, whose turn is next;
+    of several that are under way all would.
+    """
+    n = len(chain) - 1  # the last step is what comes after the blocks
+    blocks = chain.blocks[:n]
+    ways = sorted({way.name for block in blocks for way in block.ways})
+    plans: list[Plan] = []
+    for name in ways:
+        kept = [
+            Keep(name if any(way.name == name for way in block.ways) else "all") for block in blocks
+        ]
+        for size in range(1, n + 1):
+            if size > 1 and not all(block.joins for block in blocks[1:]):
+                break
+            for again in [*range(0, n, size), n]:
+                plans.append((*every(size, again), *kept[again:], Keep()))
+    return plans
 
 
 def _ways(store: Store | None) -> dict[str, MakeContexts]:

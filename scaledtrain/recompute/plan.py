@@ -8,7 +8,18 @@ from typing import NamedTuple
 
 from scaledtrain.recompute.chain import Chain
 
-__all__ = ["Cost", "Keep", "Plan", "Recompute", "Step", "cost", "count_blocks", "depth", "every"]
+__all__ = [
+    "Cost",
+    "Keep",
+    "Plan",
+    "Recompute",
+    "Step",
+    "cost",
+    "count_blocks",
+    "depth",
+    "every",
+    "kept_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,25 @@ def cost(chain: Chain, plan: Plan) -> Cost:
     return Cost(walk.seconds, walk.peak)
 
 
+def kept_bytes(chain: Chain, plan: Plan) -> int:
+    """What is there between the forward and the backward pass.
+
+    Example:
+        The chain of `cost`: its second block's input and what both keep, or what the first one does
+        not.
+
+        >>> from scaledtrain.recompute.chain import Block, Way
+        >>> way = Way("all", 1.0, 2.0, 9, 10, 11, 1.0)
+        >>> chain = Chain((Block((way,), 1, 1.0, 2),) * 2)
+        >>> kept_bytes(chain, (Keep(), Keep())), kept_bytes(chain, (Recompute((Keep(),)), Keep()))
+        (19, 10)
+    """
+    walk = _Walk(chain)
+    walk.live = chain.base_bytes
+    walk.step(plan, 0, again=False)
+    return walk.kept
+
+
 class _Walk:
     """Adds up what happens; the gradient of the last output counts from the beginning."""
 
@@ -114,6 +144,7 @@ class _Walk:
         self._chain = chain
         self.live = 0
         self.peak = 0
+        self.kept = 0
         self.seconds = 0.0
 
     def _reaches(self, more: int) -> None:
@@ -149,6 +180,8 @@ class _Walk:
                 self.seconds += own[-1] * self._chain.offload_seconds
             if step.offload or not keeps_input:
                 self.live -= own[-1]
+        if not again:
+            self.kept = self.live
         for (step, start, _), n_bytes in zip(reversed(places), reversed(own), strict=True):
             if step.offload:
                 self.live += n_bytes

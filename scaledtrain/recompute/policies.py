@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,8 +22,22 @@ __all__ = [
     "CheckpointEvery",
     "CheckpointPolicy",
     "CheckpointSqrt",
+    "Live",
     "Selective",
 ]
+
+
+class Live(NamedTuple):
+    """What a pipeline's schedule keeps alive of a stage."""
+
+    microbatches: int
+    """Between their forward and their backward pass at the same time, at most."""
+    bytes_each: int
+    """Of messages, for each of them."""
+    bytes_once: int
+    """Of messages that are received ahead."""
+    share: float
+    """Of what the rank has for all of its stages."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,19 @@ class CheckpointPolicy(ABC):
             blocks: in the order in which the model calls them.
             sample: gives the loss of a microbatch, see `Sample`; None: there is none to look at.
         """
+
+    def install_on_stage(
+        self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample, live: Live
+    ) -> Executor:
+        """The same for a stage of a pipeline, which has several microbatches under way at once.
+
+        Args:
+            model: the stage.
+            blocks: of it.
+            sample: gives a number, of which a backward pass through the stage can be made.
+            live: what the schedule keeps alive.
+        """
+        return self.install(model, blocks, sample)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def write_events(path: Path, events: Iterable[dict[str, Any]]) -> int:
 def trace_events(traces: Sequence[Trace], window: Window = WHOLE) -> Iterator[dict[str, Any]]:
     """The events, one after the other; times in microseconds, to the nanosecond.
 
-    * Complete events (``X``) for spans; those that lie inside another one are drawn below it.
+    * Complete events (``X``) for spans, and for the passes of a pipeline; those that lie inside
+      another one are drawn below it.
     * Instant events (``i``) on a worker's row where its push reached the server, with ``version``,
       ``staleness`` and ``accepted``, and where it left or joined.
     * A counter (``C``) of the staleness of each push.
@@ -64,6 +65,9 @@ def trace_events(traces: Sequence[Trace], window: Window = WHOLE) -> Iterator[di
             yield named_event(process, rank, "thread_sort_index", sort_index=rank)
             for phase, start, end in trace.spans(rank, window):
                 yield complete_event(process, rank, phase, "phase", start, end)
+            for name, start, end in trace.actions(rank):
+                if end > window.start and start < window.end:
+                    yield complete_event(process, rank, name, "pipeline", start, end)
         for arrival in trace.arrivals(window):
             yield from _arrival(process, arrival)
 

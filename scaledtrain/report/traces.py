@@ -15,13 +15,14 @@ from scaledtrain.comm.serving.event_log import begun_at, read_events
 from scaledtrain.errors import ConfigError
 from scaledtrain.report.lines import parse_lines
 from scaledtrain.server.operations import Kind
-from scaledtrain.timeline import Phase, Span
+from scaledtrain.timeline import Named, Phase, Span
 
 __all__ = ["PHASES", "WHOLE", "Arrival", "Trace", "Window", "find_trace", "flatten", "read_spans"]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _EVENTS = "events.bin"
+_ACTION = re.compile(r"\d+[FBIW]\d+")  # of a pipeline
 # What a person looks for on a timeline; pulls are the ends of the waiting that is there already.
 _SHOWN = {
     Kind.PUSH: "push",
@@ -104,6 +105,15 @@ class Trace:
             if span.end > window.start and span.start < window.end:
                 yield span
 
+    def actions(self, rank: int) -> Iterator[Named]:
+        """The passes of a rank that has stages of a pipeline, in order; none of any other."""
+        shift = 0.0
+        for line in parse_lines(self.paths[rank], _line):
+            if isinstance(line, _Begin):
+                shift = _shift(line, self.origin or line)
+            elif isinstance(line, Named):
+                yield Named(line.name, line.start + shift, line.end + shift)
+
     def arrivals(self, window: Window = WHOLE) -> Iterator[Arrival]:
         """What happened at the server on behalf of these ranks; nothing where there was none."""
         path = self.folder / _EVENTS
@@ -164,15 +174,21 @@ def read_spans(path: Path, origin: _Begin | None = None) -> Iterator[Span]:
     for line in parse_lines(path, _line):
         if isinstance(line, Span):
             yield Span(line.phase, line.start + shift, line.end + shift)
-            continue
-        origin = origin or line
-        shift = line.seconds - origin.seconds if line.host == origin.host else 0.0
+        elif isinstance(line, _Begin):
+            origin = origin or line
+            shift = _shift(line, origin)
 
 
-def _line(line: list[Any]) -> Span | _Begin:
+def _shift(begin: _Begin, origin: _Begin) -> float:
+    return begin.seconds - origin.seconds if begin.host == origin.host else 0.0
+
+
+def _line(line: list[Any]) -> Span | Named | _Begin:
     kind, start, end = line
     if kind == "begin":
         return _Begin(float(start), str(end))
+    if _ACTION.fullmatch(kind):
+        return Named(kind, float(start), float(end))
     if kind not in PHASES:
         raise ValueError(f"unknown phase {kind!r}")
     return Span(kind, float(start), float(end))

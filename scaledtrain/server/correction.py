@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +17,6 @@ __all__ = [
     "Corrected",
     "Correction",
     "Uncorrected",
-    "scaled_learning_rate",
 ]
 
 
@@ -145,27 +143,3 @@ class Correction:
 @dataclass(frozen=True)
 class Uncorrected(Correction):
     """Stale gradients are used as if they were fresh."""
-
-
-@contextmanager
-def scaled_learning_rate(optimizer: Optimizer, scale: float) -> Iterator[None]:
-    """Multiply the learning rate of the step that is made inside; a schedule sees nothing."""
-    if scale == 1.0:
-        yield
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-
-    def restore(*_: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * scale
-    hook = optimizer.register_step_post_hook(restore)  # before the schedule steps
-    try:
-        yield
-    except BaseException:
-        restore()
-        raise
-    finally:
-        hook.remove()

@@ -23,7 +23,6 @@ from scaledtrain.server.correction import (
     Context,
     Correction,
     Uncorrected,
-    scaled_learning_rate,
 )
 from scaledtrain.server.ledger import Ledger
 from scaledtrain.server.mean import WeightedMean
@@ -251,8 +250,7 @@ class Server:
     def _update(self) -> None:
         scale = self._mean.finish()
         self._correction.before_update(self._context)
-        with scaled_learning_rate(self._updater.optimizer, scale):
-            self._updater.step()
+        self._updater.step(scale)
         self._correction.after_update(self._context)
         self._mean.clear()
         self.ledger.update()

@@ -156,7 +156,7 @@ class _NoUpdater(Updater):
     def __init__(self) -> None:
         self.optimizer = torch.optim.SGD([torch.zeros(())], lr=1.0)
 
-    def step(self) -> None:
+    def step(self, scale: float = 1.0) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

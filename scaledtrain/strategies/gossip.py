@@ -37,6 +37,9 @@ class Gossip(Alone):
     loses what the replica had not yet passed on; the others leave it out, and each ends with its
     own parameters, as no mean of all can be taken. Memory: two more copies of the parameters.
 
+    Where a replica is divided over ranks, each piece averages with the same piece of the other
+    replica, which the first one draws for all; it may be of another moment than the other pieces.
+
     For a state that is exact for several replicas save it between two runs; saved in the middle,
     each replica's is of another moment.
 
@@ -73,6 +76,7 @@ class Gossip(Alone):
     def attach(self, replica: Replica, link: Link) -> None:
         """Give every replica rank 0's state, and let the others reach this one's."""
         super().attach(replica, link)
+        self._pieces = link.pieces
         self._peer = AveragingPeer(replica.parameters)
         for reached, own in zip(self._peer.parameters, replica.parameters, strict=True):
             if own.grad_dtype != own.dtype:
@@ -91,15 +95,19 @@ class Gossip(Alone):
     def before_forward(self, microbatches: int = 1, weight: float = 1.0) -> bool:
         """Begin to average if this replica calls; False if the run is over for it."""
         self._end_exchange()
-        if self._roster.stopped or not super().before_forward(microbatches, weight):
-            return False
+        going = not self._roster.stopped and super().before_forward(microbatches, weight)
         neighbours = averaging_neighbours(self._group.rank, self._roster.present())
-        if neighbours:
-            draw = random.Random(f"{self.seed} {self._group.rank} {self.step}")
+        draw = random.Random(f"{self.seed} {self._group.rank} {self.step}")
+        neighbour = draw.choice(neighbours) if neighbours else None
+        if self._pieces.size > 1:  # each may see another moment: the first one decides
+            told = torch.tensor([int(going), -1 if neighbour is None else neighbour])
+            self._pieces.broadcast([told])
+            going, neighbour = bool(told[0]), None if told[1] < 0 else int(told[1])
+        if going and neighbour is not None:
             self._answer = self._answer or [torch.empty_like(t) for t in self._peer.tensors]
             sent = [p.detach() for p in self._replica.parameters]
-            self._courier.begin(draw.choice(neighbours), sent, self._answer)
-        return True
+            self._courier.begin(neighbour, sent, self._answer)
+        return going
 
     def reduce_gradients(self, weight: float = 1.0) -> None:
         """Nothing is combined; the averaging ends."""
@@ -123,6 +131,7 @@ class Gossip(Alone):
     def after_step(self) -> None:
         """Count the step; compute with what the parameters have become."""
         super().after_step()
+        self._end_exchange()  # if there were no gradients to reduce
         self._take()
         self._roster.beat()
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
 
 from scaledtrain.comm.compress import Codec
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link, Pulled, ServeOptions
 from scaledtrain.comm.serving.partition import Piece
 from scaledtrain.errors import ConfigError
-from scaledtrain.replica import Replica
+from scaledtrain.optim.lamb import LAMB
+from scaledtrain.optim.layerwise import needs_whole_tensors
+from scaledtrain.replica import Replica, Updater
 from scaledtrain.server import Admission, Asynchronous, Correction, Ledger, Server, Uncorrected
 from scaledtrain.strategies.strategy import Strategy
 
@@ -70,8 +74,7 @@ class ParameterServer(Strategy):
 
     Example:
         >>> import torch
-        >>> from functools import partial
-        >>> import scaledtrain
+        >>>         >>> import scaledtrain
         >>> model, server = torch.nn.Linear(2, 1), ParameterServer()
         >>> replica = scaledtrain.Replica(model, partial(torch.optim.SGD, lr=0.1))
         >>> with scaledtrain.connect() as link:
@@ -91,6 +94,7 @@ class ParameterServer(Strategy):
     """
 
     settles_to_save = True
+    pushes_gradients = True
 
     def __init__(
         self,
@@ -141,15 +145,39 @@ class ParameterServer(Strategy):
 
         def make_server(pieces: Sequence[Piece]) -> Server:
             names = [replica.names[piece.tensor] for piece in pieces]
+
+            def make_updater(parameters: Sequence[nn.Parameter]) -> Updater:
+                updater = replica.updater(parameters, names)
+                self._check_pieces(updater.optimizer, pieces)
+                return updater
+
             return Server(
                 [piece.of(replica.parameters) for piece in pieces],
-                partial(replica.updater, names=names),
+                make_updater,
                 link.group.size,
                 self.admission,
                 self.correction,
             )
 
         self._store = link.serve(replica.parameters, make_server, self._options)
+
+    def _check_pieces(self, optimizer: Optimizer, pieces: Sequence[Piece]) -> None:
+        """See that an optimizer has all that it looks at.
+
+        Raises:
+            ConfigError: other shards have parts of it.
+        """
+        if needs_whole_tensors(optimizer) and any(piece.rows is not None for piece in pieces):
+            raise ConfigError(
+                f"{type(optimizer).__name__} looks at whole tensors, but some are cut, to give "
+                f"{self._options.shards} server shards equal parts; set strategy.cut_tensors=false"
+            )
+        if isinstance(optimizer, LAMB) and optimizer.clips and self._options.shards > 1:
+            raise ConfigError(
+                "LAMB's max_grad_norm clips the norm of all gradients, but each of "
+                f"{self._options.shards} server shards has those of its own tensors; leave it out "
+                "(the training's max_grad_norm clips each worker's gradient), or take one shard"
+            )
 
     def _check_overlap(self) -> None:
         if self.may_abandon or not self.admission.accepts(0, 1, Ledger(2, self.admission)):

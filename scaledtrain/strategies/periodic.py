@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from scaledtrain.replica import Replica
 from scaledtrain.strategies.strategy import Strategy
 
 __all__ = ["Fragment", "Periodic"]
+
+_logger = logging.getLogger(__name__)
 
 
 class Fragment:
@@ -162,10 +165,18 @@ class Periodic(Strategy):
     def state_dict(self) -> dict[str, Any]:
         """Step, optimizer and the period under way; every replica's is its own."""
         fragments = [fragment.state_dict() for fragment in self._fragments]
-        return {**super().state_dict(), "fragments": fragments}
+        return {**super().state_dict(), "fragments": fragments, "sync_every": self.sync_every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned on this rank; after ``attach``."""
+        period = state.get("sync_every", self.sync_every)
+        if period != self.sync_every and self._group.rank == 0:
+            _logger.warning(
+                "the run was saved with sync_every=%d; from here on periods have %d steps, and the "
+                "one under way ends with the next multiple of that",
+                period,
+                self.sync_every,
+            )
         super().load_state_dict(state)
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
             fragment.load_state_dict(saved)

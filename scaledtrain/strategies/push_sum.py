@@ -29,6 +29,8 @@ class PushSum(Alone):
     Replicas wait for no share, so this is asynchronous SGP: no run is equal to another. A replica
     evaluates its own z; at the end all have sum x / sum w.
 
+    Where a replica is divided over ranks, each piece gives and gets shares of its own.
+
     ``step`` and ``max_steps`` count this replica's own steps, also those without an update.
 
     Sent: the parameters to one other replica per step. Waits: until that one has received them, or

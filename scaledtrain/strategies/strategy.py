@@ -41,6 +41,7 @@ class Strategy(ABC):
         replicas_equal: parameters and optimizer are the same on all replicas after every step.
         makes_equal_steps: no replica begins a step before all have ended the last one, although
             they are not in lockstep.
+        pushes_gradients: a gradient of the whole replica is handed over to somebody else.
     """
 
     staleness: int | None = None
@@ -48,9 +49,11 @@ class Strategy(ABC):
     settles_to_save = False
     replicas_equal = False
     makes_equal_steps = False
+    pushes_gradients = False
 
     def __init__(self) -> None:
         self.step = 0
+        self._lr_scale = 1.0
         self._max_steps: int | None = None
 
     def __str__(self) -> str:
@@ -97,7 +100,7 @@ class Strategy(ABC):
     def apply_gradients(self) -> None:
         """Let the replica's own optimizer use the gradients."""
         start = self._timeline.now()
-        self._updater.step()
+        self._updater.step(self._lr_scale)
         self._timeline.add("compute", start)
 
     def after_step(self) -> None:
@@ -130,7 +133,11 @@ class Strategy(ABC):
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        return self._updater.learning_rate
+        return self._updater.learning_rate * self._lr_scale
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiply the learning rates of the next updates by this, beside what a schedule does."""
+        self._lr_scale = factor
 
     @property
     def lockstep(self) -> Group:

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 
 from scaledtrain import Callback, Checkpointing, Mesh, PeerLostError, Preempted, Trainer, connect
 from scaledtrain.checkpoint.folder import saved_steps
+from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
 from scaledtrain.checkpoint.tensor_file import Written, write_tensors
 from scaledtrain.comm.protocols import Link
+from scaledtrain.parallel import Pipeline
 from tests.contract.training import data
 from tests.ranks import run_ranks
 
@@ -75,6 +77,7 @@ def two_ranks(folder: Path) -> dict[str, dict[str, Tensor]]:
             for source in ("one", *MESHES):
                 path = folder / source / "checkpoints" / f"step-{SAVED:09d}"
                 run(f"{source} to {name}", mesh, resume=path)
+        run("drained", MESHES["pipe"], pipeline=Pipeline("PipeDream", n_microbatches=1))
     return ends
 
 
@@ -84,6 +87,10 @@ def test_a_run_goes_on_under_any_layout(tmp_path: Path) -> None:
     first, last = run_ranks(two_ranks, 2, tmp_path, timeout_seconds=100)
     # Of a pipeline each rank has a stage; else both have all.
     ends = {name: end | last[name] for name, end in first.items()}
+    drained = ends.pop("drained")  # gradients that were under way made updates after the last step
+    reader = CheckpointReader(tmp_path / "drained" / "checkpoints" / f"step-{STEPS:09d}")
+    for name, value in read_tensors(reader, [f"model/{key}" for key in drained]).items():
+        assert torch.equal(value, drained[name.removeprefix("model/")])
     for source in MESHES:
         path = tmp_path / source / "checkpoints" / f"step-{SAVED:09d}"
         ends[f"{source} to one"] = train(tmp_path / f"{source}-one", None, 1, STEPS, resume=path)

@@ -14,7 +14,7 @@ from scaledtrain import ConfigError, Mesh, Trainer, connect
 from scaledtrain.comm.protocols import Link
 from scaledtrain.models import GPT
 from scaledtrain.models.gpt import next_token_loss
-from scaledtrain.parallel import FullyShard
+from scaledtrain.parallel import FullyShard, Pipeline
 from scaledtrain.recompute import (
     CheckpointEvery,
     CheckpointPolicy,
@@ -124,3 +124,56 @@ def test_a_rank_whose_batch_does_not_fit_ends_the_others() -> None:
         "another rank of this replica cannot run with this activation checkpointing; its own error "
         "says why"
     )
+
+
+def stages(cases: list[tuple[str, CheckpointPolicy | None, dict[str, Any]]]) -> list[Any]:
+    """Of each case: this rank's parameters after an epoch, and the peak of a step; or the error."""
+    found: list[Any] = []
+    with connect(transport="torch", timeout_seconds=100) as link:
+        for schedule, policy, options in cases:
+            trained = Trainer(
+                net(),
+                next_token_loss,
+                partial(torch.optim.SGD, lr=0.1),
+                mesh=Mesh(pipe=2),
+                pipeline=Pipeline(schedule, n_microbatches=4),
+                activation_checkpointing=policy,
+                console=False,
+                link=link,
+                **options,
+            )
+            try:
+                with trained:
+                    trained.fit(loader(32), max_epochs=2)
+                    batch = next(trained.layout.steps(list(loader(32)), 0, 1).epoch(0))
+                    with LiveBytes() as counted:
+                        trained.schedule.run(batch)
+                    own = {n: p.detach().clone() for n, p in trained.model.named_parameters()}
+                    found.append((own, int(counted.peak)))
+            except ConfigError as error:
+                found.append(str(error))
+    return found
+
+
+# Gradients of the rank's blocks, added up one at a time, and embeddings; no activations.
+GRADIENTS = 4 * 3 * 1_000
+
+
+def test_a_rank_of_a_pipeline_keeps_to_its_budget_and_changes_no_bit() -> None:
+    """GPipe keeps 4 microbatches alive, 1F1B 2 and 1, of 8 samples each."""
+    budgets = {"GPipe": (3000, 1300), "1F1B": (1700, 1100), "Interleaved1F1B": (4000, 2600)}
+    cases: list[tuple[str, CheckpointPolicy | None, dict[str, Any]]] = []
+    for schedule, sizes in budgets.items():
+        cases.append((schedule, None, {}))
+        cases += [(schedule, MemoryBudget(n * 1024), {}) for n in sizes]
+        cases.append((schedule, CheckpointEvery(1), {}))
+    cases.append(("1F1B", MemoryBudget("20KiB"), {}))
+    for rank, of_rank in enumerate(run_ranks(stages, 2, cases, timeout_seconds=200)):
+        for place, sizes in enumerate(budgets.values()):
+            (expected, everything), *others = of_rank[4 * place : 4 * place + 4]
+            assert all(equal(trained, expected) for trained, _ in others)
+            for n, (_, peak) in zip(sizes, others, strict=False):
+                assert peak <= n * 1024 + GRADIENTS
+            if rank == 0:
+                assert everything > sizes[0] * 1024 + GRADIENTS
+        assert "do not fit into 20480 bytes" in of_rank[-1]

@@ -198,6 +198,8 @@ ENDS: dict[str, tuple[Callable[[], Strategy], list[Callback], dict[str, Any]]] =
     "target": (ParameterServer, [StopAtTarget("loss", at_most=1e9)], {"eval_every": 3}),
     "seconds": (ParameterServer, [], {"max_seconds": 0.1}),
     "local steps": (partial(AsyncLocalSGD, 4, proportional_steps=True), [], {"max_steps": 30}),
+    "gossip": (Gossip, [], {"max_steps": 30}),
+    "push-sum": (PushSum, [], {"max_steps": 30}),
 }
 
 
@@ -241,7 +243,8 @@ def test_what_one_rank_wants_ends_the_run_of_all(transport: Transport) -> None:
     assert stopped_by["target"] == ("callback", "another replica")
     assert "max_seconds" in stopped_by["seconds"]
     assert stopped_by["local steps"] == ("max_steps", "max_steps")
-    assert [rank["local steps"][1:] for rank in ranks] == [(30, 30)] * 4
+    for name in ("local steps", "gossip", "push-sum"):
+        assert [rank[name][1:] for rank in ranks] == [(30, 30)] * 4
 
 
 REFUSED: dict[str, tuple[Callable[[], Strategy], str]] = {
@@ -252,9 +255,7 @@ REFUSED: dict[str, tuple[Callable[[], Strategy], str]] = {
         r"overlap and compression=.*divided already, over the 2 ranks.*leave them out",
     ),
     "stops work": (partial(ParameterServer, Ringmaster(1, stop=True)), "abandon a step"),
-    "gossip": (Gossip, "would be of different moments"),
-    "push_sum": (PushSum, "would be of different moments"),
-    "hogwild": (Hogwild, "would be of different moments"),
+    "hogwild": (Hogwild, "each needs a whole replica in it"),
 }
 
 

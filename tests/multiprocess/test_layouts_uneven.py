@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import ConfigError, Mesh, Trainer, connect
+from scaledtrain.optim import LAMB, LARS
 from scaledtrain.parallel import FullyShard
 from tests.ranks import run_ranks
 
@@ -43,24 +44,26 @@ def loader(n: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=4)
 
 
-RUNS: list[tuple[int, dict[str, Any]]] = [
-    (24, {"max_grad_norm": 0.1}),
-    (4, {}),  # one batch for two ranks, in training and in evaluation
-    (24, {"precision": "bf16-mixed"}),
+RUNS: list[tuple[int, Any, dict[str, Any]]] = [
+    (24, SGD, {"max_grad_norm": 0.1}),
+    (4, SGD, {}),  # one batch for two ranks, in training and in evaluation
+    (24, SGD, {"precision": "bf16-mixed"}),
+    (24, partial(LARS, lr=1.0, trust_coefficient=0.02, weight_decay=0.1), {}),
+    (24, partial(LAMB, lr=0.01, max_grad_norm=0.1, eps=1e-3), {}),
 ]
 
 
 def train(shard: int) -> list[Any]:
     found: list[Any] = []
     with connect(transport="torch", timeout_seconds=100) as link:
-        for n, options in RUNS:
+        for n, optimizer, options in RUNS:
             # The head is the embedding, so that it is gathered with what is in no block.
             engine = FullyShard(blocks=["Linear"]) if shard > 1 else None
             mesh = Mesh(shard=shard)
             with Trainer(
                 Odd(),
                 nn.functional.cross_entropy,
-                SGD,
+                optimizer,
                 mesh=mesh,
                 engine=engine,
                 console=False,
@@ -86,7 +89,7 @@ def train(shard: int) -> list[Any]:
 def test_odd_shapes_and_data_are_trained_as_by_plain_replicas() -> None:
     plain = run_ranks(train, 2, 1, timeout_seconds=150)[0]
     first, second = run_ranks(train, 2, 2, timeout_seconds=150)
-    tolerances = (1e-5, 1e-5, 2e-2)
+    tolerances = (1e-5, 1e-5, 2e-2, 1e-5, 1e-5)
     for expected, found, other, atol in zip(plain, first, second, tolerances, strict=True):
         assert list(found[0]) == list(expected[0])
         assert found[0]["head.weight"] is found[0]["embed.weight"]

@@ -366,7 +366,9 @@ def test_a_board_carries_costs_and_says_who_has_left() -> None:
         agree.start()
         mine = [Cost(0.0, 1e-6), Cost(123.0, 0.25)][link.rank]
         first = agree(1, mine)
+        world.exchange(link.rank, None)  # as in a run, where a step of all lies between
         nothing = agree(2, mine if link.rank == 0 else None)  # the other measured nothing
+        world.exchange(link.rank, None)
         if link.rank == 1:
             agree.end()
             return [first, nothing]

@@ -21,7 +21,7 @@ def measured(case: Case, who: str, seconds: float, number: int = 0) -> Measureme
 
 def test_shares_and_bars() -> None:
     case = CASES["1F1B m=4"]
-    readings = [measured(case, "one rank", 8.0), measured(case, "ours", 5.0)]
+    readings = [measured(case, "whole model", 8.0), measured(case, "ours", 5.0)]
     found = share_of_ideal(readings, case, "ours")  # 0.625 x 8 s is all that there is to reach
     assert found is not None
     assert found.median == pytest.approx(1.0)

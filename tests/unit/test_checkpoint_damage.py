@@ -181,8 +181,9 @@ def test_a_full_disk_leaves_what_there_is(tmp_path: Path, caplog: pytest.LogCapt
     assert one.replica.sha256() == whole
     assert "No space left on device" in caplog.text
     assert "training goes on" in caplog.text
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
-        "step-000000005"
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "lock",
+        "step-000000005",
     ]
     assert fit(tmp_path / "run", resume="auto") == whole
 
@@ -192,7 +193,7 @@ def test_a_full_disk_can_end_the_run(tmp_path: Path) -> None:
     write = patch("scaledtrain.checkpoint.part.write_tensors", full)
     with write, pytest.raises(CheckpointError, match="step 5 could not be written"):
         fit(tmp_path, saved=options)
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["lock"]
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:

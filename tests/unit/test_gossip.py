@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from scaledtrain import Trainer, connect
+from scaledtrain.comm.local import LocalGroup
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.strategies import Gossip
 from tests.worlds import Value, Worker, World
@@ -209,3 +212,30 @@ def test_a_second_run_goes_on_from_the_mean() -> None:
     set_to(one, 6.0)
     zero.step(2)
     assert zero.w == 4.0
+
+
+class FirstPiece(LocalGroup):
+    """The group of a replica's pieces, of which the first one has said something already."""
+
+    size = 2
+
+    def __init__(self, going: bool, neighbour: int) -> None:
+        self.said = torch.tensor([int(going), neighbour])
+
+    def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
+        tensors[0].copy_(self.said)
+
+
+def test_the_first_piece_of_a_replica_decides_for_all() -> None:
+    """Rank 0 of 4 may call 1 or 3; whatever it draws, it calls 3, and ends when it is told."""
+    world = World(4)
+    world.links[0].pieces = FirstPiece(True, 3)  # type: ignore[assignment]
+    zero, one, _, three = workers(world, lr=0.0)
+    for worker in (one, three):
+        set_to(worker, 4.0)
+    for step in range(4):  # 3 and 0 come nearer: 2, then they are equal; 1 is never called
+        assert zero.compute(0.0), step
+        zero.update()
+    assert (zero.w, one.w) == (2.0, 4.0)
+    zero.strategy._pieces.said[0] = 0  # type: ignore[attr-defined]
+    assert not zero.compute(0.0)

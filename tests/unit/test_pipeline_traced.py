@@ -257,7 +257,7 @@ def test_a_traced_stage_drops_again_after_an_evaluation() -> None:
     model = _Dropping()
     parts = find_parts(model, torch.ones(2, 8))
     stage = make_stage(parts, Cut((len(parts),)), 0)
-    own = OwnStages({0: stage}, 1, [], [], "")
+    own = OwnStages({0: stage}, 1, [], [], "", [])
     x = torch.ones(4, 8)
     with eval_mode(own):
         assert torch.equal(stage(x), stage(x))

@@ -257,3 +257,16 @@ def test_damaged_shards_make_batches_smaller_and_their_weights(tmp_path: Path) -
     assert [(len(s.microbatches), s.weight) for s in steps] == [(1, 1.0), (0, 0.0), (1, 1.0)]
     own = ShardedLoader(data, 3, shuffle="none")
     assert [b["x"].tolist() for b in own] == [[0, 1, 2], [3], [8], [9, 10, 11]]
+
+
+def test_batches_share_little_memory(tmp_path: Path) -> None:
+    """A group of 64 MiB would hold all 20 samples; in 8 MiB are 7, with their share of headers."""
+    with ShardWriter(tmp_path) as writer:
+        writer.write_batch({"x": np.zeros((20, 2**20), np.uint8)})
+    held = [
+        batch["x"].untyped_storage().nbytes()
+        for batch in ShardedLoader(ShardedDataset(tmp_path), batch_size=1)
+        if isinstance(batch, dict) and isinstance(batch["x"], torch.Tensor)
+    ]
+    assert len(held) == 20
+    assert max(held) == 7 * 2**20

@@ -116,7 +116,9 @@ class TestInterleave:
 
 class TestEpochs:
     @given(st.lists(st.integers(1, 20), min_size=3, max_size=3), st.sampled_from(["none", "block"]))
-    @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
     def test_until_the_first_or_the_last_source_is_exhausted(
         self, folders: list[Path], shares: list[int], shuffle: str
     ) -> None:

@@ -171,3 +171,13 @@ def test_a_mistake_is_told(arguments: dict[str, Any], told: str) -> None:
         Order(**{"shard_samples": [3], "block_samples": 1, "buffer_blocks": 1, **arguments})
     with pytest.raises(IndexError):
         Order([3], 1, 1).indices(0, 2, 4)
+
+
+def test_a_position_alone_is_what_it_is_in_its_group() -> None:
+    """One position of 100 or of 5,000 is found alone, all of them at once."""
+    for samples in (100, 5_000):
+        order = Order([samples], block_samples=10, buffer_blocks=500, seed=3)
+        whole = order.indices(1, 0, samples)
+        assert sorted(whole.tolist()) == list(range(samples))
+        for position in range(0, samples, samples // 20):
+            assert order.indices(1, position, position + 1).tolist() == [whole[position]]

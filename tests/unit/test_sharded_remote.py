@@ -172,9 +172,11 @@ class TestWriting:
         ):
             for i in range(4):
                 writer.write(sample(i))
+            writer.sync()
             fail_first(monkeypatch, "pipe_file", 100)
             for i in range(4, 8):
                 writer.write(sample(i))
+        assert writer.samples_written == 4
         with pytest.warns(UserWarning, match="these are its first 4 samples"):
             assert len(list(read(URL, tmp_path))) == 4
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,10 +107,12 @@ class TestWriting:
     def test_a_forked_process_does_not_keep_the_folder(self, ten: Path) -> None:
         writer = ShardWriter(ten, resume=True)
         reader, hold = os.pipe()
+        begun, tell = os.pipe()
         child = os.fork()
         if not child:
             try:
                 os.close(hold)
+                os.write(tell, b"1")
                 with pytest.raises(ConfigError, match="is closed"):
                     writer.write(sample(10))
                 os.read(reader, 1)  # until the parent closes it
@@ -116,9 +120,11 @@ class TestWriting:
                 os._exit(1)
             os._exit(0)
         os.close(reader)
+        os.read(begun, 1)
         writer.close()
         write(ten, 12, resume=True)
-        os.close(hold)
+        for end in (hold, begun, tell):
+            os.close(end)
         assert os.waitpid(child, 0)[1] == 0
 
     def test_a_finished_set_can_be_added_to(self, ten: Path) -> None:
@@ -166,6 +172,7 @@ class TestCrashes:
             try:
                 writer = ShardWriter(tmp_path, shard_samples=3)
                 writer.write_batch({"label": range(8)})
+                writer.sync()
                 (tmp_path / ".shard-00002.safetensors.unfinished").write_bytes(b"half")
             finally:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -193,6 +200,30 @@ class TestCrashes:
         with ShardWriter(tmp_path, resume=True) as writer:
             writer.write({"x": bytes(16_000)})
         assert [len(s["x"]) for s in ShardedDataset(tmp_path)] == [1_000, 16_000]
+
+    def test_what_the_disk_does_not_take_is_told_with_the_next_shard(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The third file, after a shard and a manifest, is the second shard's."""
+        synced: list[int] = []
+
+        def fsync(file: int, real: Callable[[int], None] = os.fsync) -> None:
+            if stat.S_ISREG(os.fstat(file).st_mode):  # and no folder
+                synced.append(file)
+                if len(synced) == 3:
+                    raise OSError(errno.EIO, "bad block")
+            real(file)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        writer = ShardWriter(tmp_path, TOKENS, shard_samples=2)
+        for i in range(5):
+            writer.write(sample(i))
+        with pytest.raises(DataError, match="shard-00001.*bad block; the 2 samples before it"):
+            writer.write(sample(5))
+        assert writer.samples_written == 2
+        assert sorted(os.listdir(tmp_path)) == ["manifest.json", shard(tmp_path, 0).name]
+        write(tmp_path, 7, resume=True)
+        assert [s["label"].item() for s in ShardedDataset(tmp_path)] == list(range(7))
 
 
 @contextmanager

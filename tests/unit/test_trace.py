@@ -14,6 +14,7 @@ import pytest
 
 from scaledtrain import ConfigError
 from scaledtrain.comm.serving.event_log import EventLog
+from scaledtrain.parallel.pipeline import planned_and_measured
 from scaledtrain.report.chrome import trace_events, write_chrome_trace
 from scaledtrain.report.gantt import draw_gantt, readable_window
 from scaledtrain.report.picture import PHASE_COLOURS
@@ -329,3 +330,51 @@ def test_the_command_takes_runs_and_keys_in_any_order(
     monkeypatch.setattr(sys, "argv", ["x", "--help"])
     main()
     assert "scaledtrain trace RUN [RUN ...]" in capsys.readouterr().out
+
+
+def write_stages(folder: Path) -> Path:
+    """1F1B on two ranks, two microbatches, three steps; forwards take 1 s, backwards 2 s.
+
+    Rank 1 has its first forward 0.5 s late in the second step and 1 s late in the third.
+    """
+    own: list[list[list[Any]]] = [[["begin", 0.0, "a"]], [["begin", 0.0, "a"]]]
+    for step, late in enumerate((0.0, 0.5, 1.0)):
+        t = 20.0 * step
+        first = [("0F0", 0, 1), ("0F1", 1, 2), ("0B0", 4 + late, 6 + late)]
+        second = [("1F0", 1, 2), ("1B0", 2, 4), ("1F1", 4, 5), ("1B1", 5, 7)]
+        own[0] += [[n, t + s, t + e] for n, s, e in (*first, ("0B1", 7 + late, 9 + late))]
+        own[1] += [[n, t + s + late, t + e + late] for n, s, e in second]
+        own[0].append(["compute", t, t + 10])
+    for rank, rows in enumerate(own):
+        write_rank(folder, rank, rows)
+    return folder
+
+
+def test_a_pipeline_is_drawn_as_planned_and_as_measured(tmp_path: Path) -> None:
+    """A plan of (2 + 1) x 3 = 9 s, of which 6 are computed; the last step takes 10."""
+    trace = find_trace(write_stages(tmp_path / "run"))
+    planned, measured = planned_and_measured(trace)
+    assert str(planned.ranks[0][2].action) == "0B0"
+    assert (planned.seconds, planned.idle_share) == (9.0, pytest.approx(1 / 3))
+    assert (measured.seconds, measured.idle_share) == (10.0, pytest.approx(0.4))
+    assert planned_and_measured(trace, Window(0.0, 10.0))[1].seconds == 9.0
+    assert list(trace.spans(0)) == [Span("compute", t, t + 10) for t in (0.0, 20.0, 40.0)]
+    assert {e["name"] for e in trace_events([trace], Window(1.5, 3.0)) if e["ph"] == "X"} == {
+        "compute", "0F1", "1F0", "1B0",
+    }  # fmt: skip
+    (path,) = show([tmp_path / "run"], config(files=["pipeline.png"]))
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    for ranks, window in (([1], Window()), ([0, 1], Window(1.0, 19.0))):
+        with pytest.raises(ConfigError, match="no whole step of a pipeline"):
+            planned_and_measured(trace.only(ranks), window)
+
+
+def test_of_an_endless_schedule_some_microbatches_are_drawn(tmp_path: Path) -> None:
+    """20 microbatches of one stage, F 1 s and B 2 s: the middle twelve, 4 to 15."""
+    rows = [["begin", 0.0, "a"]]
+    for i in range(20):
+        rows += [[f"0F{i}", 3.0 * i, 3.0 * i + 1], [f"0B{i}", 3.0 * i + 1, 3.0 * i + 3]]
+    write_rank(tmp_path, 0, rows)
+    _, measured = planned_and_measured(find_trace(tmp_path))
+    assert [t.action.microbatch for t in measured.ranks[0]] == [i // 2 for i in range(8, 32)]
+    assert (measured.start, measured.end) == (12.0, 48.0)

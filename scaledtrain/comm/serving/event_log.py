@@ -8,6 +8,7 @@ event; what a crash of the machine cuts in half is left out by the reader.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import time
@@ -45,7 +46,8 @@ class EventLog:
     """Writes the events of one run; 32 bytes and one system call each.
 
     Args:
-        path: a new file; an old one is replaced.
+        path: a new file. One that is there, of an earlier part of a run that goes on, becomes
+            ``events-1.bin``, or the next number that is free.
         now: the clock, in seconds.
 
     Raises:
@@ -55,7 +57,10 @@ class EventLog:
     def __init__(self, path: Path, now: Callable[[], float] = time.perf_counter) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            if path.exists():
+                earlier = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
+                path.rename(next(name for name in earlier if not name.exists()))
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ConfigError(
                 f"the event log {path} cannot be written: {error}; choose another run_dir"

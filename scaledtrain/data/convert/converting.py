@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from scaledtrain.data.sharded.columns import Array
 from scaledtrain.data.sharded.manifest import MANIFEST, Manifest
 from scaledtrain.data.sharded.storage import open_folder
 from scaledtrain.data.sharded.writer import SHARD_BYTES
-from scaledtrain.errors import ConfigError
+from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["convert"]
 
@@ -43,7 +43,7 @@ def convert(
     are copied faster than they are handed over. In memory are a shard, and a batch or two for each
     worker.
 
-    A crash, a kill or a full disk loses the samples since the last whole shard; with
+    A crash, a kill or a full disk loses the samples since the last shard on the disk; with
     ``resume=True`` writing goes on behind it, and reads again only the part of the input that it
     was in. A worker that dies ends the whole.
 
@@ -104,6 +104,8 @@ def convert(
             writer.close()
             complete = True
         finally:
+            with suppress(DataError):  # it was told, or another error is
+                writer.sync()
             begun = (path / MANIFEST).exists()
             ledger.close(delete=complete or not begun)
             if not begun:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from scaledtrain.data.sharded.order import SampleOrder
 from scaledtrain.data.sharded.permutation import Permutation
 from scaledtrain.errors import ConfigError
 
-__all__ = ["Batching", "EqualBatches", "LengthBuckets", "Span"]
+__all__ = ["Batching", "EqualBatches", "LengthBuckets", "Span", "indices_of", "parts_of"]
 
 Span = tuple[int, int]
 """A batch: from one position in the epoch to another."""
@@ -265,3 +265,34 @@ class LengthBuckets:
             start = min(n, start + max(1, min(size, fits)))
             ends.append(start)
         return np.array(ends, np.int64)
+
+
+def indices_of(batching: Batching, epoch: int, window: list[Span | None]) -> Array:
+    """The samples of these batches."""
+    spans = [span or (0, 0) for span in window]
+    return np.concatenate([batching.indices(epoch, *span) for span in _runs(spans)])
+
+
+def parts_of(window: list[Span | None], samples: int) -> Iterator[list[Span | None]]:
+    """The batches of a window, so many together that they have this many samples."""
+    part: list[Span | None] = []
+    room = samples
+    for span in window:
+        part.append(span)
+        room -= span[1] - span[0] if span else 0
+        if room <= 0:
+            yield part
+            part, room = [], samples
+    if part:
+        yield part
+
+
+def _runs(spans: Sequence[Span]) -> Iterator[Span]:
+    """Spans that follow one another as one."""
+    start, stop = spans[0]
+    for low, high in spans[1:]:
+        if low != stop:
+            yield start, stop
+            start = low
+        stop = high
+    yield start, stop

@@ -10,13 +10,13 @@ from scaledtrain.data.sharded.columns import DTYPES, OFFSETS, Array, Column
 from scaledtrain.data.sharded.compression import Compressor
 from scaledtrain.data.sharded.header import ITEM_BYTES, Tensors, build_header, checksum
 from scaledtrain.data.sharded.manifest import ShardInfo
-from scaledtrain.data.sharded.storage import Folder
+from scaledtrain.data.sharded.storage import Begun, Folder
 
 __all__ = ["ShardBuffer"]
 
 
 class ShardBuffer:
-    """Gathers samples in memory, and writes them as one shard.
+    """Gathers samples in memory, and writes them as one shard; its memory is used for the next one.
 
     Args:
         columns: that each sample has.
@@ -46,12 +46,16 @@ class ShardBuffer:
             column.add(values[name][start:stop])
         self.samples += stop - start
 
-    def write(self, folder: Folder, file: str, compressor: Compressor | None = None) -> ShardInfo:
-        """Write the shard; when this returns it is on the disk.
+    def begin(
+        self, folder: Folder, file: str, compressor: Compressor | None = None
+    ) -> tuple[ShardInfo, Begun]:
+        """Begin to write the shard, and be empty again.
+
+        Returns:
+            What the manifest will say of it, and the file, which is to be finished.
 
         Raises:
             OSError: it cannot be written; no part of it is left.
-            DataError: the same, of a remote folder, after all attempts.
         """
         tensors: Tensors = {}
         metadata: dict[str, str] = {}
@@ -64,29 +68,41 @@ class ShardBuffer:
         by_item = sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensors[tensor][0]])
         tensors = {tensor: tensors[tensor] for tensor in by_item}
         header = build_header(tensors, metadata)
-        size = folder.write(file, [memoryview(header), *(data for *_, data in tensors.values())])
+        parts = [memoryview(header), *(data for *_, data in tensors.values())]
+        begun = folder.begin(file, parts)
         raw_bytes = None if compressor is None else self.nbytes
-        return ShardInfo(file, self.samples, size, f"{checksum(header):016x}", raw_bytes)
+        info = ShardInfo(file, self.samples, begun.size, f"{checksum(header):016x}", raw_bytes)
+        for column in self._columns.values():
+            column.clear()
+        self.samples = 0
+        return info, begun
 
 
 class _ColumnBuffer:
     def __init__(self, column: Column) -> None:
         self._column = column
-        self._data = bytearray()
+        self._data = bytearray()  # more than there is of samples, once it has been full
+        self._size = 0
+        self._ends = [0]
+
+    def clear(self) -> None:
+        self._size = 0
         self._ends = [0]
 
     @property
     def nbytes(self) -> int:
-        return len(self._data) + (8 * len(self._ends) if self._column.ragged else 0)
+        return self._size + (8 * len(self._ends) if self._column.ragged else 0)
 
     def add(self, values: Array | list[Array]) -> None:
         for array in values if isinstance(values, list) else [values]:
-            self._data += array.reshape(-1).view(np.uint8).data
+            stop = self._size + array.nbytes
+            self._data[self._size : stop] = array.reshape(-1).view(np.uint8).data
+            self._size = stop
             if self._column.ragged:
                 self._ends.append(self._ends[-1] + len(array))
 
     def tensors(self, name: str, samples: int) -> Tensors:
-        column, data = self._column, memoryview(self._data)
+        column, data = self._column, memoryview(self._data)[: self._size]
         code = DTYPES[column.dtype].code
         if not column.ragged:
             return {name: (code, (samples, *column.shape), data)}

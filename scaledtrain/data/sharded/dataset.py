@@ -172,6 +172,11 @@ class ShardedDataset(Dataset[Any]):
         """What a sample takes when it is not compressed, all columns of the set, on average."""
         return sum(shard.memory_bytes for shard in self.manifest.shards) / max(1, len(self))
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether samples are in blocks, all of which is unpacked for any sample in it."""
+        return self.manifest.compression is not None
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self._batch(np.arange(*index.indices(len(self)), dtype=np.int64))
@@ -294,6 +299,23 @@ class ShardedDataset(Dataset[Any]):
             for name, normalizer in self._normalizers.items():
                 batch[name] = normalizer.batch(batch[name], memory or Memory())
             return batch, kept
+
+    def read_ahead(self, indices: Array) -> None:
+        """Ask the kernel to bring samples into the page cache; does not wait for them.
+
+        Args:
+            indices: int64 ``[n]``, each from 0 to ``len(dataset) - 1``.
+
+        Raises:
+            DataError: a shard is damaged, and damaged shards are not skipped.
+        """
+        try:
+            parts = self._parts(list(pieces(indices[self._readable(indices)], self.starts)))
+            for shard, piece in parts:
+                ask_for(shard, piece, self.columns)
+        except DataError:
+            if self._on_damage == "raise":
+                raise  # else `gather` finds it, too, and leaves it out
 
     def only(self, column: str) -> ShardedDataset:
         """The same data set, read alike, but only this column, as it is stored."""

@@ -41,7 +41,7 @@ def pieces(indices: Array, starts: Array) -> Iterator[Piece]:
         starts: int64 ``[shards + 1]``: which sample is the first of each shard, and how many there
             are.
     """
-    places = np.argsort(indices, kind="stable")
+    places = np.argsort(indices)
     ordered = indices[places]
     shards = np.searchsorted(starts, ordered, side="right") - 1
     edges = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(shards)]

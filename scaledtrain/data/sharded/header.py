@@ -29,6 +29,7 @@ __all__ = [
     "build_header",
     "checksum",
     "chunk_sums",
+    "header_bytes",
     "parse_header",
 ]
 
@@ -87,6 +88,11 @@ def chunk_sums(data: memoryview) -> Array:
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...], memoryview]]
+
+
+def header_bytes(file_bytes: int) -> int:
+    """About as many bytes as the header of a file of this size has: 16 digits for each chunk."""
+    return 16 * (file_bytes // CHUNK_BYTES) + 4_096
 
 
 def build_header(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:

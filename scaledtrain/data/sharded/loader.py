@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing
 from functools import partial
@@ -15,7 +15,14 @@ import torch
 
 from scaledtrain.balance.division import Division
 from scaledtrain.data.sharded.balance import ClassBalance
-from scaledtrain.data.sharded.batching import Batching, EqualBatches, LengthBuckets, Span
+from scaledtrain.data.sharded.batching import (
+    Batching,
+    EqualBatches,
+    LengthBuckets,
+    Span,
+    indices_of,
+    parts_of,
+)
 from scaledtrain.data.sharded.dataset import Batch, ShardedDataset
 from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.mixture import Mixture
@@ -28,6 +35,7 @@ __all__ = ["ShardedLoader"]
 
 BLOCK_BYTES = 2**20
 BUFFER_BYTES = 64 * 2**20
+PART_BYTES = 8 * 2**20  # put together at once: new memory is slow, and this little is used again
 
 T = TypeVar("T")
 
@@ -47,11 +55,12 @@ class ShardedLoader:
     and the batches shuffled. Each sample is still given once in an epoch, and which samples are in
     a batch is the same for any number of replicas. See `LengthBuckets`.
 
-    Threads read ahead of the loop: the batches of a group of blocks are put together at once, each
-    block being read as a whole, and are then slices of that memory. The first batches of an
-    iteration are read alone, so that they come soon. In memory are at most ``2 + read_ahead``
-    groups, of ``buffer_bytes`` each, divided by the number of replicas (and one more while a
-    `Mixture` is read); a batch that is kept keeps its group.
+    Threads read ahead of the loop: groups of blocks are brought into the page cache, each block
+    being read as a whole, and batches are put together from there, some at a time, of which they
+    are slices. The first batches of an iteration are read alone, so that they come soon. In memory,
+    beside the page cache, are at most ``2 + threads`` times 8 MiB, or as many batches where one is
+    larger (and once more while a `Mixture` is read); of compressed sets groups of ``buffer_bytes``,
+    divided by the number of replicas. A batch that is kept keeps what was put together with it.
 
     Args:
         dataset: whose samples, or a `Mixture` of several; its ``on_damage`` decides what a damaged
@@ -78,8 +87,8 @@ class ShardedLoader:
             The more, the better for slow disks and networks.
         buffer_bytes: bytes of the blocks that are mixed with each other. The more, the better
             shuffled: a set that is no larger is shuffled fully.
-        read_ahead: groups that are read before they are needed.
-        threads: that read.
+        read_ahead: groups that are brought into the page cache before they are needed.
+        threads: that read, check and copy.
         pin_memory: page-locked memory, so that copies to a CUDA device are asynchronous; None:
             where there is such a device.
         timeout_seconds: the longest wait for a batch.
@@ -177,6 +186,8 @@ class ShardedLoader:
         )
         self._shuffled = shuffle != "none" or balance is not None
         self._most = max(1, int(buffer_bytes / max(1.0, dataset.sample_bytes)))
+        part_bytes = buffer_bytes if dataset.is_compressed else PART_BYTES
+        self._part_samples = max(1, int(part_bytes / max(1.0, dataset.sample_bytes)))
         self._read_ahead = read_ahead
         self._threads = Threads(threads)
         self._memory = Memory(torch.cuda.is_available() if pin_memory is None else pin_memory)
@@ -306,21 +317,55 @@ class ShardedLoader:
         self, batching: Batching, epoch: int, windows: Iterator[list[Span | None]]
     ) -> Generator[tuple[Span, Batch | None], None, None]:
         ahead: deque[Future[list[tuple[Span, Batch | None]]]] = deque()
-        with self._threads.running() as pool:
-            # What the next window holds may have to be read, too.
-            coming = pool.submit(next, windows, None)
+        with (
+            self._threads.running() as pool,
+            closing(self._on_their_way(pool, batching, epoch, windows)) as read,
+        ):
+            taken = 0
             try:
-                while (window := self._wait(coming)) is not None:
-                    ahead.append(pool.submit(self._read, batching, epoch, window))
-                    coming = pool.submit(next, windows, None)
-                    if len(ahead) > self._read_ahead:
-                        yield from self._wait(ahead.popleft())
+                for window in read:
+                    for part in parts_of(window, self._part_samples):
+                        ahead.append(pool.submit(self._read, batching, epoch, part))
+                        if len(ahead) > min(taken, self._threads.count):  # the first at once
+                            yield from self._wait(ahead.popleft())
+                            taken += 1
                 while ahead:
                     yield from self._wait(ahead.popleft())
             finally:
-                coming.cancel()
                 for unread in ahead:
                     unread.cancel()
+
+    def _on_their_way(
+        self,
+        pool: ThreadPoolExecutor,
+        batching: Batching,
+        epoch: int,
+        windows: Iterator[list[Span | None]],
+    ) -> Generator[list[Span | None], None, None]:
+        """The windows of an iteration, each on its way into the page cache."""
+        asked: deque[tuple[list[Span | None], Future[None]]] = deque()
+        # What the next window holds may have to be read, too.
+        coming = pool.submit(next, windows, None)
+        given = 0
+        try:
+            while (window := self._wait(coming)) is not None:
+                asked.append((window, pool.submit(self._ask, batching, epoch, window)))
+                coming = pool.submit(next, windows, None)
+                if len(asked) > min(given + 1, self._read_ahead):  # the first is given soon
+                    window, job = asked.popleft()
+                    self._wait(job)
+                    yield window
+                    given += 1
+            for window, job in asked:
+                self._wait(job)
+                yield window
+        finally:
+            coming.cancel()
+            for _, job in asked:
+                job.cancel()
+
+    def _ask(self, batching: Batching, epoch: int, window: list[Span | None]) -> None:
+        self.dataset.read_ahead(indices_of(batching, epoch, window))
 
     def state_dict(self) -> dict[str, Any]:
         """Where an iteration over this loader is: what it gave, not what it has read ahead."""
@@ -383,18 +428,17 @@ class ShardedLoader:
         )
 
     def _read(
-        self, batching: Batching, epoch: int, window: list[Span | None]
+        self, batching: Batching, epoch: int, part: list[Span | None]
     ) -> list[tuple[Span, Batch | None]]:
-        """The batches of a window."""
-        spans = [span or (0, 0) for span in window]
-        indices = np.concatenate([batching.indices(epoch, *span) for span in _runs(spans)])
-        values, kept = self.dataset.gather(indices, self._memory, read_ahead=True)
+        """The batches of a part of a window."""
+        values, kept = self.dataset.gather(indices_of(batching, epoch, part), self._memory)
+        spans = [span or (0, 0) for span in part]
         first = np.cumsum([0, *(stop - start for start, stop in spans)])
         before = np.concatenate([[0], np.cumsum(kept)])[first].tolist()
         batches: list[tuple[Span, Batch | None]] = []
         for span, low, high in zip(spans, before, before[1:], strict=False):
-            part = {n: self._padding.cut(n, column, low, high) for n, column in values.items()}
-            batches.append((span, self.dataset.form(part) if high > low else None))
+            columns = {n: self._padding.cut(n, column, low, high) for n, column in values.items()}
+            batches.append((span, self.dataset.form(columns) if high > low else None))
         return batches
 
     def _wait(self, future: Future[T]) -> T:
@@ -406,14 +450,3 @@ class ShardedLoader:
                 "storage does not answer; see what is wrong with it, or give a longer "
                 "timeout_seconds"
             ) from error
-
-
-def _runs(spans: Sequence[Span]) -> Iterator[Span]:
-    """Spans that follow one another as one."""
-    start, stop = spans[0]
-    for low, high in spans[1:]:
-        if low != stop:
-            yield start, stop
-            start = low
-        stop = high
-    yield start, stop

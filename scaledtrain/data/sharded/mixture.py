@@ -147,6 +147,16 @@ class Mixture:
             batch[name] = merge(of_column, rows, int(kept.sum()), column, memory)  # type: ignore[arg-type]
         return batch, kept
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether any source is."""
+        return any(source.is_compressed for source in self.sources)
+
+    def read_ahead(self, indices: Array) -> None:
+        """Ask the kernel for samples; see `ShardedDataset.read_ahead`."""
+        for source, places in self._by_source(indices):
+            self.sources[source].read_ahead(indices[places] - self._firsts[source])
+
     def lengths(self, indices: Array, column: str) -> Array:
         """How long these samples of a ragged column are, int64 ``[n]``."""
         found = np.zeros(len(indices), np.int64)

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from scaledtrain.data.sharded.columns import Array
+from scaledtrain.data.sharded.header import header_bytes
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.data.sharded.shard import Shard
 from scaledtrain.data.sharded.storage import Folder, OpenFile
@@ -95,10 +96,15 @@ class OpenShards:
         """Several shards, or what is wrong with them; remote ones are fetched side by side."""
         self._begin_if_forked()
         jobs: dict[int, Future[Shard]] = {}
-        if self._folder.is_remote and len(numbers) > 1:
+        if len(numbers) > 1:
             with self._lock:
                 missing = [number for number in numbers if self._usable(number) is None]
-            jobs = {number: in_daemon(self.get, number) for number in missing}
+            if self._folder.is_remote:
+                jobs = {number: in_daemon(self.get, number) for number in missing}
+            elif len(missing) > 1:
+                for number in missing:
+                    info = self._manifest.shards[number]
+                    self._folder.expect(info.file, header_bytes(info.bytes))
         found: list[Shard | DataError] = []
         for number in numbers:
             try:

@@ -20,6 +20,8 @@ Shuffle = Literal["full", "block", "none"]
 # What a permutation is for, as a part of its key.
 _OF_BLOCKS, _IN_GROUP, _OF_SAMPLES = range(3)
 
+FEW = 16  # positions of so small a part of a group are found one by one, not all of the group's
+
 
 class SampleOrder(Protocol):
     """What a loader asks of an order: a pure function of the epoch, the same on every rank."""
@@ -110,7 +112,8 @@ class Order:
         self._shards = shards
         self._blocks = int(blocks.sum())
         self._epoch = lru_cache(2)(self._drawn)
-        self._group = lru_cache(4)(self._mixed)
+        self._group = lru_cache(4)(self._blocks_of_group)
+        self._whole_group = lru_cache(4)(self._mixed)
 
     def indices(self, epoch: int, start: int, stop: int) -> Array:
         """The samples at positions ``start`` to ``stop`` of an epoch, int64 ``[stop - start]``.
@@ -129,7 +132,12 @@ class Order:
         found = []
         while start < stop:
             begin, end = int(bounds[first]), min(int(bounds[first + 1]), stop)
-            found.append(self._group(epoch, first)[start - begin : end - begin])
+            low, high = start - begin, end - begin
+            samples, permutation = self._group(epoch, first)
+            if (high - low) * FEW < len(samples):
+                found.append(samples[permutation.take(low, high)])
+            else:
+                found.append(self._whole_group(epoch, first)[low:high])
             start, first = end, first + 1
         return np.concatenate(found)
 
@@ -167,14 +175,19 @@ class Order:
         lengths = np.minimum(self.block_samples, self._shards[shards] - within)
         return self._first_samples[shards] + within, lengths
 
-    def _mixed(self, epoch: int, group: int) -> Array:
-        """The samples of a group, in their order."""
+    def _blocks_of_group(self, epoch: int, group: int) -> tuple[Array, Permutation]:
+        """The samples of a group as they are stored, and how they are mixed."""
         drawn = self._epoch(epoch)[0]
         blocks = drawn[group * self.buffer_blocks : (group + 1) * self.buffer_blocks]
         starts, lengths = self._of_blocks(blocks)
         n = int(lengths.sum())
         samples: Array = np.arange(n) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-        return samples[Permutation(n, self.seed, _IN_GROUP, epoch, group).take(0, n)]
+        return samples, Permutation(n, self.seed, _IN_GROUP, epoch, group)
+
+    def _mixed(self, epoch: int, group: int) -> Array:
+        """The samples of a group, in their order."""
+        samples, permutation = self._group(epoch, group)
+        return samples[permutation.take(0, len(samples))]
 
 
 class Endless:

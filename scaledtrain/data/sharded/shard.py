@@ -174,16 +174,17 @@ class Shard:
         if self._checked is None or self._checked[tensor].all():
             return
         info, done = self.tensors[tensor], self._checked[tensor]
-        needed = touched(starts, stops, CHUNK_BYTES, len(done))
+        chunks = np.flatnonzero(touched(starts, stops, CHUNK_BYTES, len(done)) & ~done)
+        end = info.start + info.nbytes
         with memoryview(self._map) as data:
-            for chunk in np.flatnonzero(needed & ~done):
-                start = info.start + int(chunk) * CHUNK_BYTES
-                stop = min(start + CHUNK_BYTES, info.start + info.nbytes)
-                if checksum(data[start:stop]) != int(info.sums[chunk]):
+            for chunk, told in zip(chunks.tolist(), info.sums[chunks].tolist(), strict=True):
+                start = info.start + chunk * CHUNK_BYTES
+                stop = min(start + CHUNK_BYTES, end)
+                if checksum(data[start:stop]) != told:
                     raise self.damaged(
                         f"bytes {start} to {stop}, of tensor {tensor!r}, were altered"
                     )
-                done[chunk] = True
+        done[chunks] = True
 
     def check_all(self) -> None:
         """Check everything.

@@ -19,7 +19,7 @@ class Threads:
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._lock = threading.Lock()
         self._users = 0
         self._pool: ThreadPoolExecutor | None = None
@@ -29,10 +29,10 @@ class Threads:
     def running(self) -> Iterator[ThreadPoolExecutor]:
         """The threads, for an iteration."""
         if self._process != os.getpid():  # it was forked, without the parent's threads
-            self.__init__(self._count)  # type: ignore[misc]
+            self.__init__(self.count)  # type: ignore[misc]
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="sharded-loader")
+                self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="sharded-loader")
             self._users += 1
             pool = self._pool
         try:

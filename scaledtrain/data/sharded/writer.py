@@ -6,6 +6,8 @@ import fnmatch
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -24,7 +26,8 @@ from scaledtrain.data.sharded.columns import (
 )
 from scaledtrain.data.sharded.compression import DEFAULT_LEVEL, Compression, Compressor
 from scaledtrain.data.sharded.manifest import MANIFEST, Manifest, shard_name
-from scaledtrain.data.sharded.storage import Remote, open_folder
+from scaledtrain.data.sharded.storage import Begun, Remote, open_folder
+from scaledtrain.data.sharded.storage.retry import in_daemon
 from scaledtrain.errors import ConfigError, DataError
 
 __all__ = ["ShardWriter"]
@@ -46,8 +49,10 @@ os.register_at_fork(after_in_child=_release_in_child)
 class ShardWriter:
     """Writes samples into a folder, one shard after the other; holds one shard in memory.
 
-    A shard gets its name when all of it is on the disk, and the manifest names it after that. So a
-    crash, a kill or a full disk loses the samples since the last whole shard, and no other; what is
+    While the disk gets a shard the next one is filled; what goes wrong with it is told when that is
+    full, or when the writer is closed. A shard gets its name when all of it is on the disk, and the
+    manifest names it after that. So a crash, a kill or a full disk loses the samples that are in
+    memory and those of the shard that the disk was getting (see ``sync``), and no other; what is
     there can be read, and ``resume=True`` goes on behind it.
 
     A URL (``s3://...``, whatever fsspec can write to) gets each file in one request, and so holds a
@@ -123,6 +128,7 @@ class ShardWriter:
             raise
         self._columns: Mapping[str, Column] = self._manifest.columns
         self._buffer = ShardBuffer(self._columns)
+        self._writing: Future[None] | None = None
         _open_writers.add(self)
 
     @property
@@ -288,26 +294,54 @@ class ShardWriter:
                 self._flush()
 
     def _flush(self) -> None:
-        """Write the shard that is in memory; only then the manifest names it."""
+        """Write the shard that is in memory; the disk gets it while the next one is filled."""
         file = shard_name(len(self._manifest.shards))
-        full, self._buffer = self._buffer, ShardBuffer(self._columns)
+        if self.folder.is_remote:
+            self.sync()  # or there would be three copies in memory
         try:
-            info = full.write(self.folder, file, self._compressor)
-            shards = (*self._manifest.shards, info)
-            self._publish(  # statistics stay: that they are of fewer samples, they say
-                replace(self._manifest, columns=self._columns, shards=shards, complete=False)
-            )
-        except (OSError, DataError) as error:
-            self._release()
-            raise DataError(
-                f"shard {self.folder}/{file} cannot be written: {error}; the "
-                f"{self._manifest.samples} samples before it can be read. Make room, and go on "
-                "behind them with resume=True"
-            ) from error
+            info, begun = self._buffer.begin(self.folder, file, self._compressor)
+        except OSError as error:
+            self.sync()
+            raise self._failed(file, error) from error
+        try:
+            self.sync()
+        except BaseException:
+            begun.discard()
+            raise
+        shards = (*self._manifest.shards, info)
+        self._manifest = replace(  # statistics stay: that they are of fewer samples, they say
+            self._manifest, columns=self._columns, shards=shards, complete=False
+        )
+        self._writing = in_daemon(self._finish, begun, self._manifest)
 
-    def _publish(self, manifest: Manifest) -> None:
+    def _finish(self, begun: Begun, manifest: Manifest) -> None:
+        begun.finish()
         manifest.save(self.folder)
-        self._manifest = manifest
+
+    def sync(self) -> None:
+        """Wait until all shards that were full are on the disk, and the manifest names them.
+
+        Raises:
+            DataError: one could not be written.
+        """
+        if self._writing is None or self._unlock is None:
+            return
+        try:
+            self._writing.result()
+        except (OSError, DataError) as error:
+            self._writing = None
+            *before, failed = self._manifest.shards
+            self._manifest = replace(self._manifest, shards=tuple(before))
+            raise self._failed(failed.file, error) from error
+        self._writing = None
+
+    def _failed(self, file: str, error: Exception) -> DataError:
+        """The writer is closed; what tells why."""
+        self._release()
+        return DataError(
+            f"shard {self.folder}/{file} cannot be written: {error}; the {self._manifest.samples} "
+            "samples before it can be read. Make room, and go on behind them with resume=True"
+        )
 
     def close(self) -> None:
         """Write the last shard, and say in the manifest that the data set is complete."""
@@ -316,10 +350,13 @@ class ShardWriter:
         try:
             if self._buffer.samples:
                 self._flush()
+            self.sync()
+            manifest = replace(self._manifest, complete=True)
             try:
-                self._publish(replace(self._manifest, complete=True))
+                manifest.save(self.folder)
             except OSError as error:
                 raise DataError(f"{self.folder}/{MANIFEST} cannot be written: {error}") from error
+            self._manifest = manifest
         finally:
             self._release()
 
@@ -334,8 +371,10 @@ class ShardWriter:
     ) -> None:
         if error is None:
             self.close()
-        else:  # what waits for its shard to be full is lost; the whole shards stay
-            self._release()
+        else:
+            with suppress(DataError):
+                self.sync()
+            self._release()  # what waits for its shard to be full is lost; the whole shards stay
 
 
 def _column_of(value: Any) -> Column:

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
 from scaledtrain.parallel.deepspeed.zero import ZeroModel
+from scaledtrain.parallel.whole_tensors import check_elementwise
 from scaledtrain.replica import Updater
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class DeepSpeed:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = Updater(named, recipe.optimizer).optimizer
         check_optimizer(source, optimizer)
+        check_elementwise(optimizer)
         names = {p: name for name, p in model.named_parameters()}
         try:
             with _quiet():

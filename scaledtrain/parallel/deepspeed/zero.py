@@ -55,6 +55,7 @@ class ZeroModel:
         self.named_parameters = self._partition.named_parameters
 
     needs_lockstep = True
+    one_by_one = False
 
     def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
         """The engine itself."""

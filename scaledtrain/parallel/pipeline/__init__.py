@@ -2,6 +2,7 @@
 
 from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
 from scaledtrain.parallel.pipeline.execute import PipelineSchedule
+from scaledtrain.parallel.pipeline.measured import planned_and_measured
 from scaledtrain.parallel.pipeline.partition import describe_cut, partition
 from scaledtrain.parallel.pipeline.parts import ModelParts, NamesParts, check_parts, find_parts
 from scaledtrain.parallel.pipeline.pictures import (
@@ -70,6 +71,7 @@ __all__ = [
     "pipeline_order",
     "pipeline_text",
     "pipemare",
+    "planned_and_measured",
     "simulate",
     "write_pipeline_trace",
 ]

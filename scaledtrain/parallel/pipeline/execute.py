@@ -20,7 +20,7 @@ from scaledtrain.parallel.pipeline.simulate import Timed, check_order
 from scaledtrain.parallel.pipeline.tied import TiedGroup, TiedWeights
 from scaledtrain.parallel.pipeline.worker import Worker
 from scaledtrain.precision import Precision
-from scaledtrain.schedule import Abandon, Computed, LossFn
+from scaledtrain.schedule import Abandon, Computed, LossFn, Told
 from scaledtrain.timeline import Timeline
 
 __all__ = ["PipelineSchedule"]
@@ -57,10 +57,12 @@ class PipelineSchedule:
         precision: of the forward passes.
         scaler: of the loss; default: none. It must come to the same verdicts on all ranks.
         tied: groups of (stage, parameter name) that are one weight.
+        equalizes: copies of tied weights get the first stage's values before each step: what
+            replicas tell each other (compressed, or added up in another order) may differ by copy.
         recomputed: the stages recompute activations: backward passes are then made in one part.
         sharded: the stages are, so that a small batch is cut into as many microbatches as others.
         timeout_seconds: for each message.
-        timeline: where waiting is recorded.
+        timeline: where waiting is recorded, and every action if it keeps spans.
         timed: keep when each action of the last step was done.
 
     Attributes:
@@ -97,6 +99,7 @@ class PipelineSchedule:
         precision: Precision | None = None,
         scaler: LossScaler | None = None,
         tied: Sequence[TiedGroup] = (),
+        equalizes: bool = False,
         recomputed: bool = False,
         sharded: bool = False,
         timeout_seconds: float = 300.0,
@@ -134,7 +137,9 @@ class PipelineSchedule:
             recomputed=recomputed,
             device=device,
             timed=timed,
+            timeline=timeline,
         )
+        self._equalizes = equalizes
         self._tied = TiedWeights(tied, stages, order.rank_of, self._mailbox, scaler)
 
     @property
@@ -154,6 +159,16 @@ class PipelineSchedule:
         """
         return predict(self._worker, batch)
 
+    def outputs(self, batch: Any) -> Any:
+        """Of the model for a batch, which may lack targets; None but on the last stage's rank."""
+        return self._worker.outputs(batch)
+
+    def refresh(self) -> None:
+        """Let copies of tied weights be equal; all ranks call it together, where it is needed."""
+        if self._equalizes:
+            self._tied.equalize()
+            self._mailbox.finish()
+
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """Run forward and backward; ``abandon`` is not asked: the other ranks go on, too.
 
@@ -167,6 +182,8 @@ class PipelineSchedule:
         order = self._order_for(len(numbers))
         worker.microbatches = dict(enumerate(microbatches))
         worker.times = []
+        if self._equalizes:
+            self._tied.equalize()
         with self._tied.apart():
             worker.run(order.ranks, numbers)
         self._tied.expect()
@@ -177,6 +194,11 @@ class PipelineSchedule:
         return Computed(loss, sum(m.samples for m in microbatches))
 
     pending = 0
+
+    one_by_one = False
+
+    def tell(self, told: Told) -> None:
+        """Nothing: microbatches overlap."""
 
     def backward_passes(self, batch: StepBatch) -> int:
         """How many add up in a step's gradients; what a strategy wants to know beforehand."""

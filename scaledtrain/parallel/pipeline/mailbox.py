@@ -19,9 +19,10 @@ from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTim
 from scaledtrain.parallel.pipeline.schedules import Action
 from scaledtrain.timeline import Timeline
 
-__all__ = ["Form", "Mailbox", "Message", "TensorForm", "form_of", "messages"]
+__all__ = ["AHEAD", "Form", "Mailbox", "Message", "TensorForm", "form_of", "messages"]
 
-_AHEAD = 2  # receives from each rank that are posted before they are needed
+AHEAD = 2
+"""Receives from each rank that are posted before they are needed."""
 _HEADER = 256  # numbers in a header
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
@@ -32,7 +33,7 @@ _DTYPES = (
 class Message(NamedTuple):
     """What one rank tells another."""
 
-    what: Literal["activations", "gradients", "loss", "tied", "tied sum"]
+    what: Literal["activations", "gradients", "loss", "tied", "tied sum", "tied weight"]
     stage: int
     """That has sent the activations, or that the gradients are for; of tied weights their group."""
     microbatch: int
@@ -44,6 +45,8 @@ class Message(NamedTuple):
             return "the loss"
         if self.what in ("tied", "tied sum"):
             return "the gradient of tied weights"
+        if self.what == "tied weight":
+            return "a tied weight"
         verb = "of" if self.what == "activations" else "for"
         return f"the {self.what} {verb} stage {self.stage}, microbatch {self.microbatch},"
 
@@ -75,6 +78,7 @@ def messages(
     rank_of: Sequence[int],
     forms: Callable[[int], Hashable],
     to: int,
+    with_loss: bool = True,
 ) -> Iterator[Message]:
     """What a rank sends to another one while it does those actions, in order.
 
@@ -83,6 +87,7 @@ def messages(
         rank_of: of each stage its rank.
         forms: microbatch -> its form.
         to: the other rank.
+        with_loss: the last stage tells the loss.
     """
     actions = list(actions)
     last = len(rank_of) - 1
@@ -94,7 +99,7 @@ def messages(
             yield Message("activations", stage, i, forms(i))
         if kind == "F" and stage == last:
             left -= 1
-            if left == 0 and to != here:  # the loss of the step is known
+            if left == 0 and to != here and with_loss:  # the loss of the step is known
                 yield Message("loss", last, max(computed))
         if kind in ("B", "I") and stage > 0 and here != rank_of[stage - 1] == to:
             yield Message("gradients", stage - 1, i, forms(i))
@@ -149,8 +154,7 @@ class Mailbox:
 
     def set_form(self, message: Message, form: Form) -> None:
         """Messages like that one have a form that both sides know."""
-        for what in ("tied", "tied sum"):
-            self._forms[what, message.stage, message.form] = form
+        self._forms[message.what, message.stage, message.form] = form
 
     def expect(self, source: int, coming: Iterable[Message]) -> None:
         """Those messages will come from a rank, after what was expected before, in this order."""
@@ -222,7 +226,7 @@ class Mailbox:
             self._sending.popleft()
 
     def _post_ahead(self, source: int) -> None:
-        while self._expected[source] and self._n_posted[source] < _AHEAD:
+        while self._expected[source] and self._n_posted[source] < AHEAD:
             if not self._post(source, wait=False):
                 return
 

@@ -22,7 +22,7 @@ from scaledtrain.parallel.pipeline.schedules import Action, PipelineOrder
 from scaledtrain.parallel.pipeline.simulate import Timed
 from scaledtrain.parallel.pipeline.worker import Worker
 from scaledtrain.precision import Precision
-from scaledtrain.schedule import Abandon, Computed, LossFn
+from scaledtrain.schedule import Abandon, Computed, LossFn, Told
 from scaledtrain.timeline import Timeline
 
 __all__ = ["AsynchronousName", "PipeDreamSchedule", "asynchronous_order", "delays"]
@@ -170,7 +170,7 @@ class PipeDreamSchedule:
         precision: of the forward passes. Of loss scaling nothing is known here: it would need one
             verdict of all stages in each step.
         timeout_seconds: for each message.
-        timeline: where waiting is recorded.
+        timeline: where waiting is recorded, and every action if it keeps spans.
         timed: keep when each action was done.
 
     Attributes:
@@ -235,6 +235,7 @@ class PipeDreamSchedule:
             NoScaler(),
             device=device,
             timed=timed,
+            timeline=timeline,
             around=self._weights_of,
         )
 
@@ -253,6 +254,11 @@ class PipeDreamSchedule:
         """Steps without microbatches that drain the pipeline; the same on all ranks."""
         return self._pending
 
+    one_by_one = False
+
+    def tell(self, told: Told) -> None:
+        """Nothing: microbatches overlap."""
+
     def backward_passes(self, batch: StepBatch) -> int:
         """How often gradients are added to ``.grad`` in a step: a late one is handed over whole."""
         if self.delay:
@@ -269,12 +275,19 @@ class PipeDreamSchedule:
         """Forward passes alone, with the weights of now; as `PipelineSchedule.predict`."""
         return predict(self._worker, batch)
 
+    def outputs(self, batch: Any) -> Any:
+        """As `PipelineSchedule.outputs`, with the weights of now."""
+        return self._worker.outputs(batch)
+
+    def refresh(self) -> None:
+        """No stages have weights in common."""
+
     def run(self, batch: StepBatch, abandon: Abandon = None) -> Computed | None:
         """Run one step; ``abandon`` is not asked.
 
         Returns:
-            Loss and samples of the batch whose gradient is in ``.grad`` now; no samples if there is
-            none, as at the beginning.
+            Loss and samples of the batch whose gradient is in ``.grad`` now; in the first d steps
+            none is due.
 
         Raises:
             WaitTimeoutError, PeerLostError: another rank is stuck or died.
@@ -295,7 +308,9 @@ class PipeDreamSchedule:
         self._worker.run(self._stream.step(len(numbers)), numbers)
         if self._pending == 0:
             self._mailbox.finish()
-        return self._deliver(self._steps.pop(0)) if len(self._steps) > self.delay else _nothing()
+        if len(self._steps) <= self.delay:
+            return _nothing()._replace(is_due=False)
+        return self._deliver(self._steps.pop(0))
 
     def _weights_of(self, microbatch: int) -> AbstractContextManager[None]:
         if not self._parameters or not self.delay or microbatch < 0:  # which is not trained on

@@ -21,7 +21,7 @@ from scaledtrain.parallel.pipeline.partition import describe_cut, partition
 from scaledtrain.parallel.pipeline.parts import ModelParts, find_parts
 from scaledtrain.parallel.pipeline.pipedream import AsynchronousName
 from scaledtrain.parallel.pipeline.schedules import SCHEDULES, pipeline_order
-from scaledtrain.parallel.pipeline.simulate import peak_live
+from scaledtrain.parallel.pipeline.simulate import peak_live, peak_live_of
 from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
 from scaledtrain.parallel.pipeline.stage import Held, Stage, find_tied, make_stage
 from scaledtrain.recompute.blocks import find_blocks
@@ -144,12 +144,39 @@ class Pipeline:
             cut = self._cut(costs, ranks, group.size, live)
             measured = microbatch is not None
             told = describe_cut(cut, costs, parts.names, live if measured else None)
+        _check_trained(parts, cut, ranks)
         own = {
             stage: make_stage(parts, cut, stage)
             for stage, rank in enumerate(ranks)
             if rank == group.rank
         }
-        return OwnStages(own, len(ranks), find_tied(parts, cut), _blocks_of(model), told)
+        tied, names = find_tied(parts, cut), list(model.state_dict())
+        return OwnStages(own, len(ranks), tied, _blocks_of(model), told, names)
+
+    def unmeasured_stages(
+        self, model: nn.Module, rank: int, n_ranks: int, batches: int
+    ) -> OwnStages:
+        """What is a rank's, without measuring: unless ``split`` says it, by numbers of parameters.
+
+        Args:
+            model: whole; it is not changed.
+            rank: of the pipeline.
+            n_ranks: there are.
+            batches: in a step.
+
+        Raises:
+            ConfigError: it cannot be cut so, or not without tracing it.
+        """
+        parts = find_parts(model, blocks=self.blocks)
+        ranks = self._rank_of(n_ranks, batches)
+        if self.split is not None:
+            cut = given_cut(parts.names, self.split, len(ranks))
+        else:
+            cut = partition([_estimate(part) for part in parts.modules], len(ranks))
+        _check_trained(parts, cut, ranks)
+        own = {s: make_stage(parts, cut, s) for s, where in enumerate(ranks) if where == rank}
+        tied, names = find_tied(parts, cut), list(model.state_dict())
+        return OwnStages(own, len(ranks), tied, _blocks_of(model), "", names)
 
     def _example_microbatch(self) -> Any:
         if self.example is None:
@@ -177,6 +204,15 @@ class Pipeline:
         peaks = peak_live(pipeline_order(self.schedule, n_ranks, n, self.stages_per_rank))
         v = len(rank_of) // n_ranks
         return [math.ceil(peaks[rank] / v) for rank in rank_of]
+
+    def live_of_stages(self, n_ranks: int, batches: int) -> list[int]:
+        """For each stage, how many microbatches are between its passes at once, exactly."""
+        ranks = self._rank_of(n_ranks, batches)
+        if self.is_asynchronous:
+            return self._live(ranks, n_ranks, batches)
+        n = batches * self.n_microbatches
+        order = pipeline_order(self.schedule, n_ranks, n, self.stages_per_rank)
+        return [peak_live_of(order, stage) for stage in range(len(ranks))]
 
     def _costs(
         self,
@@ -213,6 +249,20 @@ class Pipeline:
         )
 
 
+def _check_trained(parts: ModelParts, cut: Cut, rank_of: Sequence[int]) -> None:
+    """All ranks look at what all have, so that none is left waiting for another's error."""
+    for rank in sorted(set(rank_of)):
+        stages = [stage for stage, where in enumerate(rank_of) if where == rank]
+        own = [part for stage in stages for part in cut.parts_of(stage)]
+        if not any(p.requires_grad for part in own for p in parts.modules[part].parameters()):
+            names = ", ".join(parts.names[part] for part in own)
+            raise ConfigError(
+                f"rank {rank} of the pipeline would have nothing to train: none of its parts "
+                f"({names}) has a parameter with requires_grad=True; let every rank have some "
+                "(pipeline.split), or take fewer ranks"
+            )
+
+
 def _blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     try:
         return find_blocks(model)
@@ -234,6 +284,7 @@ class OwnStages(nn.Module):
         tied: groups of parameters that are one.
         blocks: of the whole model, in the order in which it calls them.
         told: about the cut, for people to read.
+        names: of all that the whole model's state dict has, in order.
     """
 
     def __init__(
@@ -243,25 +294,28 @@ class OwnStages(nn.Module):
         tied: list[tuple[Held, ...]],
         blocks: Sequence[nn.Module],
         told: str,
+        names: Sequence[str],
     ) -> None:
         super().__init__()
         self._stages = nn.ModuleDict({str(number): stage for number, stage in stages.items()})
         self._own = list(stages.values())
         self.n_stages = n_stages
         self.tied = tied
-        self._parts = [part for stage in stages.values() for part in stage.parts]
-        own = {module for part in self._parts for module in part.modules()}
-        self._blocks = [block for block in blocks if block in own]
+        own = {m for stage in stages.values() for part in stage.parts for m in part.modules()}
+        self._blocks = [block for block in blocks if block in own]  # and no other stage's
         self.told = told
+        self.names = names
 
     @property
     def stages(self) -> dict[int, nn.Module]:
         """By number."""
         return {int(number): stage for number, stage in self._stages.items()}
 
-    def blocks(self) -> Sequence[nn.Module]:
-        """Of these stages, in order; the parts where no other blocks are known."""
-        return self._blocks or self._parts
+    def blocks(self, number: int) -> Sequence[nn.Module]:
+        """Of a stage, in order; the parts where no other blocks are known."""
+        parts = next(s.parts for n, s in zip(self.stages, self._own, strict=True) if n == number)
+        own = {module for part in parts for module in part.modules()}
+        return [block for block in self._blocks if block in own] or parts
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -274,7 +328,7 @@ class OwnStages(nn.Module):
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         """With those of traced parts, so that who puts modes back reaches them, too."""
-        inner = (module for stage in self._own for module in stage.modules_of_parts())
+        inner = (module for stage in self._own for module in stage.modules())
         yield from dict.fromkeys([*super().modules(), *inner])
 
     def counted_elsewhere(self) -> set[str]:

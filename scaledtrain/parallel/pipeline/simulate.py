@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline.schedules import Action, Kind, PipelineOrder
 
-__all__ = ["Seconds", "Timed", "Timetable", "check_order", "peak_live", "simulate"]
+__all__ = ["Seconds", "Timed", "Timetable", "check_order", "peak_live", "peak_live_of", "simulate"]
 
 Seconds = Mapping[Kind, float] | Callable[[Action], float]
 """How long an action takes: by its kind, or by itself."""
@@ -167,12 +167,25 @@ def peak_live(order: PipelineOrder) -> list[int]:
         >>> peak_live(pipeline_order("1F1B", n_ranks=3, n_microbatches=8))
         [3, 2, 1]
     """
+    return [_peak(actions) for actions in order.ranks]
+
+
+def peak_live_of(order: PipelineOrder, stage: int) -> int:
+    """The same of one stage.
+
+    Example:
+        >>> from scaledtrain.parallel.pipeline.schedules import pipeline_order
+        >>> order = pipeline_order("Interleaved1F1B", n_ranks=2, n_microbatches=4)
+        >>> [peak_live_of(order, stage) for stage in range(4)]
+        [4, 3, 2, 1]
+    """
+    return _peak(action for action in order.ranks[order.rank_of[stage]] if action.stage == stage)
+
+
+def _peak(actions: Iterable[Action]) -> int:
     change = {"F": 1, "B": -1, "I": 0, "W": -1}
-    peaks = []
-    for actions in order.ranks:
-        live = peak = 0
-        for action in actions:
-            live += change[action.kind]
-            peak = max(peak, live)
-        peaks.append(peak)
-    return peaks
+    live = peak = 0
+    for action in actions:
+        live += change[action.kind]
+        peak = max(peak, live)
+    return peak

@@ -76,10 +76,10 @@ class Stage(nn.Module):
             part.train(mode)
         return self
 
-    def modules_of_parts(self) -> Iterator[nn.Module]:
-        """Of its parts: also those that are no submodules of it, and have modes of their own."""
-        for part in self._parts:
-            yield from part.modules()
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """With those of parts that are no submodules of it, and have modes of their own."""
+        inner = (module for part in self._parts for module in part.modules())
+        yield from dict.fromkeys([*super().modules(), *inner])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stage:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

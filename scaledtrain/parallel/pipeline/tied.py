@@ -58,8 +58,27 @@ class TiedWeights:
         self._stand_ins = {p: _stand_in(p) for _, _, members in self._own for p in members}
         self._places = Places(stages.values(), self._stand_ins)
         for number, _, members in self._own:
-            form = form_of([_like_gradient(members[0])])
-            mailbox.set_form(Message("tied", number, 0), Form(form.tensors, True))
+            form = Form(form_of([_like_gradient(members[0])]).tensors, True)
+            mailbox.set_form(Message("tied", number, 0), form)
+            mailbox.set_form(Message("tied sum", number, 0), form)
+            value = form_of([members[0].detach()])
+            mailbox.set_form(Message("tied weight", number, 0), Form(value.tensors, True))
+
+    @torch.no_grad()
+    def equalize(self) -> None:
+        """Give every copy the values of the first one; between steps."""
+        me = self._mailbox.rank
+        for number, ranks, members in self._own:
+            if me == ranks[0]:
+                for rank in ranks[1:]:
+                    message = Message("tied weight", number, rank)
+                    self._mailbox.send(rank, message, [members[0]])
+            else:
+                message = Message("tied weight", number, me)
+                self._mailbox.expect(ranks[0], [message])
+                (value,), _ = self._mailbox.receive(message)
+                for parameter in members:
+                    parameter.copy_(value)
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from scaledtrain.clock import HostClock
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
 from scaledtrain.parallel.pipeline.cut import Microbatch, cut_step
@@ -21,7 +21,14 @@ from scaledtrain.parallel.pipeline.schedules import Action, Kind, breadth_first
 from scaledtrain.parallel.pipeline.simulate import Timed
 from scaledtrain.parallel.pipeline.split_backward import SplitBackward
 from scaledtrain.precision import Precision
-from scaledtrain.schedule import LossFn, as_arguments, call_model, inputs_and_targets
+from scaledtrain.schedule import (
+    LossFn,
+    as_arguments,
+    call_model,
+    call_without_loss,
+    inputs_and_targets,
+)
+from scaledtrain.timeline import Timeline
 
 __all__ = ["Worker"]
 
@@ -59,6 +66,7 @@ class Worker:
         device: of the stages.
         around: microbatch -> a context in which its passes run.
         timed: keep when each action was done; on CUDA each one then waits for the device.
+        timeline: where actions are noted, if it keeps spans.
 
     Attributes:
         microbatches: by number, those under way.
@@ -78,6 +86,7 @@ class Worker:
         recomputed: bool = False,
         around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
         timed: bool = False,
+        timeline: Timeline | None = None,
     ) -> None:
         rank = mailbox.rank
         own = [stage for stage, where in enumerate(rank_of) if where == rank]
@@ -97,52 +106,69 @@ class Worker:
         self._device = device
         self._around = around
         self._timed = timed
-        self._now = HostClock().now
+        self._timeline = timeline
+        self._now = HostClock().now if timeline is None else timeline.now
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._here: dict[Message, tuple[list[Tensor], bool]] = {}
         self._losses: dict[int, Tensor] = {}
         self._outputs: dict[int, Any] = {}
+        self._with_loss = True
         self.microbatches: dict[int, Microbatch] = {}
         self.times: list[Timed] = []
 
-    def run(self, ranks: Sequence[Sequence[Action]], numbers: Sequence[int]) -> None:
+    def run(
+        self,
+        ranks: Sequence[Sequence[Action]],
+        numbers: Sequence[int],
+        with_loss: bool = True,
+    ) -> None:
         """Do this rank's part of some actions.
 
         Args:
             ranks: of all ranks, since theirs say which messages will come in which order.
             numbers: of the microbatches of which the last stage computes the loss.
+            with_loss: it does; else outputs alone are made.
         """
+        self._with_loss = with_loss
         rank = self._mailbox.rank
         for source, actions in enumerate(ranks):
             if source != rank:
-                sent = messages(actions, self._rank_of, self._form, rank)
+                sent = messages(actions, self._rank_of, self._form, rank, with_loss)
                 self._mailbox.expect(source, sent)
         left = len(numbers)
         for action in ranks[rank]:
             self._do(action)
             if action.kind == "F" and action.stage == self._last:
                 left -= 1
-                if left == 0:
+                if left == 0 and with_loss:
                     self._tell_loss(numbers)
 
-    @torch.no_grad()
     def predict(self, batch: StepBatch) -> tuple[list[Any] | None, Tensor]:
         """Forward passes alone, of the batch's microbatches as they are; between steps.
 
         Returns:
             Their outputs, on the rank of the last stage; and their mean loss.
         """
+        outputs = self._forward_only(batch, with_loss=True)
+        return outputs, self.loss(range(-len(batch.microbatches), 0))
+
+    def outputs(self, batch: Any) -> Any:
+        """Of a batch that may lack targets, on the rank of the last stage; between steps."""
+        outputs = self._forward_only(StepBatch([batch], [count_samples(batch)]), with_loss=False)
+        return None if outputs is None else outputs[0]
+
+    @torch.no_grad()
+    def _forward_only(self, batch: StepBatch, with_loss: bool) -> list[Any] | None:
         microbatches = cut_step(batch, 1)
         numbers = range(-len(microbatches), 0)  # no others have these
         self.microbatches.update(zip(numbers, microbatches, strict=True))
         order = breadth_first(self._rank_of, len(numbers), backward=False)
         ranks = [[a._replace(microbatch=numbers[a.microbatch]) for a in own] for own in order.ranks]
-        self.run(ranks, numbers)
+        self.run(ranks, numbers, with_loss)
         for number in numbers:
             del self.microbatches[number]
         is_last = self._mailbox.rank == self._rank_of[self._last]
-        outputs = [self._outputs.pop(number) for number in numbers] if is_last else None
-        return outputs, self.loss(numbers)
+        return [self._outputs.pop(number) for number in numbers] if is_last else None
 
     def loss(self, numbers: Sequence[int]) -> Tensor:
         """The mean loss of some microbatches, once; on every rank, and the same on all."""
@@ -176,6 +202,8 @@ class Worker:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self.times.append(Timed(action, start, self._now()))
+        if self._timeline is not None and i >= 0:  # it is trained on
+            self._timeline.note(str(action), start)
 
     def _form(self, microbatch: int) -> Hashable:
         return self.microbatches[microbatch].form
@@ -212,6 +240,9 @@ class Worker:
                 self._passes[stage, i] = _Pass(inputs, roots, None)
             self._give("activations", stage, i, stage + 1, tensors, is_tuple)
             return
+        if not self._with_loss:
+            self._outputs[i] = outputs
+            return
         loss = outputs[1]
         if torch.is_grad_enabled():
             roots = [get_gradient_edge(loss)] if loss.requires_grad else []
@@ -222,8 +253,12 @@ class Worker:
         self._losses[i] = loss if share == 1.0 else loss * share
 
     def _call(self, stage: int, i: int, came: tuple[list[Tensor], bool] | None) -> Any:
-        """Outputs of a stage; of the last one outputs and loss."""
+        """Outputs of a stage; of the last one outputs and loss, unless there is none."""
         module, batch = self._stages[stage], self.microbatches[i].batch
+        if not self._with_loss:
+            if came is None:
+                return call_without_loss(module, batch)
+            return module(tuple(came[0]) if came[1] else came[0][0])
         if came is None:
             if stage == self._last:
                 return call_model(module, batch, self._loss_fn)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from scaledtrain.data.sharded.storage.cache import mark_used
 
-__all__ = ["Folder", "OpenFile"]
+__all__ = ["Begun", "Folder", "OpenFile"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,24 @@ class OpenFile:
         return self.cached is not None and not os.fstat(self.handle).st_nlink
 
 
+class Begun(Protocol):
+    """A file of a folder that was begun."""
+
+    size: int
+    """In bytes."""
+
+    def finish(self) -> None:
+        """Make it be there: as a whole or, if this raises, not at all.
+
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+            DataError: the same, after all attempts.
+        """
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+
+
 class Folder(ABC):
     """A flat folder of files, each of which is there as a whole or not at all.
 
@@ -63,6 +82,9 @@ class Folder(ABC):
             OSError: it cannot be read.
             DataError: it cannot be read, after all attempts.
         """
+
+    def expect(self, name: str, n_bytes: int) -> None:  # noqa: B027
+        """Say that a file will be opened, and so many bytes of its beginning read."""
 
     @abstractmethod
     def open(
@@ -95,16 +117,21 @@ class Folder(ABC):
         """The files that there are."""
 
     @abstractmethod
-    def write(self, name: str, parts: Iterable[memoryview]) -> int:
-        """Write a file; a crash at any moment leaves the old one, or none, or the new one.
+    def begin(self, name: str, parts: Iterable[memoryview]) -> Begun:
+        """Begin to write a file: when this returns, the parts are not needed any more.
 
-        Returns:
-            Its size.
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+        """
+
+    def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        """Write a file; a crash at any moment leaves the old one, or none, or the new one.
 
         Raises:
             OSError: it cannot be written; nothing is left of it.
             DataError: the same, after all attempts.
         """
+        self.begin(name, parts).finish()
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from scaledtrain.data.sharded.files import sync_folder, write_whole
+from scaledtrain.data.sharded.files import Unfinished, sync_folder
 from scaledtrain.data.sharded.storage.folder import Folder, OpenFile
 from scaledtrain.errors import ConfigError
 
 __all__ = ["LocalFolder"]
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody waits for a pipe's other end
 
 
 class LocalFolder(Folder):
@@ -33,13 +36,23 @@ class LocalFolder(Folder):
         """The whole file, where it lies."""
         return (self.path / name).read_bytes()
 
+    def expect(self, name: str, n_bytes: int) -> None:
+        """Ask the kernel to read them in the background."""
+        if not hasattr(os, "posix_fadvise"):  # macOS has none
+            return
+        with suppress(OSError):  # whoever opens it is told
+            file = os.open(self.path / name, _FLAGS)
+            try:
+                os.posix_fadvise(file, 0, n_bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
+
     def open(
         self, name: str, n_bytes: int, checksum: str, check: Callable[[OpenFile], None]
     ) -> OpenFile:
         """A file of the folder itself."""
         path = self.path / name
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # nobody waits for a pipe's other end
-        return OpenFile(os.open(path, flags), str(path))
+        return OpenFile(os.open(path, _FLAGS), str(path))
 
     def lock(self) -> Callable[[], None]:
         """A lock of the system, which ends with the process."""
@@ -64,9 +77,9 @@ class LocalFolder(Folder):
         """All names, also hidden ones."""
         return os.listdir(self.path)
 
-    def write(self, name: str, parts: Iterable[memoryview]) -> int:
-        """Under another name until it is on the disk, see `write_whole`."""
-        return write_whole(self.path / name, parts)
+    def begin(self, name: str, parts: Iterable[memoryview]) -> Unfinished:
+        """Under another name until it is on the disk."""
+        return Unfinished(self.path / name, parts)
 
     def delete(self, names: Iterable[str]) -> None:
         """And wait until that is on the disk."""

@@ -155,13 +155,16 @@ class RemoteFolder(Folder):
 
         return self._remote.persist(f"listing {self.url}", look)
 
-    def write(self, name: str, parts: Iterable[memoryview]) -> int:
-        """Write an object in one request, where the store has such.
+    def begin(self, name: str, parts: Iterable[memoryview]) -> _Upload:
+        """Copy the parts, to write the object in one request, where the store has such."""
+        return _Upload(self, name, b"".join(parts))
+
+    def upload(self, name: str, content: bytes) -> None:
+        """Write an object.
 
         What does not answer is not tried again: it could still arrive, and replace a later one.
         """
         fs, path = self._place(name)
-        content = b"".join(parts)
 
         def attempt(deadline: float) -> None:
             job = in_daemon(fs.pipe_file, path, content)
@@ -175,7 +178,6 @@ class RemoteFolder(Folder):
             raise ConfigError(
                 f"fsspec cannot write to {self.url}; write to a folder, and copy that there"
             ) from error
-        return len(content)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete those objects that are there."""
@@ -189,3 +191,15 @@ class RemoteFolder(Folder):
             f"deleting {self.url}/{name}",
             lambda deadline: self._remote.within_timeout(fs.rm_file, path),
         )
+
+
+class _Upload:
+    def __init__(self, folder: RemoteFolder, name: str, content: bytes) -> None:
+        self._folder, self._name, self._content = folder, name, content
+        self.size = len(content)
+
+    def finish(self) -> None:
+        self._folder.upload(self._name, self._content)
+
+    def discard(self) -> None:
+        """Nothing of it is there before it is finished."""

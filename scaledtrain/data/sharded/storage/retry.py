@@ -130,7 +130,7 @@ def in_daemon(function: Callable[..., T], *arguments: Any) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=call, name="sharded-remote", daemon=True).start()
+    threading.Thread(target=call, name="sharded-storage", daemon=True).start()
     return future
 
 

@@ -1,0 +1,169 @@
+"""AdaScale: learning rates and schedules that follow how much a larger batch helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from scaledtrain.errors import ConfigError
+
+__all__ = ["AdaScale", "adascale_gain"]
+
+
+def adascale_gain(squared_norm: float, variance: float, scale: float) -> float:
+    r"""How many steps with the reference batch one with a batch ``scale`` times as large is worth.
+
+    With the true gradient's squared norm mu^2 and the variance sigma^2 of a reference batch's
+    gradient, all components together::
+
+        gain = (sigma^2 + mu^2) / (sigma^2 / scale + mu^2),   in [1, scale]
+
+    Args:
+        squared_norm: mu^2; a negative estimate counts as 0.
+        variance: sigma^2: of one sample (S of the gradient noise scale) over the reference batch.
+        scale: batch over reference batch.
+
+    Example:
+        >>> adascale_gain(squared_norm=1.0, variance=0.0, scale=8)   # no noise: as good as one step
+        1.0
+        >>> adascale_gain(squared_norm=0.0, variance=1.0, scale=8)   # only noise: as good as eight
+        8.0
+        >>> adascale_gain(squared_norm=1.0, variance=1.0, scale=4)   # 2 / 1.25
+        1.6
+
+    References:
+        Johnson et al. 2020, AdaScale SGD, arXiv 2007.05105.
+    """
+    if not (scale > 0.0 and variance >= 0.0 and math.isfinite(squared_norm + variance)):
+        raise ConfigError(
+            f"AdaScale's gain from a squared norm of {squared_norm}, a variance of {variance} and "
+            f"a scale of {scale}; they are finite, and the latter >= 0 and > 0"
+        )
+    signal = max(squared_norm, 0.0)
+    if signal + variance == 0.0:
+        return 1.0
+    return (variance + signal) / (variance / scale + signal)
+
+
+class AdaScale(LRScheduler):
+    r"""A schedule made for a reference batch, run with a larger one.
+
+    Before each update it is told how noisy gradients are (`observe`), and::
+
+        lr = gain lr(x),   x <- x + gain
+
+    where lr(x) is the schedule's learning rate after x updates with the reference batch, so that a
+    run needs the fewer updates the more noise there is, and never overshoots where there is none.
+    Warmup is not needed: gains are small as training begins. It is for SGD; Adam divides by the
+    gradient's size itself.
+
+    sigma^2 and mu^2 are moving averages, each by itself, over about 1 / (1 - smoothing) updates;
+    the paper's are over 1000 / scale. Before the first `observe` the gain is 1.
+
+    Args:
+        optimizer: with the learning rate of the reference batch.
+        scale: batch over reference batch, > 0.
+        make_scheduler: makes the schedule; None: the rate is constant. One whose rate follows from
+            its ``last_epoch``, as `WarmupDecay` with steps or ``LambdaLR``, not from the rate
+            before.
+        smoothing: in [0, 1); None: max(0, 1 - scale / 1000), the paper's.
+
+    Raises:
+        ConfigError: an argument is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> halves = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda x: 0.5 ** (x // 3))
+        >>> schedule = AdaScale(sgd, 2, halves)
+        >>> for _ in range(3):           # sigma^2 = 1, mu^2 = 0: gain 2, x = 0, 2, 4
+        ...     schedule.observe(squared_norm=0.0, variance=1.0)
+        ...     print(sgd.param_groups[0]["lr"])
+        ...     sgd.step()
+        ...     schedule.step()
+        0.2
+        0.2
+        0.1
+
+    References:
+        Johnson et al. 2020, AdaScale SGD, arXiv 2007.05105.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        scale: float,
+        make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        smoothing: float | None = None,
+    ) -> None:
+        if not (scale > 0.0 and math.isfinite(scale)):
+            raise ConfigError(f"AdaScale: scale is {scale}; it is batch over reference batch, > 0")
+        if smoothing is not None and not 0.0 <= smoothing < 1.0:
+            raise ConfigError(f"AdaScale: smoothing is {smoothing}; it is in [0, 1)")
+        self._scale = scale
+        self._smoothing = max(0.0, 1.0 - scale / 1000.0) if smoothing is None else smoothing
+        self._inner = None if make_scheduler is None else make_scheduler(optimizer)
+        self._squared_norm = self._variance = self._weight = 0.0
+        self.progress = 0.0
+        """Updates with the reference batch that the run is worth so far: x."""
+        self._constant = [float(group["lr"]) for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    @property
+    def gain(self) -> float:
+        """Of the next update."""
+        if not self._weight:
+            return 1.0
+        return adascale_gain(
+            self._squared_norm / self._weight, self._variance / self._weight, self._scale
+        )
+
+    def observe(self, squared_norm: float, variance: float) -> None:
+        """Take in what this step's gradients show, before the update; it sets the learning rate.
+
+        Args:
+            squared_norm: an estimate of mu^2, as `adascale_gain` wants it.
+            variance: of sigma^2, of a gradient of the reference batch.
+        """
+        if math.isfinite(squared_norm + variance):
+            d = self._smoothing
+            self._squared_norm = d * self._squared_norm + (1.0 - d) * squared_norm
+            self._variance = d * self._variance + (1.0 - d) * variance
+            self._weight = d * self._weight + (1.0 - d)
+        self._set(self.get_lr())
+
+    def step(self, epoch: int | None = None) -> None:
+        """An update has been made (or, at first, nothing)."""
+        if self.last_epoch >= 0:
+            self.progress += self.gain
+        super().step()
+
+    def get_lr(self) -> list[float | Any]:
+        """Of the next update, by group."""
+        return [self.gain * lr for lr in self._unscaled()]
+
+    def _unscaled(self) -> list[float | Any]:
+        if self._inner is None:
+            return list(self._constant)
+        self._inner.last_epoch = int(self.progress)
+        return self._inner.get_lr()
+
+    def _set(self, rates: list[float | Any]) -> None:
+        self._last_lr = rates
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress and averages."""
+        names = ("last_epoch", "_step_count", "progress", "_squared_norm", "_variance", "_weight")
+        return {name: self.__dict__[name] for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.__dict__.update(state)
+        self._set(self.get_lr())

@@ -1,0 +1,54 @@
+"""The config in the folder of a run: what it is made with, and what it was made with before."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.config import TrainConfig, to_yaml
+
+__all__ = ["write_config"]
+
+_CONFIG = "config.yaml"
+_OF_A_START = ("resume", "run_dir", "workers", "console")  # they may be others each time
+_NOTHING = "nothing"
+
+
+def write_config(run_dir: Path, config: TrainConfig) -> str | None:
+    """Write the config, whole or not at all; an earlier one that differs is kept beside.
+
+    Returns:
+        What differs, for people to read; None: nothing of weight.
+    """
+    path, text = run_dir / _CONFIG, to_yaml(config)
+    earlier = path.read_text(encoding="utf-8") if path.exists() else text
+    if earlier == text:
+        replace_file(path, text.encode())
+        return None
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
+    replace_file(kept, earlier.encode())
+    replace_file(path, text.encode())
+    before, now = (_flat("", OmegaConf.to_container(OmegaConf.create(t))) for t in (earlier, text))
+    differing = [
+        f"{key} {before.get(key, _NOTHING)} -> {now.get(key, _NOTHING)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, _NOTHING) != now.get(key, _NOTHING)
+        and key.partition(".")[0] not in _OF_A_START
+    ]
+    return f"other settings than in {kept.name}: {'; '.join(differing)}" if differing else None
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {key: value}
+    return {
+        inner: found
+        for name, each in value.items()
+        for inner, found in _flat(f"{key}.{name}" if key else str(name), each).items()
+    }
