@@ -14,9 +14,9 @@ __all__ = ["Named", "Phase", "Span", "Timeline"]
 
 _MAX_INSIDE = 4096  # spans that one span can hold; forgetting more keeps memory bounded
 
-_WITH_OTHERS = ("communication", "waiting", "evaluation")
-
 Phase = Literal["data", "compute", "communication", "waiting", "evaluation"]
+
+_WITH_OTHERS: tuple[Phase, ...] = ("communication", "waiting", "evaluation")
 
 
 class Span(NamedTuple):
@@ -49,9 +49,6 @@ class Timeline:
             device time to the phase in which the host waits for it.
         keep: keep every span for ``drain``, not only the sums.
         clock: whose seconds are counted; default the host's.
-
-    Attributes:
-        waited: seconds in communication, waits and evaluations, since the timeline was made.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class Timeline:
         self._spans: list[Span] = []
         self._named: list[Named] = []
         self._seconds: dict[Phase, float] = {}
-        self.waited = 0.0
+        self._drained: dict[Phase, float] = {}
         # Start and length of the last spans that lie in no other one so far.
         self._outermost: deque[tuple[float, float]] = deque(maxlen=_MAX_INSIDE)
 
@@ -81,8 +78,6 @@ class Timeline:
             seconds -= self._outermost.pop()[1]
         self._outermost.append((start, end - start))
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
-        if phase in _WITH_OTHERS:
-            self.waited += seconds
         if self.keep:
             self._spans.append(Span(phase, start, end))
         return end
@@ -102,5 +97,16 @@ class Timeline:
     def drain(self) -> tuple[dict[Phase, float], list[Span]]:
         """Seconds by phase and the kept spans since the last drain."""
         seconds, spans = self._seconds, self._spans
+        for phase in seconds:
+            self._drained[phase] = self.total(phase)
         self._seconds, self._spans = {}, []
         return seconds, spans
+
+    def total(self, phase: Phase) -> float:
+        """Seconds of a phase since the beginning, drained or not."""
+        return self._drained.get(phase, 0.0) + self._seconds.get(phase, 0.0)
+
+    @property
+    def waited(self) -> float:
+        """Seconds in communication, waits and evaluations since the beginning."""
+        return sum(self.total(phase) for phase in _WITH_OTHERS)

@@ -22,6 +22,7 @@ from scaledtrain.checkpoint.begin import resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
+from scaledtrain.copies import copied
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
@@ -43,6 +44,8 @@ from scaledtrain.seeding import (
     set_generator_states,
 )
 from scaledtrain.strategies import Strategy, Sync
+from scaledtrain.watch import Watch
+from scaledtrain.watch.watcher import Watcher
 
 __all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
 
@@ -109,6 +112,7 @@ class Trainer:
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
         checkpointing: when the run is saved; None: never.
+        watch: what is done about ranks that hang or are slow, and about NaN and loss spikes.
         resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir``, or
             what hosts kept of it in memory if that is newer (none: it begins), or the path of a
             checkpoint or of a run.
@@ -163,6 +167,7 @@ class Trainer:
         console: bool = True,
         trace: bool = False,
         checkpointing: Checkpointing | None = None,
+        watch: Watch | None = None,
         resume: str | Path | None = None,
         link: Link | None = None,
     ) -> None:
@@ -267,7 +272,8 @@ class Trainer:
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
         self._saver: Saver | None = None
         try:
-            self._saver = resume_and_save(self, checkpointing, resume, run_dir)
+            self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
+            self.watcher = Watcher(watch, self, loss_fn, run_dir, self._saver)
         except BaseException:
             self._release()
             raise
@@ -344,12 +350,14 @@ class Trainer:
             weight = self.schedule.weight(batch)
             whole = [c.needs_own_gradients(self, batch) for c in self._callbacks]
             passes = 0 if any(whole) else self.schedule.backward_passes(batch)
+            self.watcher.enter("pull")
             going = self.strategy.before_forward(passes, weight)
             self.metrics.saw_staleness(self.strategy.staleness)
             if not self.in_lockstep:  # else its other pieces come to the same
                 going = not self.layout.agree(not going)
             if not going:
                 return False
+            self.watcher.begin_computing()
             start, waited = self.timeline.now(), self.timeline.waited
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
             computed = self.schedule.run(batch, abandon)
@@ -357,19 +365,24 @@ class Trainer:
         if self.balancer is not None:
             self.balancer.computed(self.step_count, start, waited, computed.share)
         self._call("on_gradients")
+        self.watcher.enter("reduce")
         if computed.is_due:
             self.strategy.reduce_gradients(weight * computed.share)
             self._call("on_reduced")
         finite, norm = self.scaler.check_and_clip(
-            self.replica, self._max_grad_norm, self.metrics.due()
+            self.replica, self._max_grad_norm, self.metrics.due() or self.watcher.needs_norm
         )
-        if finite and computed.is_due:
+        in_order = self.watcher.is_in_order(batch, computed, norm)
+        self.watcher.enter("apply")
+        if finite and in_order and computed.is_due:
             self.strategy.apply_gradients()
         self.strategy.after_step()
         mean: float = computed.samples
         if batch.samples_per_rank is not None:
             mean = batch.samples_per_rank * computed.share
-        self.metrics.record(self.strategy, computed.loss, computed.samples, norm, mean)
+        counted, mean = (computed.samples, mean) if in_order else (0, 0)
+        self.metrics.record(self.strategy, computed.loss, counted, norm, mean)
+        self.watcher.after_step()
         return True
 
     def _drain(self) -> None:
@@ -473,18 +486,20 @@ class Trainer:
         run.may_stop = bool(early.item())
         if self.balancer is not None:
             self.balancer.start()
-        # All begin at once, so times of different ranks are seconds since the same moment.
-        self.strategy.start(max_steps)
-        self.metrics.start(self.step_count, total)
-        if self._saver is not None:
-            self._saver.start(max_steps)
+        stop_request = self._saver.stop_request if self._saver is not None else nullcontext()
         try:
-            with self._saver.stop_request if self._saver is not None else nullcontext():
+            with self.watcher.watching(loader), stop_request:
+                # All begin at once, so times of different ranks are seconds since the same moment.
+                self.strategy.start(max_steps)
+                self.metrics.start(self.step_count, total)
+                if self._saver is not None:
+                    self._saver.start(max_steps)
                 self._call("on_fit_start")
                 stopped_by = run.run()
                 is_drained = self.schedule.pending > 0
                 if self.balancer is not None:
                     self.balancer.end()
+                self.watcher.enter("end")
                 self._drain()
                 if self._saver is not None:
                     is_stopping = stopped_by not in ("max_steps", "max_epochs")
@@ -535,6 +550,7 @@ class Trainer:
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
         self.layout.share_buffers()
+        self.watcher.enter("evaluate")
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size, weigh=self._loss_weight)
         names = ["loss", *self.eval_metrics]
@@ -546,6 +562,7 @@ class Trainer:
         ):
             self.layout.refresh()
             for step in steps:
+                self.watcher.enter("evaluate")
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch, size)
                     if values:  # else another rank has them
@@ -594,7 +611,7 @@ class Trainer:
         loader = self._loader
         self.layout.refresh()
         return {
-            "model": copy.deepcopy(self.model.state_dict()),
+            "model": copied(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -698,7 +715,7 @@ class Trainer:
         """Close files; the model is the user's again."""
         if self._saver is not None:
             self._saver.close()
-        self.metrics.close()
+        self.metrics.finish()
         self.layout.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()

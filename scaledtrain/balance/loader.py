@@ -21,7 +21,7 @@ from scaledtrain.errors import ConfigError
 __all__ = ["BalancedLoader"]
 
 Part = tuple[list[Any], int]
-"""A rank's microbatches of a step, and how many samples that has on all ranks."""
+"""A rank's microbatches of a step, or their indices, and how many samples it has on all ranks."""
 
 
 class BalancedLoader:
@@ -138,6 +138,12 @@ class BalancedLoader:
         """The next epoch goes on where ``state_dict`` was called."""
         self._whole.load_state_dict(state)
 
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """The indices of each microbatch of a step here; None if there are none."""
+        if self._order is None:
+            return None
+        return next(self._shared_out(epoch, step * self._batches), ([], 0))[0]
+
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
     ) -> Generator[StepBatch, None, None]:
@@ -199,15 +205,21 @@ class BalancedLoader:
 
     def _indices(self) -> Iterator[list[Any]]:
         """Of this rank's microbatches; tells in advance what each step has."""
+        found = self._found
+        for pieces, samples in self._shared_out(*self._place):
+            found.append((len(pieces), samples))
+            yield from pieces
+
+    def _shared_out(self, epoch: int, first: int) -> Iterator[Part]:
+        """The same, step by step from a batch of an epoch on."""
         assert self._order is not None
-        (epoch, first), found, size = self._place, self._found, self._window
+        size = self._window
         batches = islice(self._order.epoch(epoch), first, None)
         while window := list(islice(batches, size)):
             indices = [index for batch in window for index in batch]
             division = self._division(len(indices))
             pieces = division.pieces(*division.part(len(indices)), division.microbatches)
-            found.append((len(pieces), len(indices)))
-            yield from (indices[low:high] for low, high in pieces)
+            yield [indices[low:high] for low, high in pieces], len(indices)
 
     def _step(self, microbatches: list[Any], samples: int) -> StepBatch:
         own = sum(count_samples(batch) for batch in microbatches)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from scaledtrain.checkpoint.folder import Manifest, SavedStep
 from scaledtrain.checkpoint.lock import RunLock
 from scaledtrain.checkpoint.policy import Checkpointing
@@ -26,6 +28,7 @@ _logger = logging.getLogger(__name__)
 
 def resume_and_save(
     trainer: Trainer,
+    model: nn.Module,
     options: Checkpointing | None,
     resume: str | Path | None,
     run_dir: str | Path | None,
@@ -34,6 +37,7 @@ def resume_and_save(
 
     Args:
         trainer: with all its parts.
+        model: as it was given to the trainer, which may have a piece of it.
         options: when to save; None: never.
         resume: ``"auto"``, or the folder of a checkpoint or of a run; None: begin anew.
         run_dir: where checkpoints go, unless ``options`` has a folder.
@@ -75,7 +79,7 @@ def resume_and_save(
         layout.counted_elsewhere(),
     )
     facts = {
-        "model": type(trainer.model).__name__,
+        "model": type(model).__name__,
         "strategy": str(strategy),
         "precision": str(trainer.precision),
     }
@@ -97,7 +101,7 @@ def resume_and_save(
             evaluation=lambda: trainer.evaluation,
             owner=owner,
             agree=layout.agree,
-            facts={**facts, "config": config_of(trainer.model)},
+            facts={**facts, "config": config_of(model)},
             lock=lock,
         )
         _resume(trainer, resume, folder, owner, saver, facts)

@@ -19,6 +19,7 @@ from scaledtrain.checkpoint.signals import Preempted, StopRequest
 from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.checkpoint.writer import Writer
 from scaledtrain.comm.protocols import Link
+from scaledtrain.copies import Copies, Uncopied
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted, tell
 from scaledtrain.strategies import Strategy
@@ -50,7 +51,7 @@ class Saver:
         strategy: attached.
         goes_on: whether the run goes on from what may be in the folder.
         is_newest: whether that is the newest there is, copies in memory included.
-        state: makes a copy of this rank's state.
+        state: makes a copy of this rank's state, with `copied`.
         evaluation: tells the last evaluation's values.
         owner: this rank.
         agree: whether a rank of this replica says so; all of them ask together.
@@ -93,6 +94,7 @@ class Saver:
         self._folder = folder
         self._strategy = strategy
         self._state = state
+        self._copies = Copies() if options.asynchronous else Uncopied()
         self._evaluation = evaluation
         self._rank = link.group.rank
         if self._rank == 0:
@@ -123,6 +125,7 @@ class Saver:
         self._word = 0
         self._round = 0
         self._saved_step: int | None = None
+        self._last_step = 0
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
 
@@ -153,6 +156,15 @@ class Saver:
         self._saved_step = step if is_saved else None
         if self._rank == 0:
             set_aside(self._folder, after=-1 if step is None else step)
+
+    def went_back(self, step: int) -> None:
+        """The run is at this step again; what it saved since is set aside, as it is another's."""
+        self._writer.finish()
+        if self._saved_step is not None and self._saved_step > step:
+            self._saved_step = None
+        self._last_step = min(self._last_step, step)
+        if self._rank == 0:
+            set_aside(self._folder, after=step)
 
     def start(self, max_steps: int | None) -> None:
         """A fit begins; the strategy has been started with this limit."""
@@ -299,7 +311,10 @@ class Saver:
     def _save(self) -> None:
         step = self._strategy.step
         if self._apart or step != self._saved_step:  # apart, others may have got on meanwhile
-            self._writer.begin(step, self._state(), self._evaluation())
+            self._writer.finish()  # it has the memory of the last copy
+            with self._copies:
+                state = self._state()
+            self._writer.begin(step, state, self._evaluation())
             self._saved_step = step
         self._last_step, self._last_time = step, self._link.timeline.now()
 

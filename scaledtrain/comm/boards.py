@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ __all__ = ["SharedBoard", "StoreBoard"]
 _POLL_SECONDS = 0.005
 _REFRESH_SECONDS = 0.1
 _SILENCE_SECONDS = 10.0  # a rank that does not refresh for so long has died
+_CONNECT_SECONDS = 2.0
 _DEAD = -1
 
 
@@ -82,7 +85,7 @@ class StoreBoard(_Waiting):
     """A board in the job's key-value store, for ranks on several hosts.
 
     A thread writes this rank's word and reads the others' ten times a second; one that has not
-    written for ten seconds has died.
+    written for ten seconds has died. A lost connection is made again.
 
     Args:
         store: of this board alone.
@@ -93,6 +96,7 @@ class StoreBoard(_Waiting):
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float) -> None:
         super().__init__(rank, timeout_seconds)
+        self._origin = store
         # Its own client: whoever waits in another one keeps it for that long.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._size = size
@@ -118,18 +122,36 @@ class StoreBoard(_Waiting):
         self._thread.join()
 
     def _refresh(self) -> None:
-        beat = 0
+        beat, is_over = 0, False
+        while not is_over:
+            is_over = self._over.wait(_REFRESH_SECONDS)
+            beat += 1
+            try:
+                self._exchange(beat)
+            except (RuntimeError, dist.DistError):
+                if is_over or not self._connect_again():
+                    break
+        if not is_over and self._rank != 0:  # which has the store, and died
+            self._words[0] = _DEAD
+
+    def _exchange(self, beat: int) -> None:
+        self._store.set(f"{self._rank}", f"{self._words[self._rank]} {beat}")
+        for rank in range(self._size):
+            if rank != self._rank and self._words[rank] != _DEAD:
+                self._look_at(rank)
+
+    def _connect_again(self) -> bool:
+        """After a connection was lost; False: nobody answers there any more."""
+        store: Any = self._origin
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
         try:
-            while not self._over.wait(_REFRESH_SECONDS):
-                beat += 1
-                self._store.set(f"{self._rank}", f"{self._words[self._rank]} {beat}")
-                for rank in range(self._size):
-                    if rank != self._rank and self._words[rank] != _DEAD:
-                        self._look_at(rank)
-            self._store.set(f"{self._rank}", f"{self._words[self._rank]} {beat + 1}")
-        except (RuntimeError, dist.DistError):  # rank 0, which has the store, died
-            if self._rank != 0:
-                self._words[0] = _DEAD
+            # First so, since the store's own client would try for as long as it may wait.
+            socket.create_connection((store.host, store.port), _CONNECT_SECONDS).close()
+            self._store = self._origin.clone()  # type: ignore[attr-defined]
+        except (AttributeError, OSError, RuntimeError, dist.DistError):
+            return False
+        return True
 
     def _look_at(self, rank: int) -> None:
         if not self._store.check([f"{rank}"]):

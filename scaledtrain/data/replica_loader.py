@@ -17,6 +17,7 @@ Of an iterable without a length b is not known, and each has the same places in 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -112,6 +113,13 @@ class StepBatch(NamedTuple):
     def samples(self) -> int:
         """Samples in all microbatches."""
         return sum(self.sizes)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is of a whole step, and not of what an epoch had left."""
+        if self.even_samples is None or self.samples_per_rank is None:
+            return self.weight >= 1.0
+        return self.samples_per_rank > self.even_samples * self.multiple - 1e-6  # rounding
 
 
 def must_end(loader: Iterable[Any], what: str) -> None:
@@ -324,6 +332,23 @@ class ReplicaLoader:
             self._stateful.load_state_dict(state)
             self._is_placed = True
 
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """What the sampler gave for each batch of a step here: indices; None if there is none."""
+        if not isinstance(self._order, _EveryNth) or self._total is None:
+            return None
+        order = copy.copy(self._order)  # that of the epoch under way stays where it is
+        start = step * self._per_step
+        first = self._first(start, self._rank_in(epoch))
+        stop = min(start + self._window, self._total)
+        order.begin(epoch, first)
+        own = islice(order, len(range(first, stop, self._replicas)))
+        return list(own)[self._share[0] :: self._share[1]]
+
+    def _rank_in(self, epoch: int) -> int:
+        if self._alone and self._length is not None:
+            return (self._rank - epoch * self._length) % self._replicas
+        return self._rank
+
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
     ) -> Generator[StepBatch, None, None]:
@@ -340,9 +365,7 @@ class ReplicaLoader:
         self._ready = ready or (lambda: None)
         if self._generator is not None:  # of the seeds of the loader's workers
             self._generator.manual_seed(self._seed + self._rank + EPOCH_SEEDS * epoch)
-        rank = self._rank
-        if self._alone and self._length is not None:
-            rank = (self._rank - epoch * self._length) % self._replicas
+        rank = self._rank_in(epoch)
         if self._order is not None:
             self._order.begin(epoch, self._first(start * self._per_step, rank))
         windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)

@@ -89,6 +89,9 @@ class Steps(Protocol):
     def load_state_dict(self, state: Any) -> None:
         """The next epoch goes on where ``state_dict`` was called."""
 
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """What the sampler gave for each batch of a step here; None if there is none."""
+
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
     ) -> Generator[StepBatch, None, None]:
@@ -150,6 +153,10 @@ class AgreedBatches:
     def load_state_dict(self, state: Any) -> None:
         """The next epoch goes on where ``state_dict`` was called."""
         self._loader.load_state_dict(state)
+
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """What the sampler gave for each batch of a step here; None if there is none."""
+        return self._loader.samples(epoch, step)
 
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None

@@ -169,7 +169,9 @@ def _read_worker(folder: Path, rank: int) -> WorkerLog:
     return WorkerLog(rank, intervals, evaluations, spans)
 
 
-def _record(line: dict[str, Any]) -> Interval | Evaluation:
+def _record(line: dict[str, Any]) -> Interval | Evaluation | None:
+    if line["kind"] in ("ranks", "trouble"):  # of a watch
+        return None
     step, seconds = int(line["step"]), float(line["seconds"])
     if line["kind"] == "evaluation":
         values = {k: float(v) for k, v in line.items() if k not in ("kind", "step", "seconds")}

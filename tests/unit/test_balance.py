@@ -125,6 +125,45 @@ def test_accumulation_too() -> None:
     torch.testing.assert_close(ran[2].weight, alone.weight, rtol=1e-5, atol=1e-6)
 
 
+class Grows(Callback):
+    """From the sixth step on, two steps are one."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.step_count == 5:
+            trainer.batch_multiple = 2
+
+
+def test_in_steps_that_grow_too() -> None:
+    """The first decision is for 16 samples: 5, 5, 5, 1; the next ones are for 32."""
+    options = {"samples": 56, "callbacks": [Grows()]}
+    alone = train(Sync, None, local_batch=16, **options)
+    ran, _ = on_four(Sync, FAST, slow={3: 4.0}, **options)
+    for rank in ran:
+        torch.testing.assert_close(rank.weight, alone.weight, rtol=1e-5, atol=1e-6)
+    assert [line.split(";")[0] for line in ran[0].lines] == [
+        "step 4: samples of the replicas are now 5, 5, 5, 1",
+        "step 8: samples of the replicas are now 10, 10, 9, 3",
+    ]
+
+
+def test_elastic_runs_balance_too() -> None:
+    """3 batches of 4 samples in a step, on 4 replicas, on 2, and on one."""
+    options = {"batches_per_step": 3, "samples": 60}
+    alone = train(Sync, None, **options)
+
+    def program(link: Link, **more: Any) -> Ran:
+        return train(Sync, FAST, link, **options, **more)
+
+    four = simulate(partial(program, max_steps=7), cluster({3: 4.0}), 4).results[0]
+    assert four is not None
+    assert four.shares == [4, 4, 3, 1]
+    two = simulate(partial(program, state=four.state), cluster({1: 2.0}), 2).results
+    for rank in two:
+        assert rank is not None
+        assert rank.shares == [8, 4]  # rates 2 : 1
+        torch.testing.assert_close(rank.weight, alone.weight, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("strategy", [partial(LocalSGD, 3), partial(DiLoCo, 3)], ids=["l", "d"])
 def test_periods_count_by_their_samples(strategy: Callable[[], Strategy]) -> None:
     """Three local steps of each replica on its own parts, then the mean, weighted 2:5:7:2."""

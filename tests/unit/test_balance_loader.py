@@ -130,6 +130,53 @@ def test_steps_have_the_samples_of_one_process_in_their_order(kind: str, folder:
         assert {step.even_samples for step in each[2]} == {4.0}
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_steps_grow_and_need_be_no_multiple_of_the_ranks(kind: str, folder: Path) -> None:
+    """Steps of 2 batches on 3 ranks, 8 samples as 4, 1, 3; from the second on, two in one."""
+    loader = LOADERS[kind](folder)
+
+    def steps(of: ReplicaLoader | BalancedLoader) -> list[StepBatch]:
+        made = []
+        for step in of.epoch(1):
+            made.append(step)
+            of.multiple = 2
+        return made
+
+    whole = steps(ReplicaLoader(loader, batches_per_step=2, seed=3))
+    each = [
+        steps(
+            BalancedLoader(
+                loader, balancer(Fixed(SHARES)), replica=replica, seed=3, batches_per_step=2
+            )
+        )
+        for replica in range(3)
+    ]
+    together = [[x for step in rank for x in samples(step)] for rank in zip(*each, strict=True)]
+    assert together == [samples(step) for step in whole]
+    assert [[step.multiple for step in rank] for rank in each] == [[s.multiple for s in whole]] * 3
+    assert whole[1].multiple == 2
+    if kind not in ("own sampler", "tokens"):
+        assert [step.samples for step in each[0][:2]] == [4, 8]
+        assert [step.samples for step in each[1][:2]] == [1, 2]
+        assert [step.weight for step in each[2][:2]] == [3 / (8 / 3), 6 / (16 / 3)]
+        assert [step.even_samples for step in each[2][:2]] == [8 / 3, 8 / 3]
+        assert [step.is_full for step in each[1]] == [True, True, True, False]  # 46 = 8+16+16+6
+
+
+def test_it_tells_the_samples_of_a_step_without_moving() -> None:
+    rank = BalancedLoader(LOADERS["shuffled"](None), balancer(Fixed(SHARES)), replica=2, seed=3)
+    with closing(rank.epoch(1)) as steps:
+        for number, step in enumerate(steps):
+            assert rank.samples(1, number) == [column(batch) for batch in step.microbatches]
+    assert rank.samples(1, 9) == []  # behind the end
+    assert BalancedLoader([torch.zeros(2)], balancer(Fixed([1]), 1)).samples(0, 0) is None
+
+
+def test_replicas_alone_have_no_step_of_all() -> None:
+    with pytest.raises(ConfigError, match="replicas of this strategy make steps of their own"):
+        BalancedLoader([torch.zeros(1)], balancer(Fixed(SHARES)), alone=True, batches_per_step=4)
+
+
 def test_accumulation_pieces_and_limits() -> None:
     """Steps of 2 batches x 4 ranks x 4 = 32 samples; 24 and 8 of replicas of two ranks each."""
     loader = DataLoader(numbers(), batch_size=4)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch.distributed as dist
@@ -159,3 +163,20 @@ def test_without_its_store_rank_0_is_dead_for_the_others(rank: int, words: list[
     board._thread.join(LONG)
     assert list(board.read()) == words
     board.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds sockets in /proc")
+def test_a_lost_connection_to_the_store_is_made_again() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    made = [StoreBoard(store, rank, 2, LONG) for rank in range(2)]
+    made[0].write(1)
+    made[1].wait(lambda words: words[0] == 1, "a test")
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as own:
+            if own.getpeername()[1] == store.port:
+                own.shutdown(socket.SHUT_RDWR)
+    made[1].write(7)
+    made[0].wait(lambda words: words[1] == 7, "a test")
+    made[0].write(8)
+    made[1].wait(lambda words: words[0] == 8, "a test")
+    close(made)
