@@ -141,6 +141,7 @@ class TrainConfig:
     gradient_accumulation_steps: int
     max_grad_norm: float | None
     drop_compute: DropCompute
+    balance: Node
     seed: int
     deterministic: bool
     compile: str | None

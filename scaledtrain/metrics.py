@@ -119,6 +119,7 @@ class Metrics:
         self._since = now
         self._steps = 0
         self._samples = 0
+        self._mean_samples = 0.0  # of a rank
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
         self._staleness: dict[int, int] = {}
@@ -159,7 +160,12 @@ class Metrics:
             self._staleness[staleness] = self._staleness.get(staleness, 0) + 1
 
     def record(
-        self, strategy: Strategy, loss: Tensor, samples: int, grad_norm: Tensor | None
+        self,
+        strategy: Strategy,
+        loss: Tensor,
+        samples: int,
+        grad_norm: Tensor | None,
+        mean_samples: float | None = None,
     ) -> None:
         """Take note of a step; makes a record when one is due.
 
@@ -168,12 +174,14 @@ class Metrics:
             loss: of this replica, a scalar on its device.
             samples: that this replica trained on.
             grad_norm: of its gradient, if measured.
+            mean_samples: over all ranks; None: each trained on as many.
 
         Raises:
             NonFiniteLossError: at a record, if a loss since the last one was NaN or infinite.
         """
         self._steps += 1
         self._samples += samples
+        self._mean_samples += samples if mean_samples is None else mean_samples
         if samples:
             self._losses.append(loss)
             self._weights.append(samples)
@@ -193,7 +201,7 @@ class Metrics:
         gradients = (step - self._first_step) * strategy.gradients_per_step * self._data_ranks
         values: dict[str, float] = {
             "learning_rate": strategy.learning_rate,
-            "samples_per_second": gradients * (self._samples / self._steps) / elapsed,
+            "samples_per_second": gradients * (self._mean_samples / self._steps) / elapsed,
             "step_seconds": elapsed / self._steps,
             "bytes_sent": (self._bytes_sent() - self._sent_before) / self._steps,
             "memory_bytes": _peak_memory_bytes(self._device),

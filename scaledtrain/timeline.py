@@ -16,6 +16,8 @@ _MAX_INSIDE = 4096  # spans that one span can hold; forgetting more keeps memory
 
 Phase = Literal["data", "compute", "communication", "waiting", "evaluation"]
 
+_WITH_OTHERS: tuple[Phase, ...] = ("communication", "waiting", "evaluation")
+
 
 class Span(NamedTuple):
     """From ``start`` to ``end`` (seconds on the monotonic clock of the host) in one phase."""
@@ -103,3 +105,8 @@ class Timeline:
     def total(self, phase: Phase) -> float:
         """Seconds of a phase since the beginning, drained or not."""
         return self._drained.get(phase, 0.0) + self._seconds.get(phase, 0.0)
+
+    @property
+    def waited(self) -> float:
+        """Seconds in communication, waits and evaluations since the beginning."""
+        return sum(self.total(phase) for phase in _WITH_OTHERS)

@@ -384,6 +384,7 @@ def _assemble(
         batches_per_step=batches_per_step,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,
+        balance=make(config.balance),
         eval_metrics=task.metrics,
         callbacks=callbacks,
         seed=config.seed,

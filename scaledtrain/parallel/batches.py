@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from scaledtrain.comm.protocols import Group
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
+from scaledtrain.data.replica_loader import StepBatch, to_device
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 
@@ -99,19 +99,19 @@ class Steps(Protocol):
 
 
 class AgreedBatches:
-    """Steps of a `ReplicaLoader` in which all ranks of a group run equally many microbatches.
+    """Steps of a loader in which all ranks of a group run equally many microbatches.
 
     They run the model together, so one that has fewer microbatches, or none, where the data end
     runs one that it has had before, or that another rank lends it; it counts as one of no samples.
     The weight of a step is that of all ranks' samples.
 
     Args:
-        loader: of this rank.
+        loader: of this rank, a `ReplicaLoader` or one that balances.
         group: the ranks.
         device: where batches go.
     """
 
-    def __init__(self, loader: ReplicaLoader, group: Group, device: torch.device) -> None:
+    def __init__(self, loader: Steps, group: Group, device: torch.device) -> None:
         self._loader = loader
         self._group = group
         self._device = device
@@ -174,12 +174,15 @@ class AgreedBatches:
         if 0.0 < sum(has) < self._group.size:
             self._lend(has.index(1.0))
         lacking = int(max(lengths)) - len(step.microbatches)
+        mean = sum(samples) / self._group.size if step.mean_samples is None else step.mean_samples
         return StepBatch(
             step.microbatches + [self._spare] * lacking,
             step.sizes + [0] * lacking,
-            sum(weights) / self._group.size,
-            sum(samples) / self._group.size,
-            step.multiple,
+            weight=sum(weights) / self._group.size,
+            mean_samples=mean,
+            multiple=step.multiple,
+            even_samples=step.even_samples,
+            samples_per_rank=step.samples_per_rank,
         )
 
     def _lend(self, lender: int) -> None:

@@ -119,6 +119,7 @@ class ParameterServer(Strategy):
         self._learning_rate = 0.0
         self._has_gradient = True
         self._pushed = False
+        self.makes_equal_steps = self.admission.waits_for_all
         self.may_abandon = self.admission.abandons(_ANCIENT)
         if overlap:
             self._check_overlap()
