@@ -2,9 +2,11 @@
 
 A model is trained from settings tuned for a small reference batch, brought to each batch size by
 a rule: linear or square-root scaling of SGD (digits) or AdamW (GPT), LARS, LAMB with square-root
-scaling. Larger batches take fewer steps, down to a least number; smaller ones fewer samples.
-Through the two goes McCandlish's curve (S / S_min - 1) (E / E_min - 1) = 1, and E_min / S_min is
-the critical batch size, to be compared with the gradient noise scale.
+scaling. It is evaluated on the same samples at steps that are 5% apart, until the loss is there.
+Larger batches take fewer steps, down to a least number; smaller ones fewer samples. Through the
+two goes McCandlish's curve (S / S_min - 1) (E / E_min - 1) = 1, whose E_min / S_min is the critical
+batch size. By the theory it is the mean, over the steps, of the gradient noise scale, which is
+measured on the way (at steps that are 25% apart).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,58 +28,93 @@ from torch.optim import Optimizer
 
 from benchmarks.command_line import add_count, add_some, command_line, shown
 from benchmarks.harness import Report, environment, provenance
+from scaledtrain import ConfigError
 from scaledtrain.models import GPT, MLP, next_token_loss
-from scaledtrain.optim import LAMB, LARS, LearningRateScaling
+from scaledtrain.optim import (
+    LAMB,
+    LARS,
+    LearningRateScaling,
+    decay_groups,
+    gradient_noise,
+    norms_and_biases,
+)
 from scaledtrain.tasks import Task, digits, stdlib_text
 
 PACKAGES = ["torch", "numpy", "scikit-learn"]
 BATCHES = [4, 16, 64, 256, 1024]
 REFERENCE = 16
-SMOOTHING = 0.9  # of the training loss, for what 16 samples are at a time
-SETTINGS = {"reference_batch": REFERENCE, "batches": BATCHES, "smoothing": SMOOTHING}
+GROUPS = 16  # of samples whose gradients are compared for the noise scale
+SETTINGS = {"reference_batch": REFERENCE, "batches": BATCHES, "noise_groups": GROUPS}
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, to which loss, and for how many samples at most."""
+    """What is trained, to which loss, and for how many steps and samples at most."""
 
     title: str
     task: Callable[[], Task]
     model: Callable[[], nn.Module]
+    loss_fn: LossFn
     target: float
+    max_steps: int
     max_samples: int
-    usual: Callable[..., Optimizer]
-    """SGD or AdamW, with settings for the reference batch."""
+    n_evaluated: int
+    """Samples to train on that the loss and the noise scale are of."""
+    rules: Mapping[str, tuple[str, Callable[[nn.Module], Optimizer]]]
+    """How settings follow the batch, and an optimizer with those for the reference batch."""
 
 
+def _plain(make: Callable[..., Optimizer], model: nn.Module) -> Optimizer:
+    return make(model.parameters())
+
+
+def _lars(lr: float, others_lr: float, model: nn.Module) -> Optimizer:
+    """With a learning rate of their own for norms and biases, which are not adapted."""
+    groups = decay_groups(model.named_parameters(), norms_and_biases(model))
+    groups[-1]["lr"] = others_lr
+    return LARS(groups, lr, momentum_correction=True)
+
+
+SGD = partial(_plain, partial(torch.optim.SGD, lr=0.02, momentum=0.9))
+ADAMW = partial(_plain, partial(torch.optim.AdamW, lr=1e-3, betas=(0.99, 0.999)))
+LAMB_OF_ADAM = partial(_plain, partial(LAMB, lr=5e-3, betas=(0.99, 0.999)))
 WORKLOADS = {
     "digits": Workload(
-        "digits, MLP 64-128-10, to a loss of 0.2",
-        digits,
-        lambda: MLP(in_features=64, hidden=[128], out_features=10),
+        "digits, MLP 64-32-10, to a loss of 0.2",
+        partial(digits, as_images=False),
+        partial(MLP, in_features=64, hidden=[32], out_features=10),
+        F.cross_entropy,
         0.2,
-        60_000,
-        partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        max_steps=3_000,
+        max_samples=300_000,
+        n_evaluated=1024,
+        rules={
+            "linear": ("linear", SGD),
+            "sqrt": ("sqrt", SGD),
+            "LARS": ("sqrt", partial(_lars, 2.0, 0.02)),
+            "LAMB": ("sqrt", LAMB_OF_ADAM),
+        },
     ),
     "gpt": Workload(
-        "char-level GPT, 2 layers of 64, sequences of 64, to a loss of 2.6",
-        partial(stdlib_text, sequence_length=64, max_train_bytes=500_000, max_test_bytes=20_000),
-        lambda: GPT(vocab_size=256, sequence_length=64, n_layers=2, n_heads=2, d_model=64),
-        2.6,
-        40_000,
-        partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.95)),
+        "byte-level GPT, 2 layers of 32, sequences of 32, to a loss of 2.8",
+        partial(stdlib_text, sequence_length=32, max_train_bytes=500_000, max_test_bytes=20_000),
+        partial(GPT, vocab_size=256, sequence_length=32, n_layers=2, n_heads=2, d_model=32),
+        next_token_loss,
+        2.8,
+        max_steps=4_000,
+        max_samples=100_000,
+        n_evaluated=256,
+        rules={
+            "linear": ("linear", ADAMW),
+            "sqrt": ("sqrt", ADAMW),
+            "LARS": ("sqrt", partial(_lars, 2.0, 0.02)),
+            "LAMB": ("sqrt", LAMB_OF_ADAM),
+        },
     ),
 }
-LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "digits": F.cross_entropy,
-    "gpt": next_token_loss,
-}
-RULES: dict[str, tuple[str, Callable[..., Optimizer] | None]] = {
-    "linear": ("linear", None),
-    "sqrt": ("sqrt", None),
-    "LARS": ("sqrt", partial(LARS, lr=1.0, trust_coefficient=0.02, momentum_correction=True)),
-    "LAMB": ("sqrt", partial(LAMB, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)),
-}
+RULES = list(WORKLOADS["digits"].rules)
 
 
 @dataclass(frozen=True)
@@ -92,45 +129,99 @@ class Trained:
     """To the target; None: it was not reached, or the rule does not reach to this batch."""
     why: str
     """Why not."""
+    noise_scale: float | None = None
+    """S over the squared norm, each the mean over all steps."""
 
 
 def train(name: str, rule: str, batch: int, seed: int, max_samples: int | None = None) -> Trained:
-    """Train until a moving average of the training loss, over equally many samples, is there."""
+    """Train until the loss is there."""
     workload = WORKLOADS[name]
+    scaling, make = workload.rules[rule]
     torch.manual_seed(seed)
     model = workload.model()
-    scaling, make = RULES[rule]
-    optimizer = (make or workload.usual)(model.parameters())
+    optimizer = make(model)
     try:
         LearningRateScaling(scaling, REFERENCE).apply(optimizer, batch)  # type: ignore[arg-type]
-    except ValueError:
+    except ConfigError:
         return Trained(name, rule, batch, seed, None, "the rule ends before")
-    left = max_samples or workload.max_samples
-    average, weight, keep = 0.0, 0.0, SMOOTHING ** (batch / 64)
-    for step, (inputs, targets) in enumerate(_batches(workload.task(), batch, left), start=1):
-        loss = LOSSES[name](model(inputs), targets)
-        if not loss.isfinite():
-            return Trained(name, rule, batch, seed, None, "diverged")
-        average = keep * average + (1.0 - keep) * loss.item()
-        weight = keep * weight + 1.0 - keep
-        if average / weight <= workload.target and step * batch >= 256:
-            return Trained(name, rule, batch, seed, step, "")
+    run = _Run(name, model)
+    steps = min(workload.max_steps, (max_samples or workload.max_samples) // batch)
+    evaluate_at = measure_at = 1
+    for step, (inputs, targets) in zip(range(steps), _batches(name, batch, seed), strict=False):
+        if step == measure_at:
+            run.measure(step)
+            measure_at = math.ceil(1.25 * step)
+        if step == evaluate_at:
+            loss = run.loss()
+            if not math.isfinite(loss):
+                return Trained(name, rule, batch, seed, None, "diverged")
+            if loss <= workload.target:
+                return Trained(name, rule, batch, seed, step, "", run.noise_scale)
+            evaluate_at = math.ceil(1.05 * step)
         optimizer.zero_grad()
-        loss.backward()
+        workload.loss_fn(model(inputs), targets).backward()
         optimizer.step()
     return Trained(name, rule, batch, seed, None, "not reached")
 
 
-def _batches(task: Task, batch: int, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
-    used = 0
-    while used < samples:
-        for inputs, targets in task.train_loader(batch):
-            if len(targets) < batch:  # an epoch's last one
-                continue
-            yield inputs, targets
-            used += batch
-            if used >= samples:
-                return
+class _Run:
+    """Looks at a model that is being trained, on samples that stay the same."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        workload = WORKLOADS[name]
+        self._loss_fn, self._model = workload.loss_fn, model
+        inputs, targets = _samples(name)
+        self._inputs, self._targets = (
+            inputs[: workload.n_evaluated],
+            targets[: workload.n_evaluated],
+        )
+        self._sum, self._until = 0.0, 0
+
+    def loss(self) -> float:
+        with torch.no_grad():
+            return self._loss_fn(self._model(self._inputs), self._targets).item()
+
+    def measure(self, step: int) -> None:
+        """Compare gradients of groups of samples; the scale counts for all steps since the last."""
+        size = len(self._targets) // GROUPS
+        parameters, groups = list(self._model.parameters()), []
+        for inputs, targets in zip(
+            self._inputs.split(size), self._targets.split(size), strict=True
+        ):
+            loss = self._loss_fn(self._model(inputs), targets)
+            gradients = torch.autograd.grad(loss, parameters)
+            groups.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        each = torch.stack(groups)
+        combined = float(each.mean(0).square().sum())
+        noise = gradient_noise([size] * GROUPS, each.square().sum(1).tolist(), combined)
+        if not noise.no_scale:
+            self._sum += (step - self._until) * noise.scale
+            self._until = step
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The mean over the steps so far; None: there is no estimate."""
+        return self._sum / self._until if self._until else None
+
+
+@cache
+def _samples(name: str) -> tuple[Tensor, Tensor]:
+    """All that there are to train on, in an order that stays the same."""
+    samples: Any = WORKLOADS[name].task().train
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+    inputs, targets = samples[order.tolist()]
+    return inputs, targets
+
+
+def _batches(name: str, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Without end; each epoch in another order, without what is left of it."""
+    inputs, targets = _samples(name)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(targets), generator=generator)
+        for chosen in order.split(batch):
+            if len(chosen) == batch:
+                yield inputs[chosen], targets[chosen]
 
 
 def critical_batch(points: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
@@ -167,8 +258,10 @@ def render(runs: Sequence[Trained], where: Mapping[str, Any]) -> str:
             continue
         batches = sorted({r.batch for r in own})
         lines += ["", f"**{workload.title}: median steps (samples)**", ""]
-        lines.append(f"| | {' | '.join(f'batch {b}' for b in batches)} | critical batch |")
-        lines.append(f"|---|{'--:|' * (len(batches) + 1)}")
+        lines.append(
+            f"| | {' | '.join(f'batch {b}' for b in batches)} | critical batch | noise scale |"
+        )
+        lines.append(f"|---|{'--:|' * (len(batches) + 2)}")
         for rule in RULES:
             some = [r for r in own if r.rule == rule]
             if not some:
@@ -176,6 +269,8 @@ def render(runs: Sequence[Trained], where: Mapping[str, Any]) -> str:
             cells = [_cell([r for r in some if r.batch == b], b) for b in batches]
             fit = critical_batch(_points(some))
             cells.append("" if fit is None else f"{fit[1] / fit[0]:.0f}")
+            scales = [r.noise_scale for r in some if r.noise_scale is not None]
+            cells.append(f"{statistics.median(scales):.0f}" if scales else "")
             lines.append(f"| {rule} | {' | '.join(cells)} |")
         seeds = len({r.seed for r in own})
         lines += ["", f"Medians over {seeds} seeds; settings tuned for batches of {REFERENCE}."]
@@ -207,8 +302,9 @@ def draw(runs: Sequence[Trained], file: Path) -> None:
     """Samples against steps, on McCandlish's axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.0, 4.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), WORKLOADS, strict=True):
+    figure = Figure(figsize=(5.0 * len({r.workload for r in runs}), 4.5), layout="constrained")
+    shown = [name for name in WORKLOADS if any(r.workload == name for r in runs)]
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for rule in RULES:
             own = [r for r in runs if (r.workload, r.rule) == (name, rule)]
             points = _points(own)
@@ -231,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     where = environment(PACKAGES, SETTINGS)
     if options.quick:
-        quick = [train("digits", rule, b, 0, 4000) for rule in RULES for b in (16, 64, 256)]
+        quick = [train("digits", rule, b, 0) for rule in RULES for b in (64, 256, 1024)]
         print(render(quick, where))
         return 0
     folder = REPORT.open(where)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.optim.scaling import LearningRateScaling, Rule
 
 __all__ = ["BatchGrowth"]
-
-_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,10 @@ class BatchGrowth:
         max_batch_size: samples of a step, of all replicas together, that are never exceeded.
         min_batch_size: begin with at least so many; None: with the configured step.
         patience: measurements in a row that have to say so.
-        learning_rate: that of the schedule is multiplied by 1 (``"none"``), m (``"linear"``) or
-            m^0.5 (``"sqrt"``). Betas of Adam stay as they are.
+        lr_scaling: how the optimizer's settings follow, a rule of `LearningRateScaling`:
+            ``"linear"`` (learning rate times m), ``"sqrt"`` (times m^0.5, with Adam's betas and
+            eps), or ``"none"``. A `LearningRateScaling` to the configured step comes on top. Beside
+            `scaledtrain.optim.AdaScale`, which follows by itself, ``"none"`` or ``"adascale"``.
 
     Raises:
         ConfigError: a value out of its range.
@@ -41,16 +41,12 @@ class BatchGrowth:
     max_batch_size: int
     min_batch_size: int | None = None
     patience: int = 3
-    learning_rate: Literal["none", "linear", "sqrt"] = "none"
+    lr_scaling: Rule = "none"
 
     def __post_init__(self) -> None:
         if self.patience < 1:
             raise ConfigError(f"patience is {self.patience}; it counts measurements, >= 1")
-        if self.learning_rate not in _POWERS:
-            raise ConfigError(
-                f"learning_rate is {self.learning_rate!r}; how it follows the batch is one of "
-                f"{', '.join(_POWERS)}"
-            )
+        LearningRateScaling(self.lr_scaling)  # which refuses other words
         least = 1 if self.min_batch_size is None else self.min_batch_size
         if not 1 <= least <= self.max_batch_size:
             raise ConfigError(
@@ -75,12 +71,16 @@ class BatchGrowth:
                 "only become a multiple of that; raise max_batch_size, or configure smaller steps"
             )
         least = configured if self.min_batch_size is None else self.min_batch_size
-        return min(math.ceil(least / configured), self.max_batch_size // configured)
+        return min(math.ceil(least / configured), self.largest(configured))
 
     def following(self, multiple: int, configured: int) -> int:
         """The m after ``multiple``; the same if there is no larger one."""
-        return max(multiple, min(2 * multiple, self.max_batch_size // configured))
+        return max(multiple, min(2 * multiple, self.largest(configured)))
 
-    def scale(self, multiple: int) -> float:
-        """By what the learning rate is multiplied at that m."""
-        return float(multiple ** _POWERS[self.learning_rate])
+    def scaling(self, configured: int) -> LearningRateScaling:
+        """Of the optimizer's settings, which are for the configured step."""
+        return LearningRateScaling(self.lr_scaling, configured)
+
+    def largest(self, configured: int) -> int:
+        """The last m."""
+        return self.max_batch_size // configured

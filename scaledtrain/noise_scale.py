@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,25 @@ if TYPE_CHECKING:
     from scaledtrain.trainer import Trainer
 
 __all__ = ["NoiseScale"]
+
+
+class NoiseFollower(Protocol):
+    """Who is told of every measurement, before the update that its gradients make."""
+
+    def observe(self, noise: GradientNoise, batch: float) -> None:
+        """Take in a measurement.
+
+        Args:
+            noise: of this step's gradients alone.
+            batch: samples in the step.
+        """
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has come to its end."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """What a record should tell, by name."""
 
 
 class NoiseScale(Callback):
@@ -82,6 +102,8 @@ class NoiseScale(Callback):
         self._measuring: _Gradients | None = None
         self._batch_size = 0.0
         self._multiple = 0  # of the configured step; 0: not chosen yet
+        self._configured = 0  # samples of that
+        self._follower: NoiseFollower | None = None
         self._calls = 0  # measurements in a row that called for a larger batch
 
     @property
@@ -89,13 +111,35 @@ class NoiseScale(Callback):
         """The smoothed estimate."""
         return self._smoothed.noise
 
+    def lead(self, follower: NoiseFollower) -> None:
+        """Tell somebody, as `scaledtrain.optim.AdaScale`, of every measurement before its update.
+
+        Args:
+            follower: instead of who was told until now.
+        """
+        self._follower = follower
+
     def on_fit_start(self, trainer: Trainer) -> None:
         """Begin with the batch that there was."""
+        if self._follower is not None and not trainer.strategy.replicas_equal:
+            raise ConfigError(
+                f"AdaScale follows the gradient noise of updates, but under {trainer.strategy} "
+                "replicas do not make the same updates together; take strategy=sync, or "
+                "another lr_scaling.rule"
+            )
+        if self._follower is not None and self._grow is None:
+            _check_compares(trainer, 1, "AdaScale is to follow the gradient noise")
         if self._grow is None:
             return
         configured = _configured(trainer)
-        self._multiple = self._multiple or self._grow.first(configured)
+        multiple = self._multiple * self._configured / configured  # in a resumed run
+        self._multiple = max(round(multiple), self._grow.first(configured))
+        self._multiple = min(self._multiple, self._grow.largest(configured))
+        self._configured = configured
         _check_can_grow(trainer, self._multiple)
+        scaling = self._grow.scaling(configured)
+        # Rather now than when the batch has grown.
+        trainer.strategy.scale_settings(scaling, self._grow.largest(configured) * configured)
         self._use_multiple(trainer, self._grow)
 
     def needs_own_gradients(self, trainer: Trainer, batch: StepBatch) -> bool:
@@ -118,6 +162,8 @@ class NoiseScale(Callback):
         if self._measuring is not None:
             samples, measured = self._measuring.compare()
             self._smoothed.add(measured)
+            if self._follower is not None:
+                self._follow(trainer, self._follower, measured, samples)
             if self._measuring.is_full or not self._batch_size:
                 self._batch_size = samples
 
@@ -127,6 +173,8 @@ class NoiseScale(Callback):
         if self._measuring is not None and self._grow is not None:
             self._decide(trainer, self._grow)
         self._measuring = None
+        if self._follower is not None and self._follower.is_over:
+            trainer.stop()
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Say what it has come to."""
@@ -149,6 +197,8 @@ class NoiseScale(Callback):
             "gradient_variance": noise.variance,
             "gradient_squared_norm": noise.squared_norm,
         }
+        if self._follower is not None:
+            values |= self._follower.metrics()
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,6 +208,7 @@ class NoiseScale(Callback):
             "steps": self._steps,
             "batch_size": self._batch_size,
             "multiple": self._multiple,
+            "configured": self._configured,
             "calls": self._calls,
         }
 
@@ -166,7 +217,7 @@ class NoiseScale(Callback):
         self._smoothed.load_state_dict(state["smoothed"])
         self._steps = state["steps"]
         self._batch_size = state["batch_size"]
-        self._multiple = state["multiple"]
+        self._multiple, self._configured = state["multiple"], state["configured"]
         self._calls = state["calls"]
 
     def _decide(self, trainer: Trainer, grow: BatchGrowth) -> None:
@@ -181,13 +232,27 @@ class NoiseScale(Callback):
             self._use_multiple(trainer, grow)
             trainer.metrics.say(
                 f"step {trainer.step_count}  noise scale {scale:.0f}: from now on a step takes "
-                f"{following * configured} samples, the learning rate is multiplied by "
-                f"{grow.scale(following):.3g}"
+                f"{following * configured} samples, the learning rate is "
+                f"{trainer.strategy.learning_rate:.3g}"
             )
 
     def _use_multiple(self, trainer: Trainer, grow: BatchGrowth) -> None:
         trainer.batch_multiple = self._multiple
-        trainer.strategy.scale_learning_rate(grow.scale(self._multiple))
+        scaling = grow.scaling(self._configured)
+        trainer.strategy.scale_settings(scaling, self._multiple * self._configured)
+
+    def _follow(
+        self, trainer: Trainer, follower: NoiseFollower, measured: GradientNoise, samples: float
+    ) -> None:
+        """Let all replicas follow the same numbers, should rounding differ."""
+        told = torch.tensor(
+            [measured.squared_norm, measured.variance, samples],
+            dtype=torch.float64,
+            device=trainer.link.device,
+        )
+        trainer.strategy.lockstep.broadcast([told])
+        squared_norm, variance, samples = told.tolist()
+        follower.observe(replace(measured, squared_norm=squared_norm, variance=variance), samples)
 
 
 class _Gradients:
@@ -303,11 +368,22 @@ def _check_can_grow(trainer: Trainer, multiple: int) -> None:
             "of the same number of microbatches; take batch=measured, or a layout without "
             "mesh.pipe and with engine=fully_shard"
         )
-    batches = trainer.step_size[0] // trainer.layout.data_ranks * multiple
-    if batches < 2:
+    _check_compares(
+        trainer, multiple, "the batch is to grow with the gradient noise (batch=adaptive)"
+    )
+
+
+def _check_compares(trainer: Trainer, multiple: int, aim: str) -> None:
+    if _replicas(trainer) > 1:
+        return
+    if not trainer.schedule.one_by_one:
         raise ConfigError(
-            "the batch is to grow with the gradient noise (batch=adaptive), but a step has one "
-            "batch of one replica, and there is nothing to compare; set "
+            f"{aim}, but a pipeline, and DeepSpeed, have no gradients of single microbatches to "
+            "compare; train with several replicas (mesh.replicate)"
+        )
+    if trainer.step_size[0] // trainer.layout.data_ranks * multiple < 2:
+        raise ConfigError(
+            f"{aim}, but a step has one batch of one replica, and there is nothing to compare; set "
             "gradient_accumulation_steps=2 (and half the batch size), or train with several "
             "replicas"
         )

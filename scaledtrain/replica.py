@@ -18,6 +18,7 @@ from scaledtrain.comm.protocols import Group
 from scaledtrain.copies import copied
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim.narrow import Rounding, WideStep
+from scaledtrain.optim.scaling import LearningRateScaling, follow_batch
 
 __all__ = ["MakeOptimizer", "MakeRounding", "MakeScheduler", "Replica", "Updater"]
 
@@ -60,6 +61,7 @@ class Updater:
         is_narrow = any(p.dtype in _HALF for group in groups for p in group["params"])
         rounding = make_rounding() if make_rounding is not None and is_narrow else None
         self._wide = None if rounding is None else WideStep(self.optimizer, rounding)
+        self._scaling, self._batch = LearningRateScaling(), 1.0
 
     @property
     def has_schedule(self) -> bool:
@@ -69,7 +71,21 @@ class Updater:
     @property
     def learning_rate(self) -> float:
         """Of the next update (of the first parameter group)."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.optimizer.param_groups[0]["lr"]) * self._scaling.factor(self._batch)
+
+    def scale_settings(self, scaling: LearningRateScaling, batch: float) -> None:
+        """Bring the settings to a batch in each of the next updates; a schedule sees nothing of it.
+
+        Args:
+            scaling: of the settings.
+            batch: samples in one update.
+
+        Raises:
+            ConfigError: as `LearningRateScaling.scaled`.
+        """
+        for group in self.optimizer.param_groups:
+            scaling.scaled(group, batch)
+        self._scaling, self._batch = scaling, batch
 
     def step(self, scale: float = 1.0) -> None:
         """Make one update from the parameters' ``.grad``.
@@ -77,13 +93,29 @@ class Updater:
         Args:
             scale: of its learning rates; a schedule sees nothing of that.
         """
-        with _scaled_learning_rate(self.optimizer, scale):
+        with self._scaled(scale):
             if self._wide is None:
                 self.optimizer.step()
             else:
                 self._wide.step()
         if self._scheduler is not None:
             self._scheduler.step()
+
+    @contextmanager
+    def _scaled(self, scale: float) -> Iterator[None]:
+        if scale == 1.0 and self._scaling.rule == "none":
+            yield
+            return
+        kept = []
+        for group in self.optimizer.param_groups:
+            scaled = self._scaling.scaled(group, self._batch)
+            kept.append({name: group[name] for name in scaled})
+            group.update(scaled, lr=scaled["lr"] * scale)
+        try:
+            yield
+        finally:
+            for group, settings in zip(self.optimizer.param_groups, kept, strict=True):
+                group.update(settings)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state of the optimizer, of the schedule, and of the rounding."""
@@ -97,11 +129,18 @@ class Updater:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned.
 
+        Settings that were scaled to a batch are brought to that of this run (`follow_batch`).
+
         Raises:
             ConfigError: it is of another optimizer, or of another schedule.
         """
         self._check_kinds(*state.get("kinds", [None, None]))
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        state = copy.deepcopy(state)
+        factor = follow_batch(state["optimizer"], self.optimizer)
+        for name in ("base_lrs", "_last_lr"):  # of a schedule that keeps them
+            if state["scheduler"] is not None and name in state["scheduler"]:
+                state["scheduler"][name] = [lr * factor for lr in state["scheduler"][name]]
+        self.optimizer.load_state_dict(state["optimizer"])
         if self._wide is not None and state["rounding"] is not None:
             self._wide.load_state_dict(state["rounding"], state["optimizer"])
         if self._scheduler is not None and state["scheduler"] is not None:
@@ -127,21 +166,6 @@ class Updater:
 
 def _schedule_name(scheduler: LRScheduler | None) -> str:
     return "none" if scheduler is None else type(scheduler).__name__
-
-
-@contextmanager
-def _scaled_learning_rate(optimizer: Optimizer, scale: float) -> Iterator[None]:
-    if scale == 1.0:
-        yield
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * scale
-    try:
-        yield
-    finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
 
 
 class Replica:

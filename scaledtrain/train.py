@@ -34,6 +34,8 @@ from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.launching import Interrupted, guarded, workers_to_start
 from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
+from scaledtrain.noise_scale import NoiseScale
+from scaledtrain.optim.adascale import AdaScale
 from scaledtrain.optim.scaling import decay_groups, norms_and_biases, zero_gamma
 from scaledtrain.optim.warmup import units_per_update
 from scaledtrain.parallel.accelerate import with_accelerate
@@ -100,8 +102,8 @@ def _main() -> None:
 def report_result(result: FitResult, run_dir: Path) -> None:
     """Print how a run ended, and where everything is."""
     values = "  ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
-    # The only callback here is the one that watches for the target.
-    why = "target reached" if result.stopped_by == "callback" else result.stopped_by
+    # Of callbacks here the one that watches for the target ends runs, and AdaScale.
+    why = "goal reached" if result.stopped_by == "callback" else result.stopped_by
     print(f"ended at step {result.step} after {result.seconds:.1f} s: {why}")
     print(f"last evaluation: {values or 'none'}")
     print(f"config, result, metrics and TensorBoard events: {run_dir}")
@@ -313,8 +315,16 @@ def _assemble(
             "rate yourself, and leave lr_scaling.rule at none and weight_decay_on at all"
         )
     callbacks = list(callbacks)
-    if config.batch is not None:
-        callbacks.append(make(config.batch))
+    noise = None if config.batch is None else make(config.batch)
+    if noise is not None:
+        callbacks.append(noise)
+    is_adascale = scaling.rule == "adascale"
+    if is_adascale and not (isinstance(noise, NoiseScale) and strategy.replicas_equal):
+        raise ConfigError(
+            f"lr_scaling.rule=adascale follows the gradient noise of each update, but here are "
+            f"strategy {strategy} and batch {'fixed' if noise is None else noise!r}; take "
+            "strategy=sync, batch=measured and batch.every=1, or another rule"
+        )
     if config.target.metric is not None:
         callbacks.append(StopAtTarget(**asdict(config.target)))
 
@@ -329,7 +339,7 @@ def _assemble(
     def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         given = decay_groups(parameters, exempt) if exempt else parameters
         optimizer = cast(Optimizer, make_of("optimizer", config.optimizer, given))
-        if scaling.rule != "none":
+        if scaling.rule not in ("none", "adascale"):
             scaling.apply(optimizer, samples_per_update())
         return optimizer
 
@@ -343,33 +353,44 @@ def _assemble(
             batches_per_step=batches_per_step,
         ).steps_per_epoch
         in_epoch = None if steps is None else steps * replicas / strategy.gradients_per_step
+        per_update = samples_per_update()
+        if is_adascale:  # which counts updates with the reference batch
+            in_epoch = None if in_epoch is None else in_epoch * per_update / scaling.reference_batch
+            per_update = scaling.reference_batch
         limits = [float(config.max_steps)] if config.max_steps is not None else []
-        if config.max_epochs is not None and in_epoch is not None:
+        if config.max_epochs is not None and in_epoch is not None and not is_adascale:
             limits.append(config.max_epochs * in_epoch)
         known: dict[str, Any] = {
             "max_lr": [group["lr"] for group in optimizer.param_groups],
-            "samples_per_update": samples_per_update(),
-            "start_factor": min(1.0, 1.0 / scaling.factor(samples_per_update())),
+            "samples_per_update": per_update,
+            "start_factor": min(1.0, 1.0 / scaling.factor(per_update)),
         }
         if in_epoch is not None:
             known["updates_per_epoch"] = in_epoch
         if limits:
             known |= dict.fromkeys(_NAMES_OF_TOTAL, int(min(limits)))
             unit = config.lr_schedule.get("unit", "steps")
-            known["total"] = min(limits) * units_per_update(unit, in_epoch, samples_per_update())
+            known["total"] = min(limits) * units_per_update(unit, in_epoch, per_update)
         node, lacking = complete(config.lr_schedule, known, n_given=1)
         if lacking:
             raise ConfigError(
                 f"lr_schedule {_class(node)} needs {' and '.join(lacking)}, the number of updates, "
-                f"which follows from max_steps or max_epochs; set one, or lr_schedule.{lacking[0]}"
+                f"which follows from {'max_steps' if is_adascale else 'max_steps or max_epochs'}; "
+                f"set {'it' if is_adascale else 'one'}, or lr_schedule.{lacking[0]}"
             )
         return cast(LRScheduler, make_of("lr_schedule", node, optimizer))
+
+    make_schedule = make_scheduler if config.lr_schedule is not None else None
+
+    def make_adascale(optimizer: Optimizer) -> LRScheduler:
+        total, reference = config.max_steps, scaling.reference_batch
+        return AdaScale(optimizer, reference, make_schedule, total=total, leader=noise)
 
     trainer = Trainer(
         model,
         task.loss_fn,
         make_optimizer,
-        lr_scheduler=make_scheduler if config.lr_schedule is not None else None,
+        lr_scheduler=make_adascale if is_adascale else make_schedule,
         strategy=strategy,
         mesh=config.mesh,
         engine=engine,

@@ -678,6 +678,12 @@ class Trainer:
         then = self._resumed.get("step_size")
         if then is not None:
             self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
+            before, after = _samples_of(then), _samples_of(loader.step_size)
+            if None not in (before, after) and before != after:
+                self.metrics.say(
+                    f"steps had {before} samples, and have {after} from here on; settings that "
+                    "lr_scaling made (learning rate, betas, eps) follow, others stay as saved"
+                )
             long, now = self._resumed["steps_per_epoch"], loader.steps_per_epoch
             if then == loader.step_size and None not in (long, now) and long != now:
                 self.metrics.say(
@@ -749,6 +755,11 @@ class Trainer:
         )
         if self.layout.told:
             self.metrics.say(self.layout.told)
+
+
+def _samples_of(step_size: tuple[int, int | None]) -> int | None:
+    batches, samples = step_size
+    return None if samples is None else batches * samples
 
 
 @contextmanager

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, _enable_get_lr_call
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.optim.noise_scale import GradientNoise
 
 __all__ = ["AdaScale", "adascale_gain"]
+
+_KEPT = ("last_epoch", "_step_count", "progress", "_squared_norm", "_variance", "_weight", "_batch")
 
 
 def adascale_gain(squared_norm: float, variance: float, scale: float) -> float:
@@ -49,6 +52,13 @@ def adascale_gain(squared_norm: float, variance: float, scale: float) -> float:
     return (variance + signal) / (variance / scale + signal)
 
 
+class Leader(Protocol):
+    """Who measures the noise: `scaledtrain.NoiseScale`."""
+
+    def lead(self, follower: Any) -> None:
+        """Call the follower's ``observe`` with each measurement, before the update."""
+
+
 class AdaScale(LRScheduler):
     r"""A schedule made for a reference batch, run with a larger one.
 
@@ -59,18 +69,22 @@ class AdaScale(LRScheduler):
     where lr(x) is the schedule's learning rate after x updates with the reference batch, so that a
     run needs the fewer updates the more noise there is, and never overshoots where there is none.
     Warmup is not needed: gains are small as training begins. It is for SGD; Adam divides by the
-    gradient's size itself.
+    gradient's size itself. A batch that changes changes the gain.
 
-    sigma^2 and mu^2 are moving averages, each by itself, over about 1 / (1 - smoothing) updates;
-    the paper's are over 1000 / scale. Before the first `observe` the gain is 1.
+    S and |G|^2 are moving averages, each by itself, over about 1 / (1 - smoothing) measurements;
+    the paper's are over 1000 / scale, scale = batch / reference_batch. Before the first `observe`
+    the gain is 1.
 
     Args:
         optimizer: with the learning rate of the reference batch.
-        scale: batch over reference batch, > 0.
+        reference_batch: samples, >= 1.
         make_scheduler: makes the schedule; None: the rate is constant. One whose rate follows from
             its ``last_epoch``, as `WarmupDecay` with steps or ``LambdaLR``, not from the rate
             before.
         smoothing: in [0, 1); None: max(0, 1 - scale / 1000), the paper's.
+        total: x at which the run is over; None: it does not say.
+        leader: calls `observe`, a `scaledtrain.NoiseScale` that is a callback of the same Trainer,
+            best with ``every=1``; None: your own loop does.
 
     Raises:
         ConfigError: an argument is outside its range.
@@ -80,9 +94,9 @@ class AdaScale(LRScheduler):
         >>> from functools import partial
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> halves = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda x: 0.5 ** (x // 3))
-        >>> schedule = AdaScale(sgd, 2, halves)
-        >>> for _ in range(3):           # sigma^2 = 1, mu^2 = 0: gain 2, x = 0, 2, 4
-        ...     schedule.observe(squared_norm=0.0, variance=1.0)
+        >>> schedule = AdaScale(sgd, reference_batch=16, make_scheduler=halves)
+        >>> for _ in range(3):           # S > 0, |G|^2 = 0: gain 32 / 16 = 2, x = 0, 2, 4
+        ...     schedule.observe(GradientNoise(squared_norm=0.0, variance=1.0), batch=32)
         ...     print(sgd.param_groups[0]["lr"])
         ...     sgd.step()
         ...     schedule.step()
@@ -97,44 +111,66 @@ class AdaScale(LRScheduler):
     def __init__(
         self,
         optimizer: Optimizer,
-        scale: float,
+        reference_batch: float,
         make_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         smoothing: float | None = None,
+        *,
+        total: float | None = None,
+        leader: Leader | None = None,
     ) -> None:
-        if not (scale > 0.0 and math.isfinite(scale)):
-            raise ConfigError(f"AdaScale: scale is {scale}; it is batch over reference batch, > 0")
+        if not (reference_batch >= 1.0 and math.isfinite(reference_batch)):
+            raise ConfigError(
+                f"AdaScale: reference_batch is {reference_batch}; it counts samples, >= 1"
+            )
         if smoothing is not None and not 0.0 <= smoothing < 1.0:
             raise ConfigError(f"AdaScale: smoothing is {smoothing}; it is in [0, 1)")
-        self._scale = scale
-        self._smoothing = max(0.0, 1.0 - scale / 1000.0) if smoothing is None else smoothing
+        if total is not None and not total > 0.0:
+            raise ConfigError(f"AdaScale: total is {total}; it counts updates, > 0")
+        self._reference_batch = reference_batch
+        self._smoothing = smoothing
+        self._total = total
         self._inner = None if make_scheduler is None else make_scheduler(optimizer)
         self._squared_norm = self._variance = self._weight = 0.0
+        self._batch = reference_batch
         self.progress = 0.0
         """Updates with the reference batch that the run is worth so far: x."""
         self._constant = [float(group["lr"]) for group in optimizer.param_groups]
         super().__init__(optimizer)
+        if leader is not None:
+            leader.lead(self)
 
     @property
     def gain(self) -> float:
         """Of the next update."""
         if not self._weight:
             return 1.0
-        return adascale_gain(
-            self._squared_norm / self._weight, self._variance / self._weight, self._scale
-        )
+        variance = self._variance / self._weight / self._reference_batch
+        scale = self._batch / self._reference_batch
+        return adascale_gain(self._squared_norm / self._weight, variance, scale)
 
-    def observe(self, squared_norm: float, variance: float) -> None:
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is worth ``total`` updates."""
+        return self._total is not None and self.progress >= self._total
+
+    def metrics(self) -> dict[str, float]:
+        """Gain and progress."""
+        return {"adascale_gain": self.gain, "adascale_progress": self.progress}
+
+    def observe(self, noise: GradientNoise, batch: float) -> None:
         """Take in what this step's gradients show, before the update; it sets the learning rate.
 
         Args:
-            squared_norm: an estimate of mu^2, as `adascale_gain` wants it.
-            variance: of sigma^2, of a gradient of the reference batch.
+            noise: an estimate from them alone; where it is undefined, the gain stays.
+            batch: samples in the step.
         """
-        if math.isfinite(squared_norm + variance):
-            d = self._smoothing
-            self._squared_norm = d * self._squared_norm + (1.0 - d) * squared_norm
-            self._variance = d * self._variance + (1.0 - d) * variance
+        if math.isfinite(noise.squared_norm + noise.variance):
+            scale = batch / self._reference_batch
+            d = max(0.0, 1.0 - scale / 1000.0) if self._smoothing is None else self._smoothing
+            self._squared_norm = d * self._squared_norm + (1.0 - d) * noise.squared_norm
+            self._variance = d * self._variance + (1.0 - d) * noise.variance
             self._weight = d * self._weight + (1.0 - d)
+            self._batch = batch
         self._set(self.get_lr())
 
     def step(self, epoch: int | None = None) -> None:
@@ -151,7 +187,8 @@ class AdaScale(LRScheduler):
         if self._inner is None:
             return list(self._constant)
         self._inner.last_epoch = int(self.progress)
-        return self._inner.get_lr()
+        with _enable_get_lr_call(self._inner):  # which else warns that this is no step of it
+            return self._inner.get_lr()
 
     def _set(self, rates: list[float | Any]) -> None:
         self._last_lr = rates
@@ -160,8 +197,7 @@ class AdaScale(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Progress and averages."""
-        names = ("last_epoch", "_step_count", "progress", "_squared_norm", "_variance", "_weight")
-        return {name: self.__dict__[name] for name in names}
+        return {name: self.__dict__[name] for name in _KEPT}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""

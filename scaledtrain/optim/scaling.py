@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,7 +13,19 @@ from torch.optim import Optimizer
 
 from scaledtrain.errors import ConfigError
 
-__all__ = ["LearningRateScaling", "decay_groups", "norms_and_biases", "zero_gamma"]
+__all__ = [
+    "LearningRateScaling",
+    "Rule",
+    "decay_groups",
+    "follow_batch",
+    "norms_and_biases",
+    "zero_gamma",
+]
+
+Rule = Literal["none", "linear", "sqrt", "adascale"]
+
+# What schedules keep in a group is multiplied, too.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,9 @@ class LearningRateScaling:
 
         1 - beta <- kappa (1 - beta) for both,   eps <- eps / sqrt(kappa)
 
-    so that averages are over as many samples as before. ``"none"``: all stays.
+    so that averages are over as many samples as before. To go from one batch to a second and from
+    that to a third is to go there at once. ``"none"``: all stays. ``"adascale"``: it stays, too,
+    since `scaledtrain.optim.AdaScale` multiplies learning rates by what gradients show.
 
     A batch is all samples whose gradients make one update: of all replicas and all accumulated
     batches where replicas step together, of one worker where a server updates with each gradient.
@@ -50,12 +64,14 @@ class LearningRateScaling:
         Rules for Adaptive Gradient Algorithms, arXiv 2205.10287 (square root).
     """
 
-    rule: Literal["none", "linear", "sqrt"] = "none"
+    rule: Rule = "none"
     reference_batch: int = 256
 
     def __post_init__(self) -> None:
-        if self.rule not in ("none", "linear", "sqrt"):
-            raise ConfigError(f"lr_scaling.rule is {self.rule!r}; it is none, linear or sqrt")
+        if self.rule not in get_args(Rule):
+            raise ConfigError(
+                f"lr_scaling.rule is {self.rule!r}; it is one of {', '.join(get_args(Rule))}"
+            )
         if self.reference_batch < 1:
             raise ConfigError(
                 f"lr_scaling.reference_batch is {self.reference_batch}; it counts samples, >= 1"
@@ -68,34 +84,83 @@ class LearningRateScaling:
             batch: samples in one update.
         """
         kappa = batch / self.reference_batch
-        return {"none": 1.0, "linear": kappa, "sqrt": math.sqrt(kappa)}[self.rule]
+        return {"linear": kappa, "sqrt": math.sqrt(kappa)}.get(self.rule, 1.0)
+
+    def scaled(self, settings: Mapping[str, Any], batch: float) -> dict[str, Any]:
+        """The settings of a parameter group that change, as they are for a batch.
+
+        Args:
+            settings: of a group, for the reference batch.
+            batch: samples in one update.
+
+        Raises:
+            ConfigError: the batch is so large that an average would be over less than one update.
+        """
+        factor = self.factor(batch)
+        changed = {name: settings[name] * factor for name in _RATES if name in settings}
+        if self.rule != "sqrt" or "betas" not in settings:
+            return changed
+        kappa = batch / self.reference_batch
+        before = tuple(settings["betas"])
+        betas = tuple(1.0 - kappa * (1.0 - beta) for beta in before)
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            largest = self.reference_batch / (1.0 - min(before))
+            raise ConfigError(
+                f"learning rates scaled by sqrt: betas {before} for batches of "
+                f"{self.reference_batch} become {tuple(round(b, 4) for b in betas)} for batches of "
+                f"{batch:g}, and they are in [0, 1): the rule holds up to {largest:g} samples "
+                "here; take a smaller batch, larger betas, or another rule (lr_scaling)"
+            )
+        return {**changed, "betas": betas, "eps": settings["eps"] / math.sqrt(kappa)}
 
     def apply(self, optimizer: Optimizer, batch: float) -> None:
         """Change the settings of all groups of an optimizer that was made for the reference batch.
+
+        Groups keep the rule and the batch in mind, so that settings follow where a run goes on with
+        batches of another size (`follow_batch`).
 
         Args:
             optimizer: new: a schedule is made after this.
             batch: samples in one update.
 
         Raises:
-            ConfigError: the batch is so large that an average would be over less than one update.
+            ConfigError: as `scaled`.
         """
-        kappa = batch / self.reference_batch
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.factor(batch)
-            if self.rule != "sqrt" or "betas" not in group:
-                continue
-            betas = tuple(1.0 - kappa * (1.0 - beta) for beta in group["betas"])
-            if not all(0.0 <= beta < 1.0 for beta in betas):
-                largest = self.reference_batch / (1.0 - min(group["betas"]))
-                raise ConfigError(
-                    f"lr_scaling.rule sqrt makes of betas {tuple(group['betas'])} for batches of "
-                    f"{self.reference_batch} {tuple(round(b, 4) for b in betas)} for batches of "
-                    f"{batch:g}, and they are in [0, 1): the rule holds up to {largest:g} samples "
-                    "here; take a smaller batch, larger betas, or another rule"
-                )
-            group["betas"] = betas
-            group["eps"] = group["eps"] / math.sqrt(kappa)
+            group.update(self.scaled(group, batch), scaled_by=self.rule, scaled_to=batch)
+
+
+def follow_batch(state: dict[str, Any], optimizer: Optimizer) -> float:
+    """Bring the state of an optimizer to the batch that another one's settings are scaled to.
+
+    Both were scaled by the same rule of `LearningRateScaling`; else nothing changes.
+
+    Args:
+        state: an optimizer's ``state_dict()``; changed.
+        optimizer: that is to load it.
+
+    Returns:
+        What learning rates were multiplied by.
+
+    Example:
+        >>> def adam(batch):
+        ...     made = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.1, betas=(0.9, 0.99))
+        ...     LearningRateScaling("sqrt", reference_batch=16).apply(made, batch)
+        ...     return made
+        >>> state = adam(16).state_dict()
+        >>> follow_batch(state, adam(64))
+        2.0
+        >>> [round(beta, 6) for beta in state["param_groups"][0]["betas"]]
+        [0.6, 0.96]
+    """
+    factor = 1.0
+    for then, now in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        if "scaled_by" in now and then.get("scaled_by") == now["scaled_by"]:
+            batch = now["scaled_to"]
+            scaling = LearningRateScaling(now["scaled_by"], then["scaled_to"])
+            then.update(scaling.scaled(then, batch), scaled_to=batch)
+            factor = scaling.factor(batch)
+    return factor
 
 
 def norms_and_biases(model: nn.Module) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.optim.scaling import LearningRateScaling
 from scaledtrain.replica import Replica
 
 __all__ = ["Strategy"]
@@ -53,7 +54,6 @@ class Strategy(ABC):
 
     def __init__(self) -> None:
         self.step = 0
-        self._lr_scale = 1.0
         self._max_steps: int | None = None
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class Strategy(ABC):
     def apply_gradients(self) -> None:
         """Let the replica's own optimizer use the gradients."""
         start = self._timeline.now()
-        self._updater.step(self._lr_scale)
+        self._updater.step()
         self._timeline.add("compute", start)
 
     def after_step(self) -> None:
@@ -133,11 +133,16 @@ class Strategy(ABC):
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
-        return self._updater.learning_rate * self._lr_scale
+        return self._updater.learning_rate
 
-    def scale_learning_rate(self, factor: float) -> None:
-        """Multiply the learning rates of the next updates by this, beside what a schedule does."""
-        self._lr_scale = factor
+    def scale_settings(self, scaling: LearningRateScaling, batch: float) -> None:
+        """Bring the optimizer's settings to a batch in each of the next updates.
+
+        Args:
+            scaling: of what the optimizer and its schedule have.
+            batch: samples in one update.
+        """
+        self._updater.scale_settings(scaling, batch)
 
     @property
     def lockstep(self) -> Group:

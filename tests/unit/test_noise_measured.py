@@ -30,6 +30,7 @@ from scaledtrain import (
 )
 from scaledtrain.balance import Fixed
 from scaledtrain.comm.protocols import Link
+from scaledtrain.optim import LearningRateScaling
 from scaledtrain.replica import Updater
 from scaledtrain.sim import Cluster, Constant, Nic, Topology, Wire, simulate
 from tests.worlds import World, WorldLink
@@ -272,7 +273,7 @@ def grow(
     link: Link | None, epochs: int, state: Any = None, save_at: int = 0, **options: Any
 ) -> Grown:
     steps, save = Steps(), SaveAt(save_at)
-    growth = {"max_batch_size": 32, "patience": 2, "learning_rate": "sqrt", **options}
+    growth = {"max_batch_size": 32, "patience": 2, "lr_scaling": "sqrt", **options}
     with Trainer(
         Dot(5000),
         mean_output,
@@ -353,15 +354,13 @@ class TestGrowth:
     def test_a_bound_between_is_reached_by_less_than_doubling(self) -> None:
         growth = BatchGrowth(max_batch_size=27)
         assert [growth.following(m, 4) for m in (1, 2, 4, 6)] == [2, 4, 6, 6]
-        assert growth.scale(4) == 1.0
-        assert BatchGrowth(27, learning_rate="linear").scale(4) == 4.0
 
     @pytest.mark.parametrize(
         ("options", "why"),
         [
             ({"patience": 0}, "patience is 0"),
             ({"min_batch_size": 64}, "between min_batch_size 64 and max_batch_size 32"),
-            ({"learning_rate": "cubic"}, "one of none, sqrt, linear"),
+            ({"lr_scaling": "cubic"}, "lr_scaling.rule is 'cubic'; it is one of none, linear"),
             ({"max_batch_size": 7}, "a step has 4 samples already"),
         ],
     )
@@ -405,3 +404,96 @@ def test_a_scaled_update_leaves_the_learning_rate_to_the_schedule() -> None:
         updater.step(scale)
         assert w.item() == pytest.approx(expected)
     assert updater.learning_rate == 0.025
+
+
+def adam_with(
+    grow: BatchGrowth | None, batch: int, state: Any = None, steps: int = 1
+) -> tuple[Any, Any, Trainer]:
+    """Some steps of a run with Adam, tuned for batches of 4; its settings inside the last one."""
+    seen: dict[str, Any] = {}
+
+    class Spy(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            seen.update({key: self.param_groups[0][key] for key in ("lr", "betas", "eps")})
+            return super().step(closure)
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = Spy(parameters, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+        LearningRateScaling("sqrt", reference_batch=4).apply(optimizer, batch)
+        return optimizer
+
+    with Trainer(
+        Dot(),
+        mean_output,
+        make,
+        callbacks=[NoiseScale(grow=grow)],
+        gradient_accumulation_steps=2,
+        console=True,
+    ) as trainer:
+        if state is not None:
+            trainer.load_state_dict(state)
+        x = samples(64)
+        loader = DataLoader(TensorDataset(x, x[:, 0]), batch_size=batch // 2)
+        trainer.fit(loader, max_steps=trainer.step_count + steps)
+        return seen, trainer.state_dict(), trainer
+
+
+class TestAdam:
+    """kappa: lr 0.1 kappa^0.5, 1 - beta = 0.1 kappa and 0.01 kappa, eps 1e-8 / kappa^0.5."""
+
+    def test_betas_and_eps_follow_a_batch_that_grows(self) -> None:
+        seen, _, trainer = adam_with(BatchGrowth(32, min_batch_size=16, lr_scaling="sqrt"), 8)
+        assert seen["lr"] == pytest.approx(0.2)  # kappa 2 by the step, 2 by growth
+        assert seen["betas"] == pytest.approx((0.6, 0.96))
+        assert seen["eps"] == pytest.approx(0.5e-8)
+        assert trainer.strategy.learning_rate == pytest.approx(0.2)
+
+    def test_growth_beyond_what_betas_allow_is_refused_at_once(self) -> None:
+        with pytest.raises(ConfigError, match=r"betas .* the rule holds up to 40 samples"):
+            adam_with(BatchGrowth(64, lr_scaling="sqrt"), 8)
+
+    def test_resumed_with_another_batch_settings_follow_and_it_is_told(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        first, state, _ = adam_with(None, 4, steps=4)
+        assert (first["lr"], first["betas"], first["eps"]) == (0.1, (0.9, 0.99), 1e-8)
+        seen, _, _ = adam_with(None, 16, state)
+        assert seen["lr"] == pytest.approx(0.2)
+        assert seen["betas"] == pytest.approx((0.6, 0.96))
+        assert seen["eps"] == pytest.approx(0.5e-8)
+        assert "steps had 4 samples, and have 16 from here on" in capsys.readouterr().err
+
+
+def test_the_rates_of_a_schedule_follow_a_resumed_batch() -> None:
+    def updater(batch: int) -> Updater:
+        def make(parameters: Any) -> torch.optim.Optimizer:
+            optimizer = torch.optim.SGD(parameters, lr=0.1)
+            LearningRateScaling("linear", reference_batch=4).apply(optimizer, batch)
+            return optimizer
+
+        w = nn.Parameter(torch.tensor([1.0]))
+        decay = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
+        return Updater([("w", w)], make, decay)
+
+    small, large, resumed = updater(4), updater(8), updater(8)
+    for _ in range(2):
+        small.step()
+        large.step()
+    resumed.load_state_dict(small.state_dict())
+    for _ in range(2):
+        assert resumed.learning_rate == pytest.approx(large.learning_rate)
+        resumed.step()
+        large.step()
+
+
+def test_a_grown_batch_keeps_its_samples_where_a_run_goes_on_with_other_steps() -> None:
+    noise = NoiseScale(grow=BatchGrowth(64, min_batch_size=32))
+    x = samples(64)
+    with make_trainer(noise, gradient_accumulation_steps=2) as trainer:
+        trainer.fit(DataLoader(TensorDataset(x, x[:, 0]), batch_size=4), max_steps=1)
+        assert trainer.batch_multiple == 4  # of 8
+    resumed = NoiseScale(grow=BatchGrowth(64, min_batch_size=2))
+    resumed.load_state_dict(noise.state_dict())
+    with make_trainer(resumed, gradient_accumulation_steps=2) as trainer:
+        trainer.fit(DataLoader(TensorDataset(x, x[:, 0]), batch_size=2), max_steps=1)
+        assert trainer.batch_multiple == 8  # of 4
