@@ -19,9 +19,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -181,9 +182,7 @@ class Memory:
                     shutil.rmtree(path, ignore_errors=True)
         self._kept.append(newest)
         for old in self._kept[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-            with suppress(OSError):  # others still have something there
-                old.parent.rmdir()
+            _remove(old)
         self._kept = self._kept[-_KEPT:]
 
     def _exchange(self, lengths: Tensor, contents: Sequence[Tensor]) -> dict[int, list[Tensor]]:
@@ -243,6 +242,14 @@ class Memory:
                 error,
             )
 
+    def forget_after(self, step: int) -> None:
+        """The run is at this step again: copies of later ones are of a way that it has left."""
+        for path in self._kept:
+            match = _STEP.fullmatch(path.parent.name)
+            if match is not None and int(match[2]) > step:
+                _remove(path)
+        self._kept = [path for path in self._kept if path.exists()]
+
     def remove(self) -> None:
         """The run has been saved: no copy is needed any more."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -255,6 +262,9 @@ class Memory:
 
         Args:
             after: only steps later than this are wanted.
+
+        Raises:
+            CheckpointError: on some host it cannot be put together.
         """
         group = self._link.group
         own = [held for held in self._here() if held.manifest.step > after]
@@ -274,15 +284,28 @@ class Memory:
         hosts = [of_rank["host"] for of_rank in told]
         first = hosts.index(hosts[group.rank])  # of this host: it puts all together
         target = self._folder / f".assembled-{first}"
-        if first == group.rank:
-            shutil.rmtree(target, ignore_errors=True)
-            target.mkdir()
+        problems: list[str] = []
+
+        def put(do: Callable[[], object]) -> None:
+            if first == group.rank and not problems:
+                try:
+                    do()
+                except (OSError, CheckpointError) as error:  # told when all have sent theirs
+                    problems.append(str(error))
+
+        put(partial(shutil.rmtree, target, ignore_errors=True))
+        put(target.mkdir)
         files: dict[str, Written] = {}
         for part in about[key].ranks:
-            files |= self._bring(part, target if first == group.rank else None, mine, theirs)
-        if first == group.rank:
-            replace(about[key], files=files).write(target)
-        _gather(group, None)  # it is there on all hosts
+            files |= self._bring(part, target, put, mine, theirs)
+        put(lambda: replace(about[key], files=files).write(target))
+        found = next((each[0] for each in _gather(group, problems) if each), None)
+        if found is not None:
+            raise CheckpointError(
+                f"the copies in memory of step {key[0]} cannot be put together: {found}; make room "
+                "there, or set checkpointing.memory_every_steps=null to go on from the newest "
+                "checkpoint on the disk"
+            )
         return Found(SavedStep(key[0], target), _whose(theirs, about[key].ranks))
 
     def _here(self) -> list[_Held]:
@@ -309,11 +332,12 @@ class Memory:
     def _bring(
         self,
         part: int,
-        target: Path | None,
+        target: Path,
+        put: Callable[[Callable[[], object]], None],
         mine: Sequence[_Held],
         theirs: Sequence[Sequence[_Held]],
     ) -> dict[str, Written]:
-        """Bring the files of a part to the target of each host; returns them."""
+        """Bring the files of a part to the target of each host, by `put`; returns them."""
         group = self._link.group
         having = [any(part in held.parts for held in of_rank) for of_rank in theirs]
         source = having.index(True)
@@ -326,14 +350,29 @@ class Memory:
                 if group.rank == source and here is not None:
                     content = _read(here / name)
                 group.broadcast([content], source)
-            if target is not None and here is not None:
-                try:
-                    os.link(here / name, target / name)
-                except OSError:  # not on every file system
-                    shutil.copyfile(here / name, target / name)
-            elif target is not None and _write(target / name, content) != files[name]:
-                raise CheckpointError(f"{target / name}, sent from another host, came damaged")
+            if here is not None:
+                put(partial(_link, here / name, target / name))
+            else:
+                put(partial(_write_sent, target / name, content, files[name]))
         return {name: files[name] for name in names}
+
+
+def _link(here: Path, path: Path) -> None:
+    try:
+        os.link(here, path)
+    except OSError:  # not on every file system
+        shutil.copyfile(here, path)
+
+
+def _write_sent(path: Path, content: Tensor, expected: Written) -> None:
+    if _write(path, content) != expected:
+        raise CheckpointError(f"{path}, sent from another host, came damaged")
+
+
+def _remove(holder: Path) -> None:
+    shutil.rmtree(holder, ignore_errors=True)
+    with suppress(OSError):  # others still have something there
+        holder.parent.rmdir()
 
 
 def _whose(theirs: Sequence[Sequence[_Held]], ranks: Sequence[int]) -> str:
