@@ -101,6 +101,8 @@ class Watchdog:
             limit = self._limit()
             if limit is not None:
                 faulthandler.dump_traceback_later(2 * limit + _IN_C_SECONDS, exit=True, file=2)
+            else:  # that of a step is not for what comes after it
+                faulthandler.cancel_dump_traceback_later()
             reason = self._own_reason(now, limit) or self._heard
             if reason is not None:
                 faulthandler.cancel_dump_traceback_later()
