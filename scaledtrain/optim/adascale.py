@@ -108,6 +108,8 @@ class AdaScale(LRScheduler):
         self._scale = scale
         self._smoothing = max(0.0, 1.0 - scale / 1000.0) if smoothing is None else smoothing
         self._inner = None if make_scheduler is None else make_scheduler(optimizer)
+        if self._inner is not None:  # it never steps again, but is asked; torch would warn of that
+            self._inner._get_lr_called_within_step = True
         self._squared_norm = self._variance = self._weight = 0.0
         self.progress = 0.0
         """Updates with the reference batch that the run is worth so far: x."""
