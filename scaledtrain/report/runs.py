@@ -36,6 +36,8 @@ class Interval:
     staleness: Mapping[int, int]
     """Staleness -> pushed gradients that had it."""
     loss: float | None
+    memory_bytes: float
+    """Peak of the process or of its device, so far."""
 
 
 @dataclass(frozen=True)
@@ -189,4 +191,5 @@ def _record(line: dict[str, Any]) -> Interval | Evaluation | None:
         phases={phase: float(line[f"{phase}_seconds"]) * steps for phase in PHASES},
         staleness={int(s): int(n) for s, n in line["staleness_counts"].items()},
         loss=None if line.get("loss") is None else float(line["loss"]),
+        memory_bytes=float(line.get("memory_bytes", 0.0)),
     )
