@@ -232,7 +232,7 @@ def test_a_full_memory_is_said_once_and_training_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = Checkpointing(memory_every_steps=1, memory_folder=str(tmp_path))
-    full = patch("scaledtrain.checkpoint.memory._read", side_effect=OSError("no space left"))
+    full = patch("scaledtrain.checkpoint.memory.read_file", side_effect=OSError("no space left"))
     with full:
         fit(tmp_path / "run", 6, saved=saved)
     assert caplog.text.count("cannot keep a copy of the state in memory: no space left") == 1
@@ -244,7 +244,7 @@ def test_copies_that_cannot_be_put_together_are_said_and_stay(tmp_path: Path) ->
     saved = Checkpointing(every_steps=5, memory_every_steps=1, memory_folder=str(tmp_path))
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path / "run", saved=saved, callbacks=[Crash()])
-    full = patch("scaledtrain.checkpoint.memory._link", side_effect=OSError("no space left"))
+    full = patch("scaledtrain.checkpoint.recall._link", side_effect=OSError("no space left"))
     with full, pytest.raises(CheckpointError, match="step 7 cannot be put together: no space left"):
         trainer(tmp_path / "run", saved, resume="auto")
     with trainer(tmp_path / "run", saved, resume="auto") as one:
