@@ -82,6 +82,8 @@ class FitLoop:
                         return self._ended_by_strategy()
                     trainer.steps_in_epoch += batch.multiple
                     self._steps += 1
+                    if trainer.step_count < self._evaluated_at:  # it went back
+                        self._evaluated_at, self.evaluation = trainer.step_count - 1, {}
                     self._tell("on_step_end")
                     evaluated = self._evaluation_is_due() and self._evaluate()
                     enter("save")

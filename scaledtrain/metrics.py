@@ -143,6 +143,11 @@ class Metrics:
         """Remove the records of later steps, which will be made again."""
         self._records.forget_after(step)
 
+    def went_back(self, left: int, step: int) -> None:
+        """The run was at one step, and is at an earlier one again; what it took is not undone."""
+        self._first_step -= left - step
+        self.forget_after(step)
+
     def start(self, step: int, total: int | None) -> None:
         """A fit begins at this step."""
         self._console = Console(total, self._show)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scaledtrain.checkpoint.tensor_file import replace_file
+
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -139,13 +141,7 @@ def _is_of(line: bytes, last_step: int) -> bool:
 
 def write_file(path: Path, text: str) -> None:
     """Write a file, or leave it as it was: on a full disk, which is told, and ends nothing."""
-    unfinished = path.with_name(f".{path.name}")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        replace_file(path, text.encode())
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         _logger.warning("%s cannot be written: %s; training goes on", path, error)

@@ -12,6 +12,7 @@ from torch import nn
 from scaledtrain.checkpoint.folder import Manifest, SavedStep
 from scaledtrain.checkpoint.lock import RunLock
 from scaledtrain.checkpoint.policy import Checkpointing
+from scaledtrain.checkpoint.recall import recall
 from scaledtrain.checkpoint.resume import CHECKPOINTS, find, goes_on_in, load
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.errors import ConfigError, ScaledTrainError
@@ -127,7 +128,7 @@ def _resume(
     is_here = saved is not None and folder is not None and goes_on_in(saved.path, folder)
     copy = None
     if saver is not None and saver.memory is not None and resume == "auto":
-        copy = saver.memory.newest(after=step)
+        copy = recall(saver.memory.folder, trainer.link.group, after=step)
     if copy is not None:
         newer = "" if saved is None else f" (the newest checkpoint is of step {step})"
         saved = copy.saved

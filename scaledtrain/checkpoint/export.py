@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scaledtrain.checkpoint.folder import MANIFEST, Manifest, SavedStep, saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
 from scaledtrain.checkpoint.resume import CHECKPOINTS
-from scaledtrain.checkpoint.tensor_file import write_bytes, write_tensors
+from scaledtrain.checkpoint.tensor_file import replace_file, sync_folder, write_tensors
 from scaledtrain.checkpoint.tree import restore, tensor_names
 from scaledtrain.errors import CheckpointError, ConfigError
 
@@ -118,12 +118,12 @@ def export(checkpoint: str | Path, to: str | Path) -> list[Path]:
             raise ConfigError(f"{path} is there already; remove it, or export to another folder")
     state = model_state(reader)
     tensors = [(name, tensor.contiguous()) for name, tensor in state.items()]
+    about = reader.manifest.facts.get("config")
+    if about is not None:
+        replace_file(config, json.dumps(about, indent=2).encode())
     unfinished = folder / f".{WEIGHTS}"
     unfinished.unlink(missing_ok=True)
     write_tensors(unfinished, tensors, {"format": "pt"})
     unfinished.rename(weights)
-    about = reader.manifest.facts.get("config")
-    if about is None:
-        return [weights]
-    write_bytes(config, json.dumps(about, indent=2).encode())
-    return [weights, config]
+    sync_folder(folder)
+    return [weights] if about is None else [weights, config]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scaledtrain.checkpoint.tensor_file import sync_folder
 from scaledtrain.errors import ConfigError
 
 __all__ = ["PROGRAM", "export_program"]
@@ -62,7 +64,10 @@ def export_program(model: nn.Module, batch: Any, to: str | Path) -> Path:
             one = _map((args, kwargs), lambda x: x[:1])
             for inputs in ((args, kwargs), one):
                 _compare(model, loaded, *inputs)
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())
         unfinished.replace(file)
+        sync_folder(file.parent)
     finally:
         unfinished.unlink(missing_ok=True)
         for module, mode in training:

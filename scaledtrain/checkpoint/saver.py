@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from scaledtrain.checkpoint.part import Owner
 
 __all__ = ["Saver"]
+
+_logger = logging.getLogger(__name__)
 
 _ASKED, _SETTLED, _STOP, _INTERRUPT = 1, 2, 4, 8  # bits of a word; above them the round
 _ROUND = 16
@@ -125,7 +128,7 @@ class Saver:
         self._word = 0
         self._round = 0
         self._saved_step: int | None = None
-        self._last_step = 0
+        self._last_step = self._last_copy = 0
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
 
@@ -140,7 +143,15 @@ class Saver:
             return int(path.read_text(), 16)
         word = secrets.randbits(62)
         if self._options.memory_every_steps is not None:
-            replace_file(path, f"{word:x}".encode())
+            try:
+                replace_file(path, f"{word:x}".encode())
+            except OSError as error:
+                _logger.warning(
+                    "%s cannot be written: %s; training goes on, but a later job will not find "
+                    "this one's copies in memory",
+                    path,
+                    error,
+                )
         return word
 
     def resumed(self, step: int | None, is_saved: bool) -> None:
@@ -162,9 +173,11 @@ class Saver:
         self._writer.finish()
         if self._saved_step is not None and self._saved_step > step:
             self._saved_step = None
-        self._last_step = min(self._last_step, step)
+        self._last_step, self._last_copy = min(self._last_step, step), min(self._last_copy, step)
         if self._rank == 0:
             set_aside(self._folder, after=step)
+        if self.memory is not None:
+            self.memory.forget_after(step)
 
     def start(self, max_steps: int | None) -> None:
         """A fit begins; the strategy has been started with this limit."""
@@ -229,7 +242,8 @@ class Saver:
             self._save()
         elif self.memory is not None and self._options.is_copied(step, self._last_copy):
             self._last_copy = step
-            self.memory.keep(step, self._state(), self._evaluation())
+            with Uncopied():  # written when it returns
+                self.memory.keep(step, self._state(), self._evaluation())
         if caught:
             self._leave(caught)
 

@@ -95,9 +95,12 @@ def write_bytes(path: Path, content: bytes | memoryview[int]) -> Written:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file, also in place of one that is there: it is the old one or the new one."""
     new = path.with_name(f".new-{path.name}")
-    new.unlink(missing_ok=True)
-    write_bytes(new, content)
-    new.replace(path)
+    new.unlink(missing_ok=True)  # of one that was killed
+    try:
+        write_bytes(new, content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from scaledtrain.comm.shared_memory import SharedSegment
+from scaledtrain.comm.store_client import own_client, reconnected
 from scaledtrain.errors import WaitTimeoutError
 
 __all__ = ["SharedBoard", "StoreBoard"]
@@ -19,7 +18,6 @@ __all__ = ["SharedBoard", "StoreBoard"]
 _POLL_SECONDS = 0.005
 _REFRESH_SECONDS = 0.1
 _SILENCE_SECONDS = 10.0  # a rank that does not refresh for so long has died
-_CONNECT_SECONDS = 2.0
 _DEAD = -1
 
 
@@ -97,8 +95,7 @@ class StoreBoard(_Waiting):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float) -> None:
         super().__init__(rank, timeout_seconds)
         self._origin = store
-        # Its own client: whoever waits in another one keeps it for that long.
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._store = own_client(store)
         self._size = size
         self._words = [0] * size
         self._beats = [-1] * size
@@ -129,8 +126,10 @@ class StoreBoard(_Waiting):
             try:
                 self._exchange(beat)
             except (RuntimeError, dist.DistError):
-                if is_over or not self._connect_again():
+                store = None if is_over else reconnected(self._origin)
+                if store is None:
                     break
+                self._store = store
         if not is_over and self._rank != 0:  # which has the store, and died
             self._words[0] = _DEAD
 
@@ -139,19 +138,6 @@ class StoreBoard(_Waiting):
         for rank in range(self._size):
             if rank != self._rank and self._words[rank] != _DEAD:
                 self._look_at(rank)
-
-    def _connect_again(self) -> bool:
-        """After a connection was lost; False: nobody answers there any more."""
-        store: Any = self._origin
-        while isinstance(store, dist.PrefixStore):
-            store = store.underlying_store
-        try:
-            # First so, since the store's own client would try for as long as it may wait.
-            socket.create_connection((store.host, store.port), _CONNECT_SECONDS).close()
-            self._store = self._origin.clone()  # type: ignore[attr-defined]
-        except (AttributeError, OSError, RuntimeError, dist.DistError):
-            return False
-        return True
 
     def _look_at(self, rank: int) -> None:
         if not self._store.check([f"{rank}"]):

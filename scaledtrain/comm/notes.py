@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from scaledtrain.comm.store_client import own_client, reconnected
+
 __all__ = ["Notes"]
 
 
@@ -11,8 +13,8 @@ class Notes:
     """Named texts in the job's key-value store, over a connection of its own.
 
     Whoever calls may be kept for as long as the process with the store is stuck, so it is a thread
-    of its own that does, and never the one that trains. Once that process has ended, each call
-    raises RuntimeError.
+    of its own that does, and never the one that trains. Once the connection is lost each call
+    raises RuntimeError, until `connect_again` has made another one.
 
     Args:
         store: of these notes alone; None: this rank is alone.
@@ -21,10 +23,17 @@ class Notes:
     """
 
     def __init__(self, store: dist.Store | None, rank: int, size: int) -> None:
-        # Its own client: whoever waits in another one keeps it for that long.
-        self._store: dist.Store = (dist.HashStore() if store is None else store).clone()  # type: ignore[attr-defined]
+        self._origin: dist.Store = dist.HashStore() if store is None else store
+        self._store = own_client(self._origin)
         self.rank = rank
         self.size = size
+
+    def connect_again(self) -> bool:
+        """After a connection was lost; False: the process with the store has ended."""
+        store = reconnected(self._origin)
+        if store is not None:
+            self._store = store
+        return store is not None
 
     def write(self, name: str, text: str) -> None:
         """Replace a text."""

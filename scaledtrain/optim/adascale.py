@@ -130,6 +130,8 @@ class AdaScale(LRScheduler):
         self._smoothing = smoothing
         self._total = total
         self._inner = None if make_scheduler is None else make_scheduler(optimizer)
+        if self._inner is not None:  # it never steps again, but is asked; torch would warn of that
+            self._inner._get_lr_called_within_step = True
         self._squared_norm = self._variance = self._weight = 0.0
         self._batch = reference_batch
         self.progress = 0.0

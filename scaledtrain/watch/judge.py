@@ -157,7 +157,7 @@ class Judge:
             self._snapshot is not None
             and trainer.step_count - self._snapshot.step >= self._options.copy_every
         ):
-            self._snapshot = Snapshot(trainer)
+            self._snapshot.take()
         self._write_records()  # not before: a rollback removes those of later steps
 
     def _write_records(self) -> None:

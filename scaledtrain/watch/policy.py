@@ -28,8 +28,9 @@ class Watch:
     *Numbers.* Before an update is made the loss and the norm of the gradient are looked at. Not
     finite, or a loss that is ``spike_sigmas`` robust standard deviations above the median of the
     last ``spike_window`` ones, is answered by one of: ``"skip"``, the update is left out;
-    ``"rollback"``, parameters, optimizer and all other state go back to the copy that is taken
-    every ``copy_every`` steps, and training goes on from there with the data after the bad batch;
+    ``"rollback"``, parameters, optimizer and all other state but that of callbacks go back to the
+    copy that is taken every ``copy_every`` steps, and training goes on from there with the data
+    after the bad batch;
     ``"stop"``, the run ends with an error. An overflow of float16's loss scale is no trouble.
 
     In a simulated cluster there are no hangs (ranks that wait for each other for ever are named

@@ -26,6 +26,7 @@ _logger = logging.getLogger(__name__)
 _ROUND_SECONDS = 1.0  # between two looks
 _LEAST_SECONDS = 10.0  # of a limit in multiples: below it is the noise of a busy host
 _ANSWER_SECONDS = 2.0  # for the other ranks to tell where they are
+_DISK_SECONDS = 2.0  # to write the report
 _STORE_SECONDS = 5.0  # for all that is done over the store
 _LEAVE_SECONDS = 0.5  # that rank 0, which may have the store, stays for the others
 _POLL_SECONDS = 0.02
@@ -100,6 +101,8 @@ class Watchdog:
             limit = self._limit()
             if limit is not None:
                 faulthandler.dump_traceback_later(2 * limit + _IN_C_SECONDS, exit=True, file=2)
+            else:  # that of a step is not for what comes after it
+                faulthandler.cancel_dump_traceback_later()
             reason = self._own_reason(now, limit) or self._heard
             if reason is not None:
                 faulthandler.cancel_dump_traceback_later()
@@ -177,8 +180,18 @@ class Watchdog:
         return text
 
     def _show(self, text: str) -> None:
-        path = save(text, self._run_dir, self._notes.rank)
-        tell(text if path is None else f"{text}(this is also in {path})\n")
+        """First where it needs no disk, which may be what everybody waits for."""
+        tell(text)
+        paths: list[Path | None] = []
+        saving = threading.Thread(
+            target=lambda: paths.append(save(text, self._run_dir, self._notes.rank)),
+            name="watch-report",
+            daemon=True,
+        )
+        saving.start()
+        saving.join(_DISK_SECONDS)
+        if any(paths):
+            tell(f"(this is also in {paths[0]})\n")
 
     def _part(self, stacks: str = "") -> Part:
         place = self._position.place

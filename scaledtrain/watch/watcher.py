@@ -82,7 +82,7 @@ class Watcher:
             every, factor = options.ranks_every, options.slow_factor
             self._paces = Paces(notes, trainer.timeline, every, factor)
             jobs.append(self._paces.exchange)
-        messenger = Messenger(jobs, round_seconds(options))
+        messenger = Messenger(notes, jobs, round_seconds(options))
         try:
             yield
         finally:

@@ -42,7 +42,7 @@ def train(run_dir: Path, stopped: int) -> None:
         trainer.fit(BATCHES, max_epochs=100)
 
 
-@pytest.mark.parametrize(("stopped", "size"), [(1, 3), (0, 2)])  # rank 0 has the job's store
+@pytest.mark.parametrize(("stopped", "size"), [(1, 2), (0, 2)])  # rank 0 has the job's store
 def test_a_stopped_process_is_named_and_the_others_end(
     tmp_path: Path, stopped: int, size: int
 ) -> None:
@@ -52,4 +52,4 @@ def test_a_stopped_process_is_named_and_the_others_end(
     assert texts
     for text in texts:
         assert re.search(rf"rank {stopped}\b.* does not answer", text)
-        assert "all_reduce" in text  # in the stack of one that waits
+        assert "in reduce_gradients" in text  # in the stack of one that waits

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import pytest
 import torch.distributed as dist
@@ -16,6 +13,7 @@ from scaledtrain.comm import boards, shared_memory
 from scaledtrain.comm.boards import SharedBoard, StoreBoard
 from scaledtrain.comm.shared_memory import SharedSegment
 from scaledtrain.errors import WaitTimeoutError
+from tests.ranks import drop_connections
 
 LONG = 30.0  # nothing here waits so long, unless something is wrong
 
@@ -171,10 +169,7 @@ def test_a_lost_connection_to_the_store_is_made_again() -> None:
     made = [StoreBoard(store, rank, 2, LONG) for rank in range(2)]
     made[0].write(1)
     made[1].wait(lambda words: words[0] == 1, "a test")
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as own:
-            if own.getpeername()[1] == store.port:
-                own.shutdown(socket.SHUT_RDWR)
+    drop_connections(store.port)
     made[1].write(7)
     made[0].wait(lambda words: words[1] == 7, "a test")
     made[0].write(8)

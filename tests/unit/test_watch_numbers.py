@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import (
+    Callback,
     CheckpointError,
     Checkpointing,
     ConfigError,
@@ -155,7 +156,7 @@ def test_what_was_saved_after_the_copy_is_set_aside(tmp_path: Path) -> None:
     watch = Watch(on_nonfinite="rollback", copy_every=3)
     saving = Checkpointing(every_steps=2, keep_last=9)
     t = rolled_back(watch, math.nan, run_dir=tmp_path, checkpointing=saving)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert names == [f"step-00000000{n}" for n in (2, 4)] + [
         "step-000000004.aside-1",
         "step-000000006",
@@ -164,6 +165,41 @@ def test_what_was_saved_after_the_copy_is_set_aside(tmp_path: Path) -> None:
     assert again.step_count == 6
     assert_same(state(again), state(t))
     again.close()
+
+
+class CrashInTheSixthStep(Callback):
+    """However many updates have been made by then."""
+
+    left = 6
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.left -= 1
+        if not self.left:
+            raise ZeroDivisionError
+
+
+def test_copies_in_memory_of_the_way_that_was_left_are_not_taken(tmp_path: Path) -> None:
+    """Copies of 3 and 4 are there when step 5 goes back to 3; then it crashes before another."""
+    watch = Watch(on_nonfinite="rollback", copy_every=3)
+    saving = Checkpointing(memory_every_steps=1, memory_folder=str(tmp_path))
+    t = trainer(watch, run_dir=tmp_path, checkpointing=saving, callbacks=[CrashInTheSixthStep()])
+    with pytest.raises(ZeroDivisionError), t:
+        t.fit(batches(bad={4: math.nan}), max_epochs=1)
+    with trainer(watch, run_dir=tmp_path, checkpointing=saving, resume="auto") as again:
+        assert again.step_count == 3
+        again.fit(batches(), max_epochs=1)
+        assert again.step_count == 8
+    assert not list(tmp_path.glob("scaledtrain-*/*"))  # none stay when it has ended
+
+
+def test_records_and_evaluations_follow_the_run_where_it_goes_back(tmp_path: Path) -> None:
+    """Steps 1 to 5, back to 3, 4 to 6: 8 steps, of which 7 trained on 4 samples each."""
+    t = trainer(Watch(on_nonfinite="rollback", copy_every=3), run_dir=tmp_path, log_every=8)
+    t.fit(batches(bad={4: math.nan}), max_epochs=1, eval=batches(2), eval_every=2)
+    rows = list(map(json.loads, (tmp_path / "metrics-rank0.jsonl").read_text().splitlines()))
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [2, 4, 6]
+    (row,) = (row for row in rows if row["kind"] == "step")
+    assert row["samples_per_second"] * row["step_seconds"] == pytest.approx(7 * 4 / 8)
 
 
 def test_stop_ends_the_run_before_the_update() -> None:

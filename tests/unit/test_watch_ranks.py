@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +30,7 @@ from scaledtrain.watch.messenger import Messenger
 from scaledtrain.watch.paces import Table
 from scaledtrain.watch.position import Position
 from scaledtrain.watch.watchdog import Watchdog
+from tests.ranks import drop_connections
 from tests.worlds import World
 
 BATCHES = [(torch.ones(4, 2), torch.ones(4, 1))] * 8
@@ -96,9 +100,10 @@ class Ranks:
         self.messengers: list[Messenger | None] = []
         for rank, position in enumerate(self.positions):
             position.enter("data")
-            dog = Watchdog(options, position, Notes(store, rank, size), folder, lockstep)
+            notes = Notes(store, rank, size)
+            dog = Watchdog(options, position, notes, folder, lockstep)
             self.watchdogs.append(dog)
-            self.messengers.append(Messenger([dog.exchange], 0.04))
+            self.messengers.append(Messenger(notes, [dog.exchange], 0.04))
 
     def go_on(self, *ranks: int) -> None:
         for rank in ranks:
@@ -215,6 +220,42 @@ def test_a_limit_in_usual_steps_is_for_steps_only() -> None:
     position.enter("compute")
     assert position.place.in_step
     assert began <= position.place.began <= position.place.since
+
+
+def test_the_alarm_of_a_step_does_not_go_off_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """faulthandler's, which ends the process: set in a step, it is off in a long save."""
+    set_for: list[float | None] = []
+    fake = SimpleNamespace(
+        dump_traceback_later=lambda seconds, **_: set_for.append(seconds),
+        cancel_dump_traceback_later=lambda: set_for.append(None),
+    )
+    monkeypatch.setattr(watchdog, "faulthandler", fake)
+    monkeypatch.setattr(watchdog, "_ROUND_SECONDS", 0.01)
+    position = Position(lambda: (0, 0))
+    for _ in range(10):
+        position.enter("data")
+        position.enter("apply")
+    position.enter("data")
+    notes = Notes(None, 0, 1)
+    dog = Watchdog(Watch(step_times=2.0), position, notes, None, lockstep=True)
+    wait_until(lambda: set_for and set_for[-1] == 2 * 10.0 + 30.0)  # 10 s is the least limit
+    position.enter("save")
+    wait_until(lambda: set_for[-1] is None)
+    dog.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds sockets in /proc")
+def test_a_lost_connection_is_made_again_and_nobody_is_taken_for_dead() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    one, other = (Notes(store, rank, 2) for rank in range(2))
+    words = itertools.count()
+    messenger = Messenger(one, [lambda: one.write("word", str(next(words)))], 0.01)
+    wait_until(lambda: other.read("word"))
+    drop_connections(store.port)
+    assert other.connect_again()
+    before = other.read("word")
+    wait_until(lambda: other.read("word") != before)
+    messenger.close()
 
 
 def straggling(link: Link, make: Callable[[], Strategy], run_dir: Path) -> None:

@@ -19,7 +19,7 @@ from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
 from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.partition import describe_cut, partition
 from scaledtrain.parallel.pipeline.parts import ModelParts, find_parts
-from scaledtrain.parallel.pipeline.pipedream import AsynchronousName, delays
+from scaledtrain.parallel.pipeline.pipedream import AsynchronousName
 from scaledtrain.parallel.pipeline.schedules import SCHEDULES, pipeline_order
 from scaledtrain.parallel.pipeline.simulate import peak_live, peak_live_of
 from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
