@@ -63,7 +63,7 @@ def test_the_metadata_names_the_extras_the_licence_and_the_oldest_python(
     metadata: Message, files: set[str]
 ) -> None:
     engines = {"accelerate", "deepspeed"}
-    others = {"bench", "data", "examples", "huggingface", "remote", "test", "zstd"}
+    others = {"bench", "data", "examples", "huggingface", "remote", "report", "test", "zstd"}
     assert set(metadata.get_all("Provides-Extra", [])) == engines | others
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
