@@ -9,6 +9,7 @@ from scaledtrain.errors import (
     ClusterError,
     ConfigError,
     DeadlockError,
+    LossSpikeError,
     NonFiniteLossError,
     PeerLostError,
     RendezvousError,
@@ -28,6 +29,7 @@ from scaledtrain.server import Asynchronous, Server
 from scaledtrain.simulate import simulate
 from scaledtrain.strategies import DiLoCo, LocalSGD, ParameterServer, Strategy, Sync
 from scaledtrain.trainer import FitResult, Trainer
+from scaledtrain.watch import Watch
 
 __version__ = "0.1.0"
 
@@ -44,6 +46,7 @@ __all__ = [
     "DiLoCo",
     "FitResult",
     "LocalSGD",
+    "LossSpikeError",
     "Mesh",
     "NoiseScale",
     "NonFiniteLossError",
@@ -62,6 +65,7 @@ __all__ = [
     "Sync",
     "Trainer",
     "WaitTimeoutError",
+    "Watch",
     "choose_threshold",
     "connect",
     "estimate_memory",

@@ -5,28 +5,33 @@ python -m scaledtrain.checkpoints list RUN          what there is
 python -m scaledtrain.checkpoints verify RUN        read every byte; exit code 1 if one is damaged
 python -m scaledtrain.checkpoints diff A B          what differs between two
 python -m scaledtrain.checkpoints export RUN TO     weights as safetensors, as save_pretrained does
+                                  --program         and the model as a program, by torch.export
 ```
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from scaledtrain.checkpoint.export import export
-from scaledtrain.checkpoint.folder import MANIFEST, Manifest, SavedStep, saved_steps
+from scaledtrain.checkpoint.export import checkpoints_at, export, newest_intact
+from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
-from scaledtrain.checkpoint.resume import CHECKPOINTS
+from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.errors import CheckpointError, ConfigError
 from scaledtrain.launching import guarded
 
 __all__ = ["main", "run"]
 
+_SHOWN = 20
 _RUN = "folder of a run, of its checkpoints, or of one of them"
 
 
@@ -54,45 +59,28 @@ def run(arguments: Sequence[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, do: Callable[[Any], int], about: str, *names: tuple[str, str]) -> None:
+    def add(name: str, do: Callable[[Any], int], about: str, *names: tuple[str, str]) -> Any:
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(do=do)
         for argument, text in names:
             command.add_argument(argument, type=Path, help=text)
+        return command
 
     add("list", _list, "what there is", ("run", _RUN))
     add("verify", _verify, "read every byte, and compare checksums", ("run", _RUN))
     add("diff", _diff, "what differs between two", ("first", _RUN), ("second", _RUN))
     to = ("to", "folder for model.safetensors, and config.json of a Hugging Face model")
-    add("export", _export, "write the weights as safetensors", ("run", _RUN), to)
+    exporting = add("export", _export, "write the weights as safetensors", ("run", _RUN), to)
+    exporting.add_argument(
+        "--program", action="store_true", help="and the model as torch.export has it, model.pt2"
+    )
     parsed = parser.parse_args(arguments)
     code: int = parsed.do(parsed)
     return code
 
 
-def _at(path: Path) -> list[SavedStep]:
-    """The checkpoints that are meant, the oldest first."""
-    if (path / MANIFEST).exists():
-        return [SavedStep(Manifest.read(path).step, path)]
-    there = saved_steps(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
-    if not there:
-        raise ConfigError(f"{path} has no checkpoint; give the folder of a run that was saved")
-    return there
-
-
-def _newest(path: Path) -> Path:
-    """The newest intact one."""
-    there = _at(path)
-    for saved in reversed(there):
-        damage = saved.damage()
-        if damage is None:
-            return saved.path
-        print(f"{saved.path.name} is skipped: {damage}", file=sys.stderr)
-    raise CheckpointError(f"every checkpoint at {path} is damaged")
-
-
 def _list(parsed: Any) -> int:
-    for saved in _at(parsed.run):
+    for saved in checkpoints_at(parsed.run):
         try:
             manifest = Manifest.read(saved.path)
         except CheckpointError as error:
@@ -103,20 +91,23 @@ def _list(parsed: Any) -> int:
         values = "  ".join(f"{name} {value:.4f}" for name, value in manifest.evaluation.items())
         about = f"{manifest.facts.get('model', '?')}, {manifest.facts.get('strategy', '?')}"
         size = f"{megabytes:.1f} MiB  {ranks} rank{'s' if ranks > 1 else ''}"
-        print(f"{saved.path.name}  {size}  {about}  {values}".rstrip())
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved.path.stat().st_mtime))
+        print(f"{saved.path.name}  {at}  {size}  {about}  {values}".rstrip())
     return 0
 
 
 def _verify(parsed: Any) -> int:
-    damages = [(saved, saved.damage()) for saved in _at(parsed.run)]
+    damages = [(saved, saved.damage()) for saved in checkpoints_at(parsed.run)]
     for saved, damage in damages:
         print(f"{saved.path.name}  {'intact' if damage is None else f'damaged: {damage}'}")
     return int(any(damage is not None for _, damage in damages))
 
 
 def _diff(parsed: Any) -> int:
-    """The largest difference of each tensor; exit code 1 if there is one, as diff's."""
-    first, second = (CheckpointReader(_newest(path)) for path in (parsed.first, parsed.second))
+    """What differs, of each tensor the most; exit code 1 if something does, as diff's."""
+    first, second = (
+        CheckpointReader(newest_intact(path)) for path in (parsed.first, parsed.second)
+    )
     differences = 0
     for name in sorted({*first.tensors, *second.tensors}):
         if name not in first.tensors or name not in second.tensors:
@@ -132,14 +123,70 @@ def _diff(parsed: Any) -> int:
                 text = f"differs by at most {largest:.3g}"
         differences += 1
         print(f"{name}  {text}")
-    print(f"{differences} of {len({*first.tensors, *second.tensors})} tensors differ")
-    return int(differences > 0)
+    one, other = dict(_values(first)), dict(_values(second))
+    others = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
+    for name in others[:_SHOWN]:
+        print(f"{name}  {one.get(name)} and {other.get(name)}")
+    if len(others) > _SHOWN:
+        print(f"... and {len(others) - _SHOWN} other values")
+    print(
+        f"{differences} of {len({*first.tensors, *second.tensors})} tensors and "
+        f"{len(others)} of {len({*one, *other})} other values differ"
+    )
+    return int(differences > 0 or bool(others))
+
+
+def _values(reader: CheckpointReader) -> Iterator[tuple[str, Any]]:
+    """What is no tensor in the states of all ranks; generators as one value each."""
+    for rank in reader.manifest.ranks:
+        yield from _leaves(reader.skeleton(rank), f"rank-{rank:05d}")
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict):
+        yield path, node
+        return
+    ((kind, content),) = node.items()
+    if path.endswith("/generators"):
+        yield path, hashlib.sha256(json.dumps(node).encode()).hexdigest()[:12]
+    elif kind in ("dict", "counter"):
+        for key, value in content:
+            yield from _leaves(value, f"{path}/{key}")
+    elif kind in ("list", "tuple", "set"):
+        for number, value in enumerate(content):
+            yield from _leaves(value, f"{path}/{number}")
+    elif kind == "float":
+        yield path, content
 
 
 def _export(parsed: Any) -> int:
-    for path in export(_newest(parsed.run), parsed.to):
+    checkpoint = newest_intact(parsed.run)
+    for path in export(checkpoint, parsed.to):
         print(path)
+    if parsed.program:
+        print(_export_program(checkpoint, parsed.to))
     return 0
+
+
+def _export_program(checkpoint: Path, to: Path) -> Path:
+    """With the model, and a batch, of the config that the training command left in the run."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from scaledtrain.checkpoint.program import export_program
+    from scaledtrain.config import check
+    from scaledtrain.schema import make
+    from scaledtrain.train import settle
+
+    written = checkpoint.parent.parent / "config.yaml"
+    if not written.is_file():
+        raise ConfigError(
+            f"there is no {written}, which says how the model is made; for a run of your own "
+            "script call scaledtrain.checkpoint.program.export_program(model, batch, folder)"
+        )
+    config, task = settle(check(cast(DictConfig, OmegaConf.load(written))))
+    model = make(config.model)
+    load_weights(model, checkpoint)
+    return export_program(model, next(iter(task.train_loader(2))), to)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ COMMANDS = {
     "replay": "make an asynchronous run again from its event log, and step through it",
     "data": "write, look at and check data sets that do not fit into memory",
     "checkpoints": "list, verify, compare and export what a run has saved",
+    "report": "one page about one run or several, with curves, ranks, timeline",
     "trace": "show what each rank did when, of runs that were made with trace=true",
 }
 
@@ -27,6 +28,7 @@ _MODULES = {  # the others' have their names
     "data": "scaledtrain.data.commands",
     "memory": "scaledtrain.memory.command",
     "replay": "scaledtrain.replay.command",
+    "report": "scaledtrain.report.command",
     "simulate": "scaledtrain.simulate.command",
 }
 

@@ -19,6 +19,7 @@ from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Kind, Misfit, Node, parse
+from scaledtrain.watch import Watch
 
 __all__ = ["BatchSizes", "Target", "TrainConfig", "check", "to_yaml"]
 
@@ -140,6 +141,7 @@ class TrainConfig:
     gradient_accumulation_steps: int
     max_grad_norm: float | None
     drop_compute: DropCompute
+    balance: Node
     seed: int
     deterministic: bool
     compile: str | None
@@ -154,7 +156,9 @@ class TrainConfig:
     trace: bool
     elastic: bool = False
     batch: Node | None = None
+    init_from: str | None = None
     checkpointing: Checkpointing | None = None
+    watch: Watch | None = None
     resume: str | None = None
     lr_scaling: LearningRateScaling = field(default_factory=LearningRateScaling)
     weight_decay_on: Literal["all", "matrices"] = "all"

@@ -2,7 +2,8 @@
 
     ScaledTrainError
     ├── ConfigError            what was asked for cannot be: a wrong key, size, model or loader
-    ├── NonFiniteLossError     the loss became NaN or infinite
+    ├── NonFiniteLossError     the loss, or a gradient, became NaN or infinite
+    ├── LossSpikeError         the loss jumped
     ├── DataError              a data set's files are damaged or missing, or cannot be written
     ├── CheckpointError        a checkpoint is damaged or missing, or cannot be written
     ├── ReplayError            a run that is made again does not come to the same
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeadlockError",
+    "LossSpikeError",
     "NonFiniteLossError",
     "PeerLostError",
     "RendezvousError",
@@ -41,7 +43,11 @@ class ConfigError(ScaledTrainError, ValueError):
 
 
 class NonFiniteLossError(ScaledTrainError, ArithmeticError):
-    """The loss became NaN or infinite."""
+    """The loss, or a gradient, became NaN or infinite."""
+
+
+class LossSpikeError(ScaledTrainError, ArithmeticError):
+    """The loss is far above what it was, and the run was to end then."""
 
 
 class DataError(ScaledTrainError, RuntimeError):

@@ -68,8 +68,10 @@ class FitLoop:
     def run(self) -> str:
         """Step until something ends the run; returns what."""
         trainer, timeline = self._trainer, self._trainer.timeline
+        enter = trainer.watcher.enter
         trainer.model.train()
         while self._max_epochs is None or trainer.epoch < self._max_epochs:
+            enter("data")
             start = timeline.now()
             ready, self._ready = self._ready, None
             rest = self._loader.epoch(trainer.epoch, trainer.steps_in_epoch, ready)
@@ -80,11 +82,15 @@ class FitLoop:
                         return self._ended_by_strategy()
                     trainer.steps_in_epoch += batch.multiple
                     self._steps += 1
+                    if trainer.step_count < self._evaluated_at:  # it went back
+                        self._evaluated_at, self.evaluation = trainer.step_count - 1, {}
                     self._tell("on_step_end")
                     evaluated = self._evaluation_is_due() and self._evaluate()
+                    enter("save")
                     self._after_step()
                     if reason := self._reason_to_stop(evaluated):
                         return reason
+                    enter("data")
                     start = timeline.now()
             trainer.epoch += 1
             trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0

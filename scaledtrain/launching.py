@@ -28,6 +28,7 @@ from scaledtrain.ranks import RankInfo, life_of
 __all__ = ["Interrupted", "guarded", "tell", "workers_to_start"]
 
 FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes
+STUCK = 70  # ended by the watchdog, to be started again
 PREEMPTED = 75  # saved after a signal: to be started again (EX_TEMPFAIL of sysexits.h)
 
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # ranks that never met have no life of their own
@@ -49,8 +50,8 @@ def guarded(main: Callable[[], None]) -> None:
     * Ranks that fail because another one did say nothing.
     * Ctrl-C: one line. SIGTERM: nothing.
 
-    Exit codes: 0, 1 after an error, 2 if it is in the config, 75 if a signal ended a run that was
-    saved first, 130 after Ctrl-C, 143 after SIGTERM.
+    Exit codes: 0, 1 after an error, 2 if it is in the config, 70 if the watchdog ended a run, 75 if
+    a signal ended one that was saved first, 130 after Ctrl-C, 143 after SIGTERM.
     A rank of a job with several ranks does not wait for the others, nor for its own threads.
     """
     _end_with_launcher()

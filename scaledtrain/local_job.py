@@ -18,7 +18,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from scaledtrain.launching import FAILED, INTERRUPTED, MISUSED, PREEMPTED, TERMINATED, tell
+from scaledtrain.launching import FAILED, INTERRUPTED, MISUSED, PREEMPTED, STUCK, TERMINATED, tell
 
 __all__ = ["SAVE_SECONDS", "UNWIND_SECONDS", "start_workers", "threads_for"]
 
@@ -163,7 +163,7 @@ def _how(code: int) -> str:
 
 def _summary(codes: Mapping[int, int]) -> int:
     """The job's exit code; says what no rank could say."""
-    for code in (INTERRUPTED, MISUSED, FAILED, PREEMPTED):
+    for code in (INTERRUPTED, MISUSED, FAILED, STUCK, PREEMPTED):
         if code in codes.values():
             return code
     for rank, code in codes.items():

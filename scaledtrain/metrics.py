@@ -6,25 +6,21 @@ host clocks. A record is made every ``log_every`` steps, and only then the host 
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scaledtrain.console import Console
 from scaledtrain.errors import ConfigError, NonFiniteLossError
+from scaledtrain.records import Records
 from scaledtrain.strategies import Strategy
 from scaledtrain.timeline import Timeline
-
-if TYPE_CHECKING:  # what only rank 0 writes need not be imported by all
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 __all__ = ["Metrics"]
 
@@ -38,14 +34,6 @@ def _peak_memory_bytes(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _is_of(line: str, last_step: int) -> bool:
-    """Whether a record is whole, and of this step or an earlier one."""
-    try:
-        return bool(json.loads(line)["step"] <= last_step)
-    except ValueError:  # cut off by a crash
-        return False
 
 
 class Metrics:
@@ -72,13 +60,15 @@ class Metrics:
     * ``bytes_sent``: payload that this rank handed to a transport, per step of this replica;
     * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
 
-    An evaluation is a line with ``kind`` ``"evaluation"``. With a traced timeline
-    ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit began (with
-    stages also one for each pass, as ``["0F1", start, end]``, see `PipelineOrder`), and
-    before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
+    An evaluation is a line with ``kind`` ``"evaluation"``. What a `scaledtrain.watch.Watch` sees
+    are lines of kind ``"ranks"``, seconds a step of each rank, and ``"trouble"``. With a traced
+    timeline ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit
+    began (with stages also one for each pass, as ``["0F1", start, end]``, see `PipelineOrder`),
+    and before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
     ranks share.
 
-    A crash loses the records since the last interval; every line written is whole.
+    A crash loses the records since the last interval; every line written is whole. On a disk that
+    is full records are left out, which is told, and training goes on.
 
     Args:
         run_dir: folder for files; None writes none.
@@ -118,16 +108,8 @@ class Metrics:
         self._more = more or dict
         self._show = console and rank == 0
         self._console = Console(None, False)
-        self._run_dir = run_dir
         self._traced_begin: float | None = None
-        self._events: EventFileWriter | None = None
-        if run_dir is not None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._append("metrics", [])  # so that who cannot write is told now
-            if tensorboard and rank == 0:
-                from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-                self._events = EventFileWriter(str(run_dir / "tensorboard"))
+        self._records = Records(run_dir, rank, tensorboard and rank == 0)
         self._begin = timeline.now()
         self._seconds_before = 0.0  # of the run that this one continues
         self._forget(0, self._begin)
@@ -137,6 +119,7 @@ class Metrics:
         self._since = now
         self._steps = 0
         self._samples = 0
+        self._mean_samples = 0.0  # of a rank
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
         self._staleness: dict[int, int] = {}
@@ -158,20 +141,12 @@ class Metrics:
 
     def forget_after(self, step: int) -> None:
         """Remove the records of later steps, which will be made again."""
-        if self._events is not None:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        self._records.forget_after(step)
 
-            begin = SessionLog(status=SessionLog.START)  # TensorBoard drops what is from here on
-            self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=begin))
-        if self._run_dir is None:
-            return
-        path = self._run_dir / f"metrics-rank{self._rank}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _is_of(line, step)]
-        if len(kept) < len(lines):
-            unfinished = path.with_name(f".{path.name}")
-            unfinished.write_text("".join(kept), encoding="utf-8")
-            unfinished.replace(path)
+    def went_back(self, left: int, step: int) -> None:
+        """The run was at one step, and is at an earlier one again; what it took is not undone."""
+        self._first_step -= left - step
+        self.forget_after(step)
 
     def start(self, step: int, total: int | None) -> None:
         """A fit begins at this step."""
@@ -190,7 +165,12 @@ class Metrics:
             self._staleness[staleness] = self._staleness.get(staleness, 0) + 1
 
     def record(
-        self, strategy: Strategy, loss: Tensor, samples: int, grad_norm: Tensor | None
+        self,
+        strategy: Strategy,
+        loss: Tensor,
+        samples: int,
+        grad_norm: Tensor | None,
+        mean_samples: float | None = None,
     ) -> None:
         """Take note of a step; makes a record when one is due.
 
@@ -199,12 +179,14 @@ class Metrics:
             loss: of this replica, a scalar on its device.
             samples: that this replica trained on.
             grad_norm: of its gradient, if measured.
+            mean_samples: over all ranks; None: each trained on as many.
 
         Raises:
             NonFiniteLossError: at a record, if a loss since the last one was NaN or infinite.
         """
         self._steps += 1
         self._samples += samples
+        self._mean_samples += samples if mean_samples is None else mean_samples
         if samples:
             self._losses.append(loss)
             self._weights.append(samples)
@@ -224,7 +206,7 @@ class Metrics:
         gradients = (step - self._first_step) * strategy.gradients_per_step * self._data_ranks
         values: dict[str, float] = {
             "learning_rate": strategy.learning_rate,
-            "samples_per_second": gradients * (self._samples / self._steps) / elapsed,
+            "samples_per_second": gradients * (self._mean_samples / self._steps) / elapsed,
             "step_seconds": elapsed / self._steps,
             "bytes_sent": (self._bytes_sent() - self._sent_before) / self._steps,
             "memory_bytes": _peak_memory_bytes(self._device),
@@ -285,44 +267,22 @@ class Metrics:
         """Show a line on rank 0."""
         Console(None, self._show).say(text)
 
+    def note(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        """Write down something else than a record or an evaluation; only into the file."""
+        self._records.append("metrics", [{"kind": kind, "step": step, **record}])
+
     def _write(self, kind: str, step: int, values: dict[str, float], **more: Any) -> None:
         seconds = self._seconds_before + self.seconds
         record = {"kind": kind, "step": step, "seconds": seconds, **values, **more}
-        self._append("metrics", [record])
-        if self._events is not None:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            prefix = "evaluation" if kind == "evaluation" else "train"
-            summary = Summary(
-                value=[
-                    Summary.Value(tag=f"{prefix}/{k}", simple_value=v) for k, v in values.items()
-                ]
-            )
-            self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._records.append("metrics", [record])
+        self._records.show("evaluation" if kind == "evaluation" else "train", step, values)
 
     def _write_trace(self, rows: list[list[Any]]) -> None:
         if self._traced_begin != self._begin:
             self._traced_begin = self._begin
             rows = [["begin", self._begin, socket.gethostname()], *rows]
-        self._append("trace", rows)
-
-    def _append(self, what: str, rows: Sequence[Any]) -> None:
-        """Add lines to a file of this rank, which is not kept open: there may be thousands."""
-        if self._run_dir is not None:
-            path = self._run_dir / f"{what}-rank{self._rank}.jsonl"
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._records.append("trace", rows)
 
     def finish(self) -> None:
-        """The fit is over: what is written is on its way to the disk, the bar is gone."""
+        """The fit is over: the bar is gone."""
         self._console.close()
-        if self._events is not None:
-            self._events.flush()
-
-    def close(self) -> None:
-        """Close all files."""
-        self.finish()
-        if self._events is not None:
-            self._events.close()
-            self._events = None

@@ -266,8 +266,9 @@ class _Gradients:
     def __init__(self, trainer: Trainer, batch: StepBatch) -> None:
         self._trainer = trainer
         self._combined_after = trainer.strategy.replicas_equal and _replicas(trainer) > 1
-        self.is_full = batch.weight >= 1.0  # not what is left at the end of an epoch
-        self._samples = float(batch.samples)  # of this replica
+        self.is_full = batch.is_full
+        self._own = float(batch.samples)  # of this rank
+        self._samples = self._own  # by which the sum over those of the replica is divided
         if batch.mean_samples is not None:
             self._samples = batch.mean_samples * trainer.layout.data_ranks
         self._sizes: list[float] = []
@@ -312,20 +313,27 @@ class _Gradients:
                     undefined="a pipeline, and DeepSpeed, have no gradients of single microbatches "
                     "to compare; train with several replicas (mesh.replicate)"
                 )
-            self._add_up_pieces()
+            combined /= self._add_up_pieces() ** 2
         squares = [float(square) for square in self._squares]
         return sum(self._sizes), gradient_noise(self._sizes, squares, combined)
 
-    def _add_up_pieces(self) -> None:
-        """Of microbatches that added n_i g_i / N to the gradients, on all ranks of the replica."""
+    def _add_up_pieces(self) -> float:
+        """Of microbatches that added n_i g_i / N to the gradients, on all ranks of the replica.
+
+        Returns:
+            What the shares n_i / N of a whole step add up to: 1, unless replicas that go their own
+            way count by their samples (``balance=fixed``).
+        """
         device = self._trainer.link.device
-        told = torch.zeros(2, len(self._sizes), dtype=torch.float64, device=device)
-        for i, (size, square) in enumerate(zip(self._sizes, self._squares, strict=True)):
+        told = torch.zeros(2, 1 + len(self._sizes), dtype=torch.float64, device=device)
+        told[0, 0] = self._own
+        for i, (size, square) in enumerate(zip(self._sizes, self._squares, strict=True), 1):
             told[0, i], told[1, i] = size, square
         self._trainer.layout.sum(told)
-        self._sizes = told[0].tolist()
+        self._sizes = told[0, 1:].tolist()
         shares = told[0] / self._samples
-        self._squares = list(torch.where(shares > 0, told[1] / shares.square(), 0.0))
+        self._squares = list(torch.where(shares > 0, told[1] / shares.square(), 0.0)[1:])
+        return float(shares[0])
 
 
 def _wide(gradient: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.boards import SharedBoard, StoreBoard
 from scaledtrain.comm.flat import FlatBuffer, flat_bytes
 from scaledtrain.comm.local import AbsentGroup, LocalBoard, LocalGroup, LocalPeers
+from scaledtrain.comm.notes import Notes
 from scaledtrain.comm.ordered_group import OrderedGroup
 from scaledtrain.comm.process_group import TorchGroup
 from scaledtrain.comm.protocols import (
@@ -299,6 +300,10 @@ class Connection:
             board = StoreBoard(store, rank, size, seconds)
         self._closing.append(board.close)
         return board
+
+    def notes(self) -> Notes:
+        """Notes between the ranks; all of them call this equally often, and wait for nobody."""
+        return Notes(self._store_of_new("notes"), self.info.rank, self.info.size)
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
         """Let all ranks send messages to each other's peers; all ranks call this together."""

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group
+from scaledtrain.copies import copied
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim.narrow import Rounding, WideStep
 from scaledtrain.optim.scaling import LearningRateScaling, follow_batch
@@ -121,7 +122,7 @@ class Updater:
         scheduler = self._scheduler.state_dict() if self._scheduler is not None else None
         kinds = [type(self.optimizer).__name__, _schedule_name(self._scheduler)]
         # Copied here and below, since torch's own dictionaries share the tensors in use.
-        state = copy.deepcopy({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
+        state = copied({"optimizer": self.optimizer.state_dict(), "scheduler": scheduler})
         rounding = None if self._wide is None else self._wide.state_dict()
         return {**state, "rounding": rounding, "kinds": kinds}
 
@@ -305,7 +306,11 @@ class Replica:
         return nn.utils.get_total_norm(present)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before."""
+        """Scale all gradients to a norm of at most ``max_norm``; returns the norm before.
+
+        Of one that is not finite nothing is scaled, so that it can be seen which gradients are not.
+        """
         norm = self.gradient_norm()
-        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        finite = norm.nan_to_num(0.0, posinf=0.0)
+        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, finite)
         return norm

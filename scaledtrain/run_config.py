@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.config import TrainConfig, to_yaml
+from scaledtrain.records import write_file
 
 __all__ = ["write_config"]
 
@@ -28,12 +28,12 @@ def write_config(run_dir: Path, config: TrainConfig) -> str | None:
     path, text = run_dir / _CONFIG, to_yaml(config)
     earlier = path.read_text(encoding="utf-8") if path.exists() else text
     if earlier == text:
-        replace_file(path, text.encode())
+        write_file(path, text)
         return None
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
     kept = next(name for name in names if not name.exists())
-    replace_file(kept, earlier.encode())
-    replace_file(path, text.encode())
+    write_file(kept, earlier)
+    write_file(path, text)
     before, now = (_flat("", OmegaConf.to_container(OmegaConf.create(t))) for t in (earlier, text))
     differing = [
         f"{key} {before.get(key, _NOTHING)} -> {now.get(key, _NOTHING)}"

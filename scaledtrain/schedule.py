@@ -173,7 +173,8 @@ class Pace(Protocol):
 
         Args:
             elapsed: what it took the host.
-            share: of the step's samples that are in it.
+            share: of the samples of a step that are in it; a replica with more samples than others
+                has more than 1 in all.
         """
 
 
@@ -233,6 +234,7 @@ class MicrobatchLoop:
         total: Tensor | None = None
         samples = batch.samples
         mean = samples if batch.mean_samples is None else batch.mean_samples
+        even = mean / batch.multiple if batch.even_samples is None else batch.even_samples
         computed = 0
         self.microbatch_seconds = []
         for pace in self._paces:
@@ -258,8 +260,7 @@ class MicrobatchLoop:
             computed += size
             if self._waits_for_device and loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
-            share = size * batch.multiple / mean
-            if self._paces and not self._take_time(start, share, abandon):
+            if self._paces and not self._take_time(start, size / even, abandon):
                 return None
             self.microbatch_seconds.append(self._clock.now() - start)
         if total is None:  # this replica has no samples left in a step that others still make
@@ -316,7 +317,8 @@ class Slowdown:
     """A handicap for experiments with stragglers.
 
     A step takes factor x draw x max(its compute, min_compute_seconds), and never less than its
-    compute.
+    compute. Where ``balance`` gives replicas other shares than even ones, the second time is in
+    proportion to a replica's samples.
 
     Args:
         factors: rank -> how many times longer its compute takes (4.0: four times), at least 1; a

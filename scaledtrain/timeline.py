@@ -16,6 +16,8 @@ _MAX_INSIDE = 4096  # spans that one span can hold; forgetting more keeps memory
 
 Phase = Literal["data", "compute", "communication", "waiting", "evaluation"]
 
+_WITH_OTHERS: tuple[Phase, ...] = ("communication", "waiting", "evaluation")
+
 
 class Span(NamedTuple):
     """From ``start`` to ``end`` (seconds on the monotonic clock of the host) in one phase."""
@@ -61,6 +63,7 @@ class Timeline:
         self._spans: list[Span] = []
         self._named: list[Named] = []
         self._seconds: dict[Phase, float] = {}
+        self._drained: dict[Phase, float] = {}
         # Start and length of the last spans that lie in no other one so far.
         self._outermost: deque[tuple[float, float]] = deque(maxlen=_MAX_INSIDE)
 
@@ -94,5 +97,16 @@ class Timeline:
     def drain(self) -> tuple[dict[Phase, float], list[Span]]:
         """Seconds by phase and the kept spans since the last drain."""
         seconds, spans = self._seconds, self._spans
+        for phase in seconds:
+            self._drained[phase] = self.total(phase)
         self._seconds, self._spans = {}, []
         return seconds, spans
+
+    def total(self, phase: Phase) -> float:
+        """Seconds of a phase since the beginning, drained or not."""
+        return self._drained.get(phase, 0.0) + self._seconds.get(phase, 0.0)
+
+    @property
+    def waited(self) -> float:
+        """Seconds in communication, waits and evaluations since the beginning."""
+        return sum(self.total(phase) for phase in _WITH_OTHERS)

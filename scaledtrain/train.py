@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.callbacks import Callback, StopAtTarget
-from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
@@ -40,6 +40,7 @@ from scaledtrain.optim.scaling import decay_groups, norms_and_biases, zero_gamma
 from scaledtrain.optim.warmup import units_per_update
 from scaledtrain.parallel.accelerate import with_accelerate
 from scaledtrain.parallel.deepspeed import DeepSpeed
+from scaledtrain.records import write_file
 from scaledtrain.rendezvous import Connection, Transport, connect
 from scaledtrain.run_config import write_config
 from scaledtrain.schema import Node, complete, did_you_mean, make
@@ -227,7 +228,7 @@ def run_settled(
             "data": task.facts,
             "environment": environment(link),
         }
-        replace_file(run_dir / "result.json", f"{json.dumps(told, indent=2)}\n".encode())
+        write_file(run_dir / "result.json", f"{json.dumps(told, indent=2)}\n")
     return result
 
 
@@ -301,6 +302,8 @@ def _assemble(
         )
     if config.zero_gamma:
         zero_gamma(model)
+    if config.init_from is not None:
+        load_weights(model, config.init_from)
     exempt = norms_and_biases(model) if config.weight_decay_on == "matrices" else set()
     strategy = make(config.strategy)
     engine = None if config.engine is None else make(config.engine)
@@ -402,6 +405,7 @@ def _assemble(
         batches_per_step=batches_per_step,
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,
+        balance=make(config.balance),
         eval_metrics=task.metrics,
         callbacks=callbacks,
         seed=config.seed,
@@ -413,6 +417,7 @@ def _assemble(
         console=config.console,
         trace=config.trace,
         checkpointing=config.checkpointing,
+        watch=config.watch,
         resume=config.resume,
         link=link,
     )

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.balance import Balance
+from scaledtrain.balance.make import make_balancer
 from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.checkpoint.begin import resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, must_end
+from scaledtrain.copies import copied
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
@@ -41,6 +44,8 @@ from scaledtrain.seeding import (
     set_generator_states,
 )
 from scaledtrain.strategies import Strategy, Sync
+from scaledtrain.watch import Watch
+from scaledtrain.watch.watcher import Watcher
 
 __all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
 
@@ -74,6 +79,9 @@ class Trainer:
         model: any module; moved to this rank's device. All replicas start with rank 0's values.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar, the mean over the samples. None: the model
             returns its own loss (``model(**batch).loss``).
+        loss_weight: of how many terms the loss of a batch is the mean, if not of its samples: of
+            the tokens that are not masked, say. By that number microbatches, replicas and batches
+            of an evaluation count, and it stands for samples in the metrics.
         optimizer: a factory, ``functools.partial(torch.optim.SGD, lr=0.1)``: it is called with the
             (name, parameter) pairs where the updates are made, on the replica or on a server.
         lr_scheduler: a factory from optimizer to ``LRScheduler``; one step per update.
@@ -90,6 +98,7 @@ class Trainer:
             some replicas have one more, in turns.
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
+        balance: how many samples of a step each replica trains on; default `Even`.
         eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
         callbacks: called in order.
         seed: of data order, dropout and every other generator; each rank's differ where they
@@ -103,6 +112,7 @@ class Trainer:
         console: show progress on rank 0.
         trace: keep and write every span of time, for timelines.
         checkpointing: when the run is saved; None: never.
+        watch: what is done about ranks that hang or are slow, and about NaN and loss spikes.
         resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir``, or
             what hosts kept of it in memory if that is newer (none: it begins), or the path of a
             checkpoint or of a run.
@@ -133,6 +143,7 @@ class Trainer:
         loss_fn: LossFn | None,
         optimizer: MakeOptimizer,
         *,
+        loss_weight: Weigh | None = None,
         lr_scheduler: MakeScheduler | None = None,
         strategy: Strategy | None = None,
         mesh: Mesh | None = None,
@@ -144,6 +155,7 @@ class Trainer:
         batches_per_step: int | None = None,
         max_grad_norm: float | None = None,
         drop_compute: DropCompute | None = None,
+        balance: Balance | None = None,
         eval_metrics: Mapping[str, Metric] | None = None,
         callbacks: Sequence[Callback] = (),
         seed: int = 0,
@@ -155,6 +167,7 @@ class Trainer:
         console: bool = True,
         trace: bool = False,
         checkpointing: Checkpointing | None = None,
+        watch: Watch | None = None,
         resume: str | Path | None = None,
         link: Link | None = None,
     ) -> None:
@@ -240,9 +253,11 @@ class Trainer:
             log_every=log_every,
             console=console,
         )
+        self.balancer = make_balancer(balance, self.strategy, self.layout, self.metrics.say)
         self.epoch = 0
         self.steps_in_epoch = 0
         self._loss_fn = loss_fn
+        self._loss_weight = loss_weight
         self._accumulation = gradient_accumulation_steps
         self._batches_per_step = batches_per_step
         self._max_grad_norm = max_grad_norm
@@ -257,7 +272,8 @@ class Trainer:
         self._resumed: dict[str, Any] = {}  # what only the next fit can restore
         self._saver: Saver | None = None
         try:
-            self._saver = resume_and_save(self, checkpointing, resume, run_dir)
+            self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
+            self.watcher = Watcher(watch, self, loss_fn, run_dir, self._saver)
         except BaseException:
             self._release()
             raise
@@ -334,27 +350,39 @@ class Trainer:
             weight = self.schedule.weight(batch)
             whole = [c.needs_own_gradients(self, batch) for c in self._callbacks]
             passes = 0 if any(whole) else self.schedule.backward_passes(batch)
+            self.watcher.enter("pull")
             going = self.strategy.before_forward(passes, weight)
             self.metrics.saw_staleness(self.strategy.staleness)
             if not self.in_lockstep:  # else its other pieces come to the same
                 going = not self.layout.agree(not going)
             if not going:
                 return False
-            start = self.timeline.now()
+            self.watcher.begin_computing()
+            start, waited = self.timeline.now(), self.timeline.waited
             abandon = self.strategy.abandons if self.strategy.may_abandon else None
             computed = self.schedule.run(batch, abandon)
             self.timeline.add("compute", start)
+        if self.balancer is not None:
+            self.balancer.computed(self.step_count, start, waited, computed.share)
         self._call("on_gradients")
+        self.watcher.enter("reduce")
         if computed.is_due:
             self.strategy.reduce_gradients(weight * computed.share)
             self._call("on_reduced")
         finite, norm = self.scaler.check_and_clip(
-            self.replica, self._max_grad_norm, self.metrics.due()
+            self.replica, self._max_grad_norm, self.metrics.due() or self.watcher.needs_norm
         )
-        if finite and computed.is_due:
+        in_order = self.watcher.is_in_order(batch, computed, norm)
+        self.watcher.enter("apply")
+        if finite and in_order and computed.is_due:
             self.strategy.apply_gradients()
         self.strategy.after_step()
-        self.metrics.record(self.strategy, computed.loss, computed.samples, norm)
+        mean: float = computed.samples
+        if batch.samples_per_rank is not None:
+            mean = batch.samples_per_rank * computed.share
+        counted, mean = (computed.samples, mean) if in_order else (0, 0)
+        self.metrics.record(self.strategy, computed.loss, counted, norm, mean)
+        self.watcher.after_step()
         return True
 
     def _drain(self) -> None:
@@ -426,6 +454,8 @@ class Trainer:
             accumulation=self._accumulation,
             seed=self._seed,
             alone=not self.in_lockstep,
+            balancer=self.balancer,
+            weigh=self._loss_weight,
             batches_per_step=self._batches_per_step,
         )
         self._loader = loader
@@ -442,7 +472,7 @@ class Trainer:
             eval_every=eval_every,
             # Without these nobody can want to stop, and replicas need not ask each other.
             may_stop=max_seconds is not None or bool(self._callbacks),
-            after_step=self._saver.after_step if self._saver is not None else lambda: None,
+            after_step=self._step_ended,
             ready=self._ready,
         )
         total = max_steps
@@ -454,16 +484,22 @@ class Trainer:
         early = torch.tensor([int(self.layout.agree(run.may_stop))], device=self.link.device)
         self.strategy.lockstep.all_reduce([early], "max").wait()
         run.may_stop = bool(early.item())
-        # All begin at once, so times of different ranks are seconds since the same moment.
-        self.strategy.start(max_steps)
-        self.metrics.start(self.step_count, total)
-        if self._saver is not None:
-            self._saver.start(max_steps)
+        if self.balancer is not None:
+            self.balancer.start()
+        stop_request = self._saver.stop_request if self._saver is not None else nullcontext()
         try:
-            with self._saver.stop_request if self._saver is not None else nullcontext():
+            with self.watcher.watching(loader), stop_request:
+                # All begin at once, so times of different ranks are seconds since the same moment.
+                self.strategy.start(max_steps)
+                self.metrics.start(self.step_count, total)
+                if self._saver is not None:
+                    self._saver.start(max_steps)
                 self._call("on_fit_start")
                 stopped_by = run.run()
                 is_drained = self.schedule.pending > 0
+                if self.balancer is not None:
+                    self.balancer.end()
+                self.watcher.enter("end")
                 self._drain()
                 if self._saver is not None:
                     is_stopping = stopped_by not in ("max_steps", "max_epochs")
@@ -479,6 +515,12 @@ class Trainer:
         finally:
             self.metrics.finish()
         return FitResult(self.step_count, self.metrics.seconds, stopped_by, run.evaluation)
+
+    def _step_ended(self) -> None:
+        if self.balancer is not None:
+            self.balancer.step_ended(self.step_count)
+        if self._saver is not None:
+            self._saver.after_step()
 
     def stop(self) -> None:
         """End the run soon; from a callback.
@@ -508,8 +550,9 @@ class Trainer:
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
         self.layout.share_buffers()
+        self.watcher.enter("evaluate")
         start = self.timeline.now()
-        share = self.layout.steps(loader, group.rank, group.size)
+        share = self.layout.steps(loader, group.rank, group.size, weigh=self._loss_weight)
         names = ["loss", *self.eval_metrics]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
         with (
@@ -519,6 +562,7 @@ class Trainer:
         ):
             self.layout.refresh()
             for step in steps:
+                self.watcher.enter("evaluate")
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
                     values = self._measure(batch, size)
                     if values:  # else another rank has them
@@ -567,7 +611,7 @@ class Trainer:
         loader = self._loader
         self.layout.refresh()
         return {
-            "model": copy.deepcopy(self.model.state_dict()),
+            "model": copied(self.model.state_dict()),
             "strategy": self.strategy.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -579,6 +623,7 @@ class Trainer:
             "generators": generator_states(),
             "metrics": self.metrics.state_dict(),
             "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks],
+            "balance": None if self.balancer is None else self.balancer.state_dict(),
         }
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -607,6 +652,8 @@ class Trainer:
         self.epoch = state["epoch"]
         self.steps_in_epoch = state["steps_in_epoch"]
         self.metrics.load_state_dict(state["metrics"], self.step_count)
+        if self.balancer is not None and state.get("balance") is not None:
+            self.balancer.load_state_dict(state["balance"])
         saved = list(state.get("callbacks", []))
         for callback in self._callbacks:  # of several of a class, the first gets the first's
             mine = next((s for s in saved if s[0] == type(callback).__name__), None)
@@ -674,7 +721,7 @@ class Trainer:
         """Close files; the model is the user's again."""
         if self._saver is not None:
             self._saver.close()
-        self.metrics.close()
+        self.metrics.finish()
         self.layout.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()

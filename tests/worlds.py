@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaledtrain import Replica, Strategy
 from scaledtrain.clock import HostClock
 from scaledtrain.comm.local import Done, LocalGroup, Undivided
+from scaledtrain.comm.notes import Notes
 from scaledtrain.comm.protocols import Handle, MakeServer, Peer, ReduceOp, ServeOptions
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Piece
@@ -36,6 +38,7 @@ class World:
         self.size = size
         self.late = late
         self.dead: set[int] = set()
+        self.store = dist.HashStore()
         self.links = [WorldLink(self, rank) for rank in range(size)]
         self._barrier = threading.Barrier(size, timeout=TIMEOUT_SECONDS)
         self._slots: list[Any] = [None] * size
@@ -94,6 +97,7 @@ class WorldLink(Undivided):
     def all_reduce(
         self, tensors: Sequence[Tensor], op: ReduceOp = "sum", weight: float = 1.0
     ) -> Handle:
+        start = self.timeline.now()
         mine = [t.detach().clone() for t in tensors]
         all_of = self.world.exchange(self.rank, (mine, weight))
         total = sum(w for _, w in all_of)
@@ -107,6 +111,7 @@ class WorldLink(Undivided):
                 weights = torch.tensor([w / total for _, w in all_of], dtype=pieces.dtype)
                 result = torch.tensordot(weights, pieces, dims=1)
             t.detach().copy_(result)
+        self.timeline.add("communication", start)
         return Done()
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
@@ -131,6 +136,9 @@ class WorldLink(Undivided):
         words = [0] * self.size
         words, changed = self.world.exchange(self.rank, (words, threading.Condition()))[0]
         return WorldBoard(self.world, self.rank, words, changed)
+
+    def notes(self) -> Notes:
+        return Notes(self.world.store, self.rank, self.size)
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> WorldPeers:
         peers = self.world.exchange(self.rank, (peer, threading.Lock()))

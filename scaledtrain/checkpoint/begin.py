@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from scaledtrain.checkpoint.folder import Manifest, SavedStep
 from scaledtrain.checkpoint.lock import RunLock
 from scaledtrain.checkpoint.policy import Checkpointing
+from scaledtrain.checkpoint.recall import recall
 from scaledtrain.checkpoint.resume import CHECKPOINTS, find, goes_on_in, load
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.errors import ConfigError, ScaledTrainError
@@ -26,6 +29,7 @@ _logger = logging.getLogger(__name__)
 
 def resume_and_save(
     trainer: Trainer,
+    model: nn.Module,
     options: Checkpointing | None,
     resume: str | Path | None,
     run_dir: str | Path | None,
@@ -34,6 +38,7 @@ def resume_and_save(
 
     Args:
         trainer: with all its parts.
+        model: as it was given to the trainer, which may have a piece of it.
         options: when to save; None: never.
         resume: ``"auto"``, or the folder of a checkpoint or of a run; None: begin anew.
         run_dir: where checkpoints go, unless ``options`` has a folder.
@@ -75,7 +80,7 @@ def resume_and_save(
         layout.counted_elsewhere(),
     )
     facts = {
-        "model": type(trainer.model).__name__,
+        "model": type(model).__name__,
         "strategy": str(strategy),
         "precision": str(trainer.precision),
     }
@@ -97,7 +102,7 @@ def resume_and_save(
             evaluation=lambda: trainer.evaluation,
             owner=owner,
             agree=layout.agree,
-            facts={**facts, "config": config_of(trainer.model)},
+            facts={**facts, "config": config_of(model)},
             lock=lock,
         )
         _resume(trainer, resume, folder, owner, saver, facts)
@@ -123,7 +128,7 @@ def _resume(
     is_here = saved is not None and folder is not None and goes_on_in(saved.path, folder)
     copy = None
     if saver is not None and saver.memory is not None and resume == "auto":
-        copy = saver.memory.newest(after=step)
+        copy = recall(saver.memory.folder, trainer.link.group, after=step)
     if copy is not None:
         newer = "" if saved is None else f" (the newest checkpoint is of step {step})"
         saved = copy.saved

@@ -1,30 +1,37 @@
-"""Weights out of a checkpoint for others to use, and others' weights into a model."""
+"""Weights out of a checkpoint for others to use."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from scaledtrain.checkpoint.folder import MANIFEST, Manifest, SavedStep, saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
-from scaledtrain.checkpoint.tensor_file import write_bytes, write_tensors
+from scaledtrain.checkpoint.resume import CHECKPOINTS
+from scaledtrain.checkpoint.tensor_file import replace_file, sync_folder, write_tensors
 from scaledtrain.checkpoint.tree import restore, tensor_names
 from scaledtrain.errors import CheckpointError, ConfigError
 
-__all__ = ["config_of", "export", "load_weights", "model_state"]
+__all__ = ["checkpoints_at", "config_of", "export", "model_state", "newest_intact"]
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"  # as Hugging Face has them
+_logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"  # as Hugging Face has it
 
 
 def config_of(model: nn.Module) -> Any:
     """The config of a Hugging Face model, as JSON has it; None of another model."""
     to_text = getattr(getattr(model, "config", None), "to_json_string", None)
-    return json.loads(to_text()) if to_text is not None else None
+    if to_text is None:
+        return None
+    config = json.loads(to_text())
+    return {**config, "architectures": config.get("architectures") or [type(model).__name__]}
 
 
 def model_state(reader: CheckpointReader) -> dict[str, Tensor]:
@@ -32,7 +39,10 @@ def model_state(reader: CheckpointReader) -> dict[str, Tensor]:
 
     Buffers are the first rank's: the mean of a count is none.
     """
-    first, *others = (_model_of(reader, rank) for rank in _of_replicas(reader))
+    ranks, pieces = reader.manifest.ranks, reader.manifest.pieces
+    first, *others = (
+        _model_of(reader, ranks[begin : begin + pieces]) for begin in range(0, len(ranks), pieces)
+    )
     state = {}
     for name, value in first.items():
         values = [value, *(other[name] for other in others)]
@@ -42,19 +52,47 @@ def model_state(reader: CheckpointReader) -> dict[str, Tensor]:
     return state
 
 
-def _of_replicas(reader: CheckpointReader) -> Iterator[int]:
-    """A rank of each."""
-    yield from reader.manifest.ranks[:: reader.manifest.pieces]
-
-
-def _model_of(reader: CheckpointReader, rank: int) -> dict[str, Tensor]:
-    skeleton = reader.skeleton(rank)
-    try:
-        model = next(value for key, value in skeleton["dict"] if key == "model")
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise CheckpointError(f"the state of rank {rank} has no model") from error
-    state: dict[str, Tensor] = restore(model, read_tensors(reader, tensor_names(model)))
+def _model_of(reader: CheckpointReader, ranks: Sequence[int]) -> dict[str, Tensor]:
+    """Of a replica that these ranks had together; where they had stages, each has some names."""
+    state: dict[str, Tensor] = {}
+    for rank in ranks if reader.manifest.stages > 1 else ranks[:1]:
+        skeleton = reader.skeleton(rank)
+        try:
+            model = next(value for key, value in skeleton["dict"] if key == "model")
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            raise CheckpointError(f"the state of rank {rank} has no model") from error
+        state |= restore(model, read_tensors(reader, tensor_names(model)))
     return state
+
+
+def newest_intact(path: Path) -> Path:
+    """A checkpoint, or the newest intact one of a run or of a folder of checkpoints.
+
+    Raises:
+        ConfigError: there is none.
+        CheckpointError: all are damaged.
+    """
+    there = checkpoints_at(path)
+    for saved in reversed(there):
+        damage = saved.damage()
+        if damage is None:
+            return saved.path
+        _logger.warning("checkpoint %s is skipped: %s", saved.path, damage)
+    raise CheckpointError(f"every checkpoint at {path} is damaged")
+
+
+def checkpoints_at(path: Path) -> list[SavedStep]:
+    """The checkpoints that are meant, the oldest first.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / MANIFEST).exists():
+        return [SavedStep(Manifest.read(path).step, path)]
+    there = saved_steps(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
+    if not there:
+        raise ConfigError(f"{path} has no checkpoint; give the folder of a run that was saved")
+    return there
 
 
 def export(checkpoint: str | Path, to: str | Path) -> list[Path]:
@@ -74,85 +112,18 @@ def export(checkpoint: str | Path, to: str | Path) -> list[Path]:
     """
     reader, folder = CheckpointReader(checkpoint), Path(to)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, config = folder / _WEIGHTS, folder / "config.json"
+    weights, config = folder / WEIGHTS, folder / "config.json"
     for path in (weights, config):
         if path.exists():
             raise ConfigError(f"{path} is there already; remove it, or export to another folder")
     state = model_state(reader)
     tensors = [(name, tensor.contiguous()) for name, tensor in state.items()]
-    unfinished = folder / f".{_WEIGHTS}"
+    about = reader.manifest.facts.get("config")
+    if about is not None:
+        replace_file(config, json.dumps(about, indent=2).encode())
+    unfinished = folder / f".{WEIGHTS}"
     unfinished.unlink(missing_ok=True)
     write_tensors(unfinished, tensors, {"format": "pt"})
     unfinished.rename(weights)
-    about = reader.manifest.facts.get("config")
-    if about is None:
-        return [weights]
-    write_bytes(config, json.dumps(about, indent=2).encode())
-    return [weights, config]
-
-
-def load_weights(model: nn.Module, path: str | Path, *, partial: bool = False) -> None:
-    """Give a model the weights of a safetensors file; before it is given to a Trainer.
-
-    Args:
-        model: whole; a Trainer then lays it out as asked.
-        path: a file, or a folder that ``save_pretrained`` or `export` wrote, in one file or more.
-        partial: leave what the file lacks as it is, and out what the model lacks.
-
-    Raises:
-        ConfigError: there is no such file, or names or shapes are others than the model's.
-    """
-    given = dict(_weights_at(Path(path)))
-    own = model.state_dict()
-    kept = {}
-    by_memory: dict[tuple[int, torch.Size], list[str]] = {}
-    for name, tensor in own.items():  # of tied weights one is enough
-        by_memory.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
-    for names in by_memory.values():
-        there = next((name for name in names if name in given), None)
-        if there is not None:
-            kept.update({name: given.get(name, given[there]) for name in names})
-    lacking, unknown = own.keys() - kept.keys(), given.keys() - own.keys()
-    if not partial and (lacking or unknown):
-        raise ConfigError(
-            f"{path} does not fit {type(model).__name__}: it lacks {_some(lacking)}, and the model "
-            f"has no {_some(unknown)}; take the model that was saved, or set partial=True"
-        )
-    for name, tensor in kept.items():
-        if tensor.shape != own[name].shape:
-            raise ConfigError(
-                f"{name} is of shape {tuple(tensor.shape)} in {path}, in the model of "
-                f"{tuple(own[name].shape)}; make the model with the sizes of the one that was saved"
-            )
-    model.load_state_dict({**own, **kept})
-
-
-def _some(names: Any) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "") if listed else "nothing"
-
-
-def _weights_at(path: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _files_at(path):
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dict
-                    yield name, opened.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{file} is no safetensors file that can be read: {error}") from error
-
-
-def _files_at(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    if not (path / _INDEX).exists():
-        return [path / _WEIGHTS]
-    try:
-        index: Mapping[str, str] = json.loads((path / _INDEX).read_text())["weight_map"]
-        names = sorted(set(index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path / _INDEX} is damaged: {error!r}") from error
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ConfigError(f"{path / _INDEX} names a file elsewhere: {outside[0]!r}")
-    return [path / name for name in names]
+    sync_folder(folder)
+    return [weights] if about is None else [weights, config]

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,6 +88,7 @@ def _acquire(folder: Path) -> int:
             break
         time.sleep(_POLL_SECONDS)
     own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
-    os.ftruncate(file, 0)
-    os.write(file, json.dumps(own).encode())
+    with suppress(OSError):  # the disk is full: it is held, though nobody can read by whom
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(own).encode())
     return file

@@ -13,7 +13,6 @@ all its parts are there, on any of the hosts: they make up a checkpoint, for any
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -21,30 +20,28 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scaledtrain.checkpoint.folder import Manifest, SavedStep, name_of
+from scaledtrain.checkpoint.folder import Manifest, name_of
 from scaledtrain.checkpoint.tensor_file import Written, write_bytes
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.errors import CheckpointError, ConfigError
+from scaledtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from scaledtrain.checkpoint.part import Owner
 
-__all__ = ["Found", "Memory", "neighbours"]
+__all__ = ["COPY", "Memory", "files_of_part", "neighbours", "read_file", "write_file"]
 
 _logger = logging.getLogger(__name__)
 
 _KEPT = 2  # steps: while one is being written the one before is whole
-_STEP = re.compile(r"([0-9a-f]+)-step-(\d{9,})")
-_PART = re.compile(r"rank-(\d{5,})\.json")
+COPY = re.compile(r"([0-9a-f]+)-step-(\d{9,})")  # session and step, in the name of a copy
 
 
 def neighbours(rank: int, size: int) -> list[int]:
@@ -60,34 +57,8 @@ def neighbours(rank: int, size: int) -> list[int]:
     return list(range(rank % half, size, half))
 
 
-class Found(NamedTuple):
-    """A state that was put together from what hosts had in memory."""
-
-    saved: SavedStep
-    told: str
-    """Whose copies it is from."""
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What one holder has of one step."""
-
-    session: str
-    holder: int
-    manifest: Manifest
-    path: Path | None = None  # on this host; None: on another one
-
-    @property
-    def key(self) -> tuple[int, str]:
-        return self.manifest.step, self.session
-
-    @property
-    def parts(self) -> set[int]:
-        return {int(match[1]) for name in self.manifest.files if (match := _PART.fullmatch(name))}
-
-
 class Memory:
-    """Keeps copies of the newest states in this host's memory, and finds those of an earlier job.
+    """Keeps copies of the newest states in this host's memory; `recall` finds them again.
 
     Args:
         folder: for all runs of this user on this host; None: in /dev/shm, or where there is none,
@@ -97,6 +68,9 @@ class Memory:
         link: to all ranks.
         owner: of the state: this rank.
         facts: for manifests.
+
+    Attributes:
+        folder: of this run's copies.
 
     Raises:
         ConfigError: the folder cannot be made, or is somebody else's.
@@ -117,8 +91,8 @@ class Memory:
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
             if own.is_symlink() or own.stat().st_uid != os.getuid():
                 raise PermissionError(f"{own} belongs to another user")
-            self._folder = own / run
-            self._folder.mkdir(exist_ok=True)
+            self.folder = own / run
+            self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"copies of the state cannot be kept in memory: {error}; set "
@@ -132,8 +106,6 @@ class Memory:
         self._group: Group | None = None
         self._kept: list[Path] = []
         self._is_told = False
-
-    # Keeping
 
     def keep(self, step: int, state: Any, evaluation: Mapping[str, float]) -> None:
         """Keep a copy of this state here and with the neighbours. Collective.
@@ -150,14 +122,14 @@ class Memory:
             if len(self._members) > 1:
                 name = f"memory/{self._members[0]}"
                 self._group = self._link.part(name, self._members).group
-        final = self._folder / f"{self._session}-{name_of(step)}" / f"holder-{self._owner.rank:05d}"
-        writing = self._folder / f".writing-{self._session}-{self._owner.rank}"
+        final = self.folder / f"{self._session}-{name_of(step)}" / f"holder-{self._owner.rank:05d}"
+        writing = self.folder / f".writing-{self._session}-{self._owner.rank}"
         contents: list[Tensor] | None = None
         try:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
             Part(self._owner, state).write(writing)
-            contents = [_read(writing / name) for name in _names(self._owner.rank)]
+            contents = [read_file(writing / name) for name in files_of_part(self._owner.rank)]
         except OSError as error:
             self._tell(error)
         lengths = torch.tensor([-1, -1] if contents is None else [len(c) for c in contents])
@@ -165,8 +137,8 @@ class Memory:
         try:
             if contents is not None:
                 for rank, parts in others.items():
-                    for name, part in zip(_names(rank), parts, strict=True):
-                        _write(writing / name, part)
+                    for name, part in zip(files_of_part(rank), parts, strict=True):
+                        write_file(writing / name, part)
                 self._seal(writing, final, step, [self._owner.rank, *others], evaluation)
                 self._tidy(final)
         except OSError as error:
@@ -176,14 +148,12 @@ class Memory:
     def _tidy(self, newest: Path) -> None:
         """Remove what is older than the step before, which all ranks have: they are in this one."""
         if len(self._kept) == 1:  # of this session is enough
-            for path in self._folder.iterdir():
+            for path in self.folder.iterdir():
                 if not path.name.removeprefix(".writing-").startswith(self._session):
                     shutil.rmtree(path, ignore_errors=True)
         self._kept.append(newest)
         for old in self._kept[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-            with suppress(OSError):  # others still have something there
-                old.parent.rmdir()
+            _remove(old)
         self._kept = self._kept[-_KEPT:]
 
     def _exchange(self, lengths: Tensor, contents: Sequence[Tensor]) -> dict[int, list[Tensor]]:
@@ -243,145 +213,36 @@ class Memory:
                 error,
             )
 
+    def forget_after(self, step: int) -> None:
+        """The run is at this step again: copies of later ones are of a way that it has left."""
+        for path in self._kept:
+            match = COPY.fullmatch(path.parent.name)
+            if match is not None and int(match[2]) > step:
+                _remove(path)
+        self._kept = [path for path in self._kept if path.exists()]
+
     def remove(self) -> None:
         """The run has been saved: no copy is needed any more."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         self._kept = []
 
-    # Finding
 
-    def newest(self, after: int) -> Found | None:
-        """The newest state of which all parts are on some host, as a checkpoint. Collective.
-
-        Args:
-            after: only steps later than this are wanted.
-        """
-        group = self._link.group
-        own = [held for held in self._here() if held.manifest.step > after]
-        told = _gather(group, {"host": self._host(), "held": [_to_json(held) for held in own]})
-        held_by = [[_from_json(each) for each in of_rank["held"]] for of_rank in told]
-        parts: dict[tuple[int, str], set[int]] = {}
-        about: dict[tuple[int, str], Manifest] = {}
-        for held in (held for of_rank in held_by for held in of_rank):
-            parts.setdefault(held.key, set()).update(held.parts)
-            about[held.key] = held.manifest
-        whole = [key for key, there in parts.items() if there == set(about[key].ranks)]
-        if not whole:
-            return None
-        key = max(whole)
-        mine = [held for held in own if held.key == key]
-        theirs = [[held for held in of_rank if held.key == key] for of_rank in held_by]
-        hosts = [of_rank["host"] for of_rank in told]
-        first = hosts.index(hosts[group.rank])  # of this host: it puts all together
-        target = self._folder / f".assembled-{first}"
-        if first == group.rank:
-            shutil.rmtree(target, ignore_errors=True)
-            target.mkdir()
-        files: dict[str, Written] = {}
-        for part in about[key].ranks:
-            files |= self._bring(part, target if first == group.rank else None, mine, theirs)
-        if first == group.rank:
-            replace(about[key], files=files).write(target)
-        _gather(group, None)  # it is there on all hosts
-        return Found(SavedStep(key[0], target), _whose(theirs, about[key].ranks))
-
-    def _here(self) -> list[_Held]:
-        """What is on this host, and intact."""
-        found = []
-        for folder in sorted(self._folder.glob("*-step-*/holder-*")):
-            match = _STEP.fullmatch(folder.parent.name)
-            if match is None:
-                continue
-            damage = SavedStep(int(match[2]), folder).damage()
-            if damage is None:
-                holder = int(folder.name.removeprefix("holder-"))
-                found.append(_Held(match[1], holder, Manifest.read(folder), folder))
-            else:
-                _logger.warning("a copy in memory is skipped: %s", damage)
-        return found
-
-    def _host(self) -> str:
-        """A word that ranks have in common if they see the same folder."""
-        boot, place = Path("/proc/sys/kernel/random/boot_id"), self._folder.stat()
-        machine = boot.read_text().strip() if boot.exists() else os.uname().nodename
-        return f"{machine} {place.st_dev} {place.st_ino}"
-
-    def _bring(
-        self,
-        part: int,
-        target: Path | None,
-        mine: Sequence[_Held],
-        theirs: Sequence[Sequence[_Held]],
-    ) -> dict[str, Written]:
-        """Bring the files of a part to the target of each host; returns them."""
-        group = self._link.group
-        having = [any(part in held.parts for held in of_rank) for of_rank in theirs]
-        source = having.index(True)
-        files = next(h.manifest.files for h in theirs[source] if part in h.parts)
-        here = next((held.path for held in mine if part in held.parts), None)
-        names = _names(part)
-        for name in names:
-            content = torch.zeros(files[name].bytes, dtype=torch.uint8)
-            if not all(having):
-                if group.rank == source and here is not None:
-                    content = _read(here / name)
-                group.broadcast([content], source)
-            if target is not None and here is not None:
-                try:
-                    os.link(here / name, target / name)
-                except OSError:  # not on every file system
-                    shutil.copyfile(here / name, target / name)
-            elif target is not None and _write(target / name, content) != files[name]:
-                raise CheckpointError(f"{target / name}, sent from another host, came damaged")
-        return {name: files[name] for name in names}
+def _remove(holder: Path) -> None:
+    shutil.rmtree(holder, ignore_errors=True)
+    with suppress(OSError):  # others still have something there
+        holder.parent.rmdir()
 
 
-def _whose(theirs: Sequence[Sequence[_Held]], ranks: Sequence[int]) -> str:
-    """Say which parts are copies, and whose."""
-    holders: dict[int, list[int]] = {}
-    for held in (held for of_rank in theirs for held in of_rank):
-        for part in held.parts:
-            holders.setdefault(part, []).append(held.holder)
-    copies = [
-        f"rank {holders[part][0]}'s copy of rank {part}"
-        for part in ranks
-        if part not in holders[part]
-    ]
-    return ", ".join(copies) or "all ranks' own copies"
-
-
-def _names(rank: int) -> tuple[str, str]:
+def files_of_part(rank: int) -> tuple[str, str]:
+    """Names of the files of a rank's part."""
     return f"rank-{rank:05d}.json", f"rank-{rank:05d}.safetensors"
 
 
-def _read(path: Path) -> Tensor:
+def read_file(path: Path) -> Tensor:
+    """The bytes of a file."""
     return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
 
 
-def _write(path: Path, content: Tensor) -> Written:
+def write_file(path: Path, content: Tensor) -> Written:
+    """Write a new file of these bytes."""
     return write_bytes(path, content.numpy().data)
-
-
-def _to_json(held: _Held) -> dict[str, Any]:
-    content = asdict(held.manifest)
-    content["ranks"] = list(held.manifest.ranks)
-    return {"session": held.session, "holder": held.holder, "manifest": content}
-
-
-def _from_json(told: Mapping[str, Any]) -> _Held:
-    content = dict(told["manifest"])
-    content["files"] = {name: Written(*file) for name, file in content["files"].items()}
-    return _Held(told["session"], told["holder"], Manifest(**content))
-
-
-def _gather(group: Group, value: Any) -> list[Any]:
-    """What every rank tells, by rank."""
-    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [told[0] for told in group.all_gather([torch.tensor([len(content)])])]
-    buffer = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
-    buffer[: len(content)] = content
-    told = group.all_gather([buffer])
-    return [
-        json.loads(text[: int(n)].numpy().tobytes())
-        for (text,), n in zip(told, lengths, strict=True)
-    ]

@@ -27,7 +27,7 @@ class Checkpointing:
         best_metric: its name in the evaluation.
         best_is: which value of it is the best.
         asynchronous: train on while it is written; training waits for one copy of the state only,
-            which takes that much memory.
+            which takes that much memory, and keeps it for the next one.
         on_failure: when one cannot be written (the disk is full): train on and say it, or end the
             run with the error. Those that there are stay in either case.
         folder: where they go; None: ``checkpoints`` in the folder of the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from scaledtrain.checkpoint.signals import Preempted, StopRequest
 from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.checkpoint.writer import Writer
 from scaledtrain.comm.protocols import Link
+from scaledtrain.copies import Copies, Uncopied
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted, tell
 from scaledtrain.strategies import Strategy
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from scaledtrain.checkpoint.part import Owner
 
 __all__ = ["Saver"]
+
+_logger = logging.getLogger(__name__)
 
 _ASKED, _SETTLED, _STOP, _INTERRUPT = 1, 2, 4, 8  # bits of a word; above them the round
 _ROUND = 16
@@ -50,7 +54,7 @@ class Saver:
         strategy: attached.
         goes_on: whether the run goes on from what may be in the folder.
         is_newest: whether that is the newest there is, copies in memory included.
-        state: makes a copy of this rank's state.
+        state: makes a copy of this rank's state, with `copied`.
         evaluation: tells the last evaluation's values.
         owner: this rank.
         agree: whether a rank of this replica says so; all of them ask together.
@@ -93,6 +97,7 @@ class Saver:
         self._folder = folder
         self._strategy = strategy
         self._state = state
+        self._copies = Copies() if options.asynchronous else Uncopied()
         self._evaluation = evaluation
         self._rank = link.group.rank
         if self._rank == 0:
@@ -123,6 +128,7 @@ class Saver:
         self._word = 0
         self._round = 0
         self._saved_step: int | None = None
+        self._last_step = self._last_copy = 0
         self._max_steps: int | None = None
         self.stop_request = StopRequest()
 
@@ -137,7 +143,15 @@ class Saver:
             return int(path.read_text(), 16)
         word = secrets.randbits(62)
         if self._options.memory_every_steps is not None:
-            replace_file(path, f"{word:x}".encode())
+            try:
+                replace_file(path, f"{word:x}".encode())
+            except OSError as error:
+                _logger.warning(
+                    "%s cannot be written: %s; training goes on, but a later job will not find "
+                    "this one's copies in memory",
+                    path,
+                    error,
+                )
         return word
 
     def resumed(self, step: int | None, is_saved: bool) -> None:
@@ -153,6 +167,17 @@ class Saver:
         self._saved_step = step if is_saved else None
         if self._rank == 0:
             set_aside(self._folder, after=-1 if step is None else step)
+
+    def went_back(self, step: int) -> None:
+        """The run is at this step again; what it saved since is set aside, as it is another's."""
+        self._writer.finish()
+        if self._saved_step is not None and self._saved_step > step:
+            self._saved_step = None
+        self._last_step, self._last_copy = min(self._last_step, step), min(self._last_copy, step)
+        if self._rank == 0:
+            set_aside(self._folder, after=step)
+        if self.memory is not None:
+            self.memory.forget_after(step)
 
     def start(self, max_steps: int | None) -> None:
         """A fit begins; the strategy has been started with this limit."""
@@ -217,7 +242,8 @@ class Saver:
             self._save()
         elif self.memory is not None and self._options.is_copied(step, self._last_copy):
             self._last_copy = step
-            self.memory.keep(step, self._state(), self._evaluation())
+            with Uncopied():  # written when it returns
+                self.memory.keep(step, self._state(), self._evaluation())
         if caught:
             self._leave(caught)
 
@@ -299,7 +325,10 @@ class Saver:
     def _save(self) -> None:
         step = self._strategy.step
         if self._apart or step != self._saved_step:  # apart, others may have got on meanwhile
-            self._writer.begin(step, self._state(), self._evaluation())
+            self._writer.finish()  # it has the memory of the last copy
+            with self._copies:
+                state = self._state()
+            self._writer.begin(step, state, self._evaluation())
             self._saved_step = step
         self._last_step, self._last_time = step, self._link.timeline.now()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,7 @@ DTYPES = {
 """How the format calls them."""
 
 _PIECE_BYTES = 2**22
+_BEGIN_BYTES = 2**25
 
 
 class Written(NamedTuple):
@@ -83,44 +84,63 @@ def write_tensors(
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return _write(path, _pieces([len(text).to_bytes(8, "little") + text], tensors))
+    return _write(path, _pieces(len(text).to_bytes(8, "little") + text, tensors))
 
 
 def write_bytes(path: Path, content: bytes | memoryview[int]) -> Written:
     """Write a small file; it is on the disk when this returns."""
-    return _write(path, iter([memoryview(content)]))
+    return _write(path, [memoryview(content)])
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file, also in place of one that is there: it is the old one or the new one."""
     new = path.with_name(f".new-{path.name}")
-    new.unlink(missing_ok=True)
-    write_bytes(new, content)
-    new.replace(path)
+    new.unlink(missing_ok=True)  # of one that was killed
+    try:
+        write_bytes(new, content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def _pieces(first: list[bytes], tensors: Sequence[tuple[str, Tensor]]) -> Iterator[memoryview]:
-    yield from (memoryview(each) for each in first)
+def _pieces(first: bytes, tensors: Sequence[tuple[str, Tensor]]) -> list[memoryview]:
+    pieces = [memoryview(first)]
     for _, tensor in tensors:
         if tensor.nbytes:
             content = tensor.reshape(-1).view(torch.uint8).numpy().data
-            for begin in range(0, len(content), _PIECE_BYTES):
-                yield content[begin : begin + _PIECE_BYTES]
+            begins = range(0, len(content), _PIECE_BYTES)
+            pieces += [content[begin : begin + _PIECE_BYTES] for begin in begins]
+    return pieces
 
 
-def _write(path: Path, pieces: Iterator[memoryview]) -> Written:
+def _write(path: Path, pieces: Sequence[memoryview]) -> Written:
     """The checksum is taken beside the writing: both let other threads go on."""
-    digest, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as beside:
+        digest = beside.submit(_sha256, pieces)
+        size = begun = 0
         for piece in pieces:
-            summed = beside.submit(digest.update, piece)
             size += len(piece)
             while piece:  # a raw file may take less than it is given
                 piece = piece[file.write(piece) :]
-            summed.result()
+            if size - begun >= _BEGIN_BYTES:
+                _begin_to_store(file.fileno(), begun, size - begun)
+                begun = size
         os.fsync(file.fileno())
-    return Written(size, digest.hexdigest())
+        return Written(size, digest.result())
+
+
+def _sha256(pieces: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _begin_to_store(descriptor: int, begin: int, n_bytes: int) -> None:
+    """Let the disk begin with what is written, while more comes; it would wait for the fsync."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def sha256_of(path: Path) -> Written:

@@ -157,8 +157,11 @@ class Writer:
             if self._missing(words):
                 return
             mine = _STATUS * saving.number
-            lost = (-1,) if not self._survives else ()
-            failed = [r for r, word in enumerate(words) if word in (mine + _FAILED, *lost)]
+            failed = [
+                f"rank {rank} could not write its part" if word >= 0 else f"rank {rank} was lost"
+                for rank, word in enumerate(words)
+                if word == mine + _FAILED or (word < 0 and not self._survives)
+            ]
             there = [rank for rank, word in enumerate(words) if word >= 0]
             saving.naming = self._run(lambda: self._commit(saving, there, failed))
         if saving.naming.done():
@@ -167,10 +170,10 @@ class Writer:
                 _logger.error("the checkpoint of step %d is not kept: %s", saving.step, error)
             self._tell(_FAILED if error is not None else _NAMED)
 
-    def _commit(self, saving: _Saving, ranks: Sequence[int], failed: Sequence[int]) -> None:
+    def _commit(self, saving: _Saving, ranks: Sequence[int], failed: Sequence[str]) -> None:
         try:
             if failed:
-                raise CheckpointError(f"rank {failed[0]} could not write its part")
+                raise CheckpointError(failed[0])
             from scaledtrain.checkpoint.part import files_of
 
             files = {name: f for rank in ranks for name, f in files_of(saving.folder, rank).items()}

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from scaledtrain.comm.shared_memory import SharedSegment
+from scaledtrain.comm.store_client import own_client, reconnected
 from scaledtrain.errors import WaitTimeoutError
 
 __all__ = ["SharedBoard", "StoreBoard"]
@@ -82,7 +83,7 @@ class StoreBoard(_Waiting):
     """A board in the job's key-value store, for ranks on several hosts.
 
     A thread writes this rank's word and reads the others' ten times a second; one that has not
-    written for ten seconds has died.
+    written for ten seconds has died. A lost connection is made again.
 
     Args:
         store: of this board alone.
@@ -93,8 +94,8 @@ class StoreBoard(_Waiting):
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float) -> None:
         super().__init__(rank, timeout_seconds)
-        # Its own client: whoever waits in another one keeps it for that long.
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self._origin = store
+        self._store = own_client(store)
         self._size = size
         self._words = [0] * size
         self._beats = [-1] * size
@@ -118,18 +119,25 @@ class StoreBoard(_Waiting):
         self._thread.join()
 
     def _refresh(self) -> None:
-        beat = 0
-        try:
-            while not self._over.wait(_REFRESH_SECONDS):
-                beat += 1
-                self._store.set(f"{self._rank}", f"{self._words[self._rank]} {beat}")
-                for rank in range(self._size):
-                    if rank != self._rank and self._words[rank] != _DEAD:
-                        self._look_at(rank)
-            self._store.set(f"{self._rank}", f"{self._words[self._rank]} {beat + 1}")
-        except (RuntimeError, dist.DistError):  # rank 0, which has the store, died
-            if self._rank != 0:
-                self._words[0] = _DEAD
+        beat, is_over = 0, False
+        while not is_over:
+            is_over = self._over.wait(_REFRESH_SECONDS)
+            beat += 1
+            try:
+                self._exchange(beat)
+            except (RuntimeError, dist.DistError):
+                store = None if is_over else reconnected(self._origin)
+                if store is None:
+                    break
+                self._store = store
+        if not is_over and self._rank != 0:  # which has the store, and died
+            self._words[0] = _DEAD
+
+    def _exchange(self, beat: int) -> None:
+        self._store.set(f"{self._rank}", f"{self._words[self._rank]} {beat}")
+        for rank in range(self._size):
+            if rank != self._rank and self._words[rank] != _DEAD:
+                self._look_at(rank)
 
     def _look_at(self, rank: int) -> None:
         if not self._store.check([f"{rank}"]):

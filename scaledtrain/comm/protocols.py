@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from scaledtrain.clock import Clock
     from scaledtrain.comm.compress import Codec
+    from scaledtrain.comm.notes import Notes
     from scaledtrain.comm.serving.partition import Piece
     from scaledtrain.schedule import Pace
     from scaledtrain.server import Server
@@ -365,6 +366,9 @@ class Link(Protocol):
 
     def board(self) -> Board:
         """A board of its own for the caller. Collective."""
+
+    def notes(self) -> Notes | None:
+        """Notes of their own for the caller; None where ranks cannot hang. All ranks call it."""
 
     def meet(self, like: Sequence[Tensor], peer: Peer, answers: bool) -> Peers:
         """Let all ranks send messages to each other's peers from now on. Collective.

@@ -26,26 +26,18 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset
 
-from scaledtrain.data.ragged import Ragged
+from scaledtrain.data.cut import count_samples
+from scaledtrain.data.map_style import SamplerOrder, rebuilt
 from scaledtrain.errors import ConfigError
-from scaledtrain.seeding import kept_generators, seed_everything
 
 __all__ = [
     "ReplicaLoader",
     "StatefulLoader",
     "StepBatch",
     "StridedLoader",
+    "Weigh",
     "count_samples",
     "must_end",
     "to_device",
@@ -79,7 +71,7 @@ class StridedLoader(Protocol):
         """
 
 
-_EPOCH_SEEDS = 1_000_003  # apart from each other by more than there are ranks
+EPOCH_SEEDS = 1_000_003  # apart from each other by more than there are ranks
 
 
 @runtime_checkable
@@ -93,13 +85,17 @@ class StatefulLoader(Protocol):
         """The next iteration goes on from there."""
 
 
+Weigh = Callable[[Any], float]
+"""How much a batch's mean loss counts in a mean over several: of how many terms it is the mean."""
+
+
 class StepBatch(NamedTuple):
     """What one replica trains on in one step."""
 
     microbatches: list[Any]
     """As the loader gives them, on the replica's device; empty if the epoch left it nothing."""
     sizes: list[int]
-    """Samples in each microbatch."""
+    """Samples in each microbatch, or how much else it counts in the mean loss of the step."""
     weight: float = 1.0
     """Samples here relative to a full step's: this replica's weight in a mean over replicas."""
     mean_samples: float | None = None
@@ -107,27 +103,23 @@ class StepBatch(NamedTuple):
     this one makes it, from ``samples``."""
     multiple: int = 1
     """How many steps of the usual size this one is."""
+    even_samples: float | None = None
+    """What a rank has of a full step of the usual size whose samples are shared out evenly; None:
+    these."""
+    samples_per_rank: float | None = None
+    """Mean over the ranks, of this step; None: as many as here on each."""
 
     @property
     def samples(self) -> int:
         """Samples in all microbatches."""
         return sum(self.sizes)
 
-
-def count_samples(batch: Any) -> int:
-    """Length of the first dimension of the first tensor (or list) in a batch."""
-    if isinstance(batch, Ragged):
-        return batch.samples
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        batch = batch[0]
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, Mapping):
-        return count_samples(next(iter(batch.values())))
-    if isinstance(batch, (tuple, list)) and batch:
-        first = batch[0]
-        return count_samples(first) if isinstance(first, (Mapping, tuple, list)) else len(batch)
-    return 1
+    @property
+    def is_full(self) -> bool:
+        """Whether it is of a whole step, and not of what an epoch had left."""
+        if self.even_samples is None or self.samples_per_rank is None:
+            return self.weight >= 1.0
+        return self.samples_per_rank > self.even_samples * self.multiple - 1e-6  # rounding
 
 
 def must_end(loader: Iterable[Any], what: str) -> None:
@@ -155,11 +147,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class _EveryNth:
     """The batches of one replica from a sampler that yields batches of indices."""
 
-    def __init__(self, sampler: Iterable[Any], replicas: int, seed: int) -> None:
-        self._sampler = sampler
+    def __init__(self, order: SamplerOrder, replicas: int) -> None:
+        self._order = order
         self._replicas = replicas
-        self._seed = seed
-        self._random = _random_sampler(sampler)
         self._epoch = self._first = 0
 
     def begin(self, epoch: int, first: int) -> None:
@@ -167,20 +157,10 @@ class _EveryNth:
         self._epoch, self._first = epoch, first
 
     def __iter__(self) -> Iterator[Any]:
-        order: Iterable[Any] = self._sampler
-        seed = self._seed + self._epoch
-        if self._random is not None:
-            self._random.generator = torch.Generator().manual_seed(seed)
-        elif not _is_sequential(order):
-            # It may draw from global generators, whose state differs between the replicas.
-            with kept_generators():
-                seed_everything(seed)
-                order = list(order)
-        return islice(iter(order), self._first, None, self._replicas)
+        return islice(self._order.epoch(self._epoch), self._first, None, self._replicas)
 
     def __len__(self) -> int:
-        total: int = len(self._sampler)  # type: ignore[arg-type]
-        return len(range(self._first, total, self._replicas))
+        return len(range(self._first, len(self._order), self._replicas))
 
 
 class _Strided:
@@ -200,20 +180,6 @@ class _Strided:
         return self._loader.batches(self._epoch, self._first, self._replicas, self._seed)
 
 
-def _random_sampler(sampler: Any) -> Any:
-    """The random sampler inside ``sampler``, if there is one of torch's, with its own generator."""
-    while isinstance(sampler, BatchSampler):
-        sampler = sampler.sampler
-    own_generator = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-    return sampler if isinstance(sampler, own_generator) else None
-
-
-def _is_sequential(sampler: Any) -> bool:
-    while isinstance(sampler, BatchSampler):
-        sampler = sampler.sampler
-    return isinstance(sampler, SequentialSampler)
-
-
 class ReplicaLoader:
     """One replica's share of any loader, step by step.
 
@@ -231,6 +197,7 @@ class ReplicaLoader:
         alone: this replica is in step with no other.
         share: (i, n): of each n batches that fall to the replica this rank takes the i-th, and
             others the rest; ``accumulation`` is that of one rank.
+        weigh: how much a batch counts; default: its samples.
         batches_per_step: of all replicas together, instead of ``accumulation`` on each.
 
     Attributes:
@@ -264,6 +231,7 @@ class ReplicaLoader:
         device: torch.device | None = None,
         alone: bool = False,
         share: tuple[int, int] = (0, 1),
+        weigh: Weigh | None = None,
         batches_per_step: int | None = None,
     ) -> None:
         if alone and batches_per_step is not None:
@@ -272,6 +240,7 @@ class ReplicaLoader:
                 "of their own, so that there is none of all together; set "
                 "gradient_accumulation_steps (of each), or take a strategy in lockstep (sync)"
             )
+        self._weigh = weigh or count_samples
         self._rank = rank
         self._alone = alone
         self._replicas = replicas
@@ -306,39 +275,15 @@ class ReplicaLoader:
 
     def _shard(self, loader: DataLoader[Any]) -> None:
         """Rebuild a map-style loader so that it reads only this replica's batches."""
-        one_by_one = loader.batch_sampler is None  # batch_size=None: the sampler yields the batches
-        sampler: Any = copy.copy(loader.sampler if one_by_one else loader.batch_sampler)
-        if isinstance(sampler, BatchSampler):
-            sampler.sampler = copy.copy(sampler.sampler)
-            self.batch_size = sampler.batch_size
-        if isinstance(loader.sampler, DistributedSampler) or isinstance(
-            getattr(sampler, "sampler", None), DistributedSampler
-        ):
-            raise ConfigError(
-                "the loader has a DistributedSampler, but the Trainer shards loaders itself, so "
-                "most samples would never be seen; pass the loader as for one process "
-                "(shuffle=True)"
-            )
+        order = SamplerOrder.of(loader, self._seed)
+        self.batch_size = order.batch_size or self.batch_size
         try:
-            self._total = self._length = len(sampler)
+            self._total = self._length = len(order)
         except TypeError:  # a sampler without a length: read everything, keep what is ours
             return
-        own = self._order = _EveryNth(sampler, self._replicas, self._seed)
+        own = self._order = _EveryNth(order, self._replicas)
         self._generator = torch.Generator()
-        options: dict[str, Any] = {"sampler": own, "batch_size": None}
-        self._own = DataLoader(
-            loader.dataset,
-            **(options if one_by_one else {"batch_sampler": own}),
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=self._generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-        )
+        self._own = rebuilt(loader, own, self._generator)
         self._reads_all = False
 
     @property
@@ -387,6 +332,23 @@ class ReplicaLoader:
             self._stateful.load_state_dict(state)
             self._is_placed = True
 
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """What the sampler gave for each batch of a step here: indices; None if there is none."""
+        if not isinstance(self._order, _EveryNth) or self._total is None:
+            return None
+        order = copy.copy(self._order)  # that of the epoch under way stays where it is
+        start = step * self._per_step
+        first = self._first(start, self._rank_in(epoch))
+        stop = min(start + self._window, self._total)
+        order.begin(epoch, first)
+        own = islice(order, len(range(first, stop, self._replicas)))
+        return list(own)[self._share[0] :: self._share[1]]
+
+    def _rank_in(self, epoch: int) -> int:
+        if self._alone and self._length is not None:
+            return (self._rank - epoch * self._length) % self._replicas
+        return self._rank
+
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
     ) -> Generator[StepBatch, None, None]:
@@ -402,10 +364,8 @@ class ReplicaLoader:
         """
         self._ready = ready or (lambda: None)
         if self._generator is not None:  # of the seeds of the loader's workers
-            self._generator.manual_seed(self._seed + self._rank + _EPOCH_SEEDS * epoch)
-        rank = self._rank
-        if self._alone and self._length is not None:
-            rank = (self._rank - epoch * self._length) % self._replicas
+            self._generator.manual_seed(self._seed + self._rank + EPOCH_SEEDS * epoch)
+        rank = self._rank_in(epoch)
         if self._order is not None:
             self._order.begin(epoch, self._first(start * self._per_step, rank))
         windows = self._of_all(start, rank) if self._reads_all else self._own_only(start, rank)
@@ -486,7 +446,7 @@ class ReplicaLoader:
                 yield mine
 
     def _step(self, microbatches: list[Any]) -> StepBatch:
-        sizes = [count_samples(batch) for batch in microbatches]
+        sizes = [int(self._weigh(batch)) for batch in microbatches]
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedules
-from torch.optim.lr_scheduler import LRScheduler, _enable_get_lr_call
+from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim.noise_scale import GradientNoise
@@ -142,6 +142,8 @@ class AdaScale(LRScheduler):
                 f"AdaScale: {type(self._inner).__name__} makes each rate from the one before, so "
                 "that updates cannot be skipped; take scaledtrain.optim.WarmupDecay, or LambdaLR"
             )
+        if self._inner is not None:  # it never steps again, but is asked; torch would warn of that
+            self._inner._get_lr_called_within_step = True
         self._squared_norm = self._variance = self._weight = 0.0
         self._batch = reference_batch
         self.progress = 0.0
@@ -201,8 +203,7 @@ class AdaScale(LRScheduler):
         self._inner.last_epoch = int(self.progress)
         # What torch's schedules have beside a formula that starts from the rate before.
         rates = getattr(self._inner, "_get_closed_form_lr", self._inner.get_lr)
-        with _enable_get_lr_call(self._inner):  # which else warns that this is no step of it
-            return list(rates())
+        return list(rates())
 
     def _set(self, rates: list[float | Any]) -> None:
         self._last_lr = rates

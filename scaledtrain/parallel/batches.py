@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from scaledtrain.comm.protocols import Group
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, to_device
+from scaledtrain.data.replica_loader import StepBatch, to_device
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 
@@ -89,6 +89,9 @@ class Steps(Protocol):
     def load_state_dict(self, state: Any) -> None:
         """The next epoch goes on where ``state_dict`` was called."""
 
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """What the sampler gave for each batch of a step here; None if there is none."""
+
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
     ) -> Generator[StepBatch, None, None]:
@@ -96,19 +99,19 @@ class Steps(Protocol):
 
 
 class AgreedBatches:
-    """Steps of a `ReplicaLoader` in which all ranks of a group run equally many microbatches.
+    """Steps of a loader in which all ranks of a group run equally many microbatches.
 
     They run the model together, so one that has fewer microbatches, or none, where the data end
     runs one that it has had before, or that another rank lends it; it counts as one of no samples.
     The weight of a step is that of all ranks' samples.
 
     Args:
-        loader: of this rank.
+        loader: of this rank, a `ReplicaLoader` or one that balances.
         group: the ranks.
         device: where batches go.
     """
 
-    def __init__(self, loader: ReplicaLoader, group: Group, device: torch.device) -> None:
+    def __init__(self, loader: Steps, group: Group, device: torch.device) -> None:
         self._loader = loader
         self._group = group
         self._device = device
@@ -151,6 +154,10 @@ class AgreedBatches:
         """The next epoch goes on where ``state_dict`` was called."""
         self._loader.load_state_dict(state)
 
+    def samples(self, epoch: int, step: int) -> list[Any] | None:
+        """What the sampler gave for each batch of a step here; None if there is none."""
+        return self._loader.samples(epoch, step)
+
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
     ) -> Generator[StepBatch, None, None]:
@@ -167,12 +174,15 @@ class AgreedBatches:
         if 0.0 < sum(has) < self._group.size:
             self._lend(has.index(1.0))
         lacking = int(max(lengths)) - len(step.microbatches)
+        mean = sum(samples) / self._group.size if step.mean_samples is None else step.mean_samples
         return StepBatch(
             step.microbatches + [self._spare] * lacking,
             step.sizes + [0] * lacking,
-            sum(weights) / self._group.size,
-            sum(samples) / self._group.size,
-            step.multiple,
+            weight=sum(weights) / self._group.size,
+            mean_samples=mean,
+            multiple=step.multiple,
+            even_samples=step.even_samples,
+            samples_per_rank=step.samples_per_rank,
         )
 
     def _lend(self, lender: int) -> None:

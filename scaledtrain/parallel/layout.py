@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.balance.balancer import Balancer
+from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.data.replica_loader import ReplicaLoader, to_device
+from scaledtrain.data.replica_loader import ReplicaLoader, Weigh, to_device
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches, Steps
@@ -147,6 +149,8 @@ class Layout:
         accumulation: int = 1,
         seed: int = 0,
         alone: bool = False,
+        balancer: Balancer | None = None,
+        weigh: Weigh | None = None,
         batches_per_step: int | None = None,
     ) -> Steps:
         """This rank's share of a loader's batches.
@@ -158,6 +162,8 @@ class Layout:
             accumulation: batches of a step on each rank.
             seed: of the order of the samples.
             alone: this replica is in step with no other.
+            balancer: tells how many samples each replica takes; None: as many as the others.
+            weigh: how much a batch counts; default: its samples.
             batches_per_step: of all ranks together, instead of ``accumulation``.
         """
         group, device = self._shard_group, self.link.device
@@ -171,17 +177,33 @@ class Layout:
             rank, ranks, share = replica, replicas, (group.rank, group.size)
         else:
             rank, ranks, share = replica * group.size + group.rank, replicas * group.size, (0, 1)
-        own = ReplicaLoader(
-            loader,
-            rank=rank,
-            replicas=ranks,
-            accumulation=accumulation,
-            seed=seed,
-            device=device,
-            alone=alone,
-            share=share,
-            batches_per_step=batches_per_step,
-        )
+        own: Steps
+        if balancer is not None:
+            own = BalancedLoader(
+                loader,
+                balancer,
+                replica=replica,
+                piece=(group.rank, group.size),
+                accumulation=accumulation,
+                seed=seed,
+                device=device,
+                alone=alone,
+                weigh=weigh,
+                batches_per_step=batches_per_step,
+            )
+        else:
+            own = ReplicaLoader(
+                loader,
+                rank=rank,
+                replicas=ranks,
+                accumulation=accumulation,
+                seed=seed,
+                device=device,
+                alone=alone,
+                share=share,
+                weigh=weigh,
+                batches_per_step=batches_per_step,
+            )
         return own if self._shards is None else AgreedBatches(own, group, device)
 
     @property

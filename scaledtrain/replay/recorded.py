@@ -109,6 +109,11 @@ def _refuse(config: TrainConfig, environment: dict[str, Any]) -> None:
             f"drop_compute.threshold_seconds was {config.drop_compute.threshold_seconds:g}: time "
             "decided which microbatches were computed, and the log does not say which"
         )
+    if config.balance.get("every"):
+        raise ConfigError(
+            "balance was auto: time decided how many samples each worker took, and the log does "
+            "not say how many"
+        )
     if config.strategy.get("proportional_steps"):
         raise ConfigError(
             "strategy.proportional_steps was true: time decided how many local steps each worker "

@@ -36,6 +36,8 @@ class Interval:
     staleness: Mapping[int, int]
     """Staleness -> pushed gradients that had it."""
     loss: float | None
+    memory_bytes: float
+    """Peak of the process or of its device, so far."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ def _read_worker(folder: Path, rank: int) -> WorkerLog:
     return WorkerLog(rank, intervals, evaluations, spans)
 
 
-def _record(line: dict[str, Any]) -> Interval | Evaluation:
+def _record(line: dict[str, Any]) -> Interval | Evaluation | None:
+    if line["kind"] in ("ranks", "trouble"):  # of a watch
+        return None
     step, seconds = int(line["step"]), float(line["seconds"])
     if line["kind"] == "evaluation":
         values = {k: float(v) for k, v in line.items() if k not in ("kind", "step", "seconds")}
@@ -187,4 +191,5 @@ def _record(line: dict[str, Any]) -> Interval | Evaluation:
         phases={phase: float(line[f"{phase}_seconds"]) * steps for phase in PHASES},
         staleness={int(s): int(n) for s, n in line["staleness_counts"].items()},
         loss=None if line.get("loss") is None else float(line["loss"]),
+        memory_bytes=float(line.get("memory_bytes", 0.0)),
     )

@@ -63,6 +63,9 @@ class Admission:
         ...         return 2
     """
 
+    waits_for_all = False
+    """Whether no worker begins a step before all have ended the last one."""
+
     def accepts(self, worker: int, staleness: int, server: ServerView) -> bool:
         """Whether this gradient is used."""
         return True

@@ -50,6 +50,8 @@ class Synchronous(Admission):
         backups.
     """
 
+    waits_for_all = True
+
     def accepts(self, worker: int, staleness: int, server: ServerView) -> bool:
         """Of the current version, once per worker."""
         return staleness == 0 and worker not in server.pending

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.copies import copied
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Updater
 from scaledtrain.server.admission import Admission
@@ -267,7 +268,7 @@ class Server:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the future depends on, gradients that wait for others included."""
         return {
-            "parameters": [p.detach().clone() for p in self.parameters],
+            "parameters": copied([p.detach() for p in self.parameters]),
             "mean": self._mean.state_dict(),
             "updater": self._updater.state_dict(),
             "ledger": self.ledger.state_dict(),

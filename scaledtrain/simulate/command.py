@@ -160,6 +160,10 @@ def run_times(
             "slowdown and drop_compute act on microbatches, which there are none of without "
             "gradients; leave them out: cluster.speeds and cluster.compute say how long steps take"
         )
+    if not make(training.balance).is_even:
+        raise ConfigError(
+            "balance shares out samples, which there are none of without gradients; leave it out"
+        )
     parameters: nn.Module | int
     if simulated.parameter_bytes is not None:
         parameters = simulated.parameter_bytes

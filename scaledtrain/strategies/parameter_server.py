@@ -73,8 +73,9 @@ class ParameterServer(Strategy):
             no use for gradients that are a version older.
 
     Example:
+        >>> from functools import partial
+        >>> import scaledtrain
         >>> import torch
-        >>>         >>> import scaledtrain
         >>> model, server = torch.nn.Linear(2, 1), ParameterServer()
         >>> replica = scaledtrain.Replica(model, partial(torch.optim.SGD, lr=0.1))
         >>> with scaledtrain.connect() as link:
@@ -118,6 +119,7 @@ class ParameterServer(Strategy):
         self._learning_rate = 0.0
         self._has_gradient = True
         self._pushed = False
+        self.makes_equal_steps = self.admission.waits_for_all
         self.may_abandon = self.admission.abandons(_ANCIENT)
         if overlap:
             self._check_overlap()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.comm.protocols import Group, Handle, Link
+from scaledtrain.copies import copied
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Replica
 from scaledtrain.strategies.strategy import Strategy
@@ -74,7 +75,7 @@ class Fragment:
             "steps": self.steps,
             "total": self._total,
             "apart": self.apart,
-            "anchor": [a.clone() for a in self.anchor],
+            "anchor": copied(self.anchor),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

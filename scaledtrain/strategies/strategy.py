@@ -40,6 +40,8 @@ class Strategy(ABC):
         may_abandon: whether ``abandons`` is worth asking.
         settles_to_save: ``state_dict`` is exact only when all replicas have settled.
         replicas_equal: parameters and optimizer are the same on all replicas after every step.
+        makes_equal_steps: no replica begins a step before all have ended the last one, although
+            they are not in lockstep.
         pushes_gradients: a gradient of the whole replica is handed over to somebody else.
     """
 
@@ -47,6 +49,7 @@ class Strategy(ABC):
     may_abandon = False
     settles_to_save = False
     replicas_equal = False
+    makes_equal_steps = False
     pushes_gradients = False
 
     def __init__(self) -> None:

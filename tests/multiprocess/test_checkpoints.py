@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from scaledtrain import Callback, Checkpointing, Mesh, PeerLostError, Preempted, Trainer, connect
+from scaledtrain.checkpoint.export import model_state
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
 from scaledtrain.checkpoint.tensor_file import Written, write_tensors
@@ -94,6 +95,9 @@ def test_a_run_goes_on_under_any_layout(tmp_path: Path) -> None:
     for source in MESHES:
         path = tmp_path / source / "checkpoints" / f"step-{SAVED:09d}"
         ends[f"{source} to one"] = train(tmp_path / f"{source}-one", None, 1, STEPS, resume=path)
+        exported = model_state(CheckpointReader(path.with_name(f"step-{STEPS:09d}")))
+        assert all(torch.equal(value, ends[source][key]) for key, value in exported.items())
+        assert exported.keys() == one.keys()
     assert len(ends) == 3 + 3 * 4 + 3
     for name, end in ends.items():
         source, _, target = name.partition(" to ")

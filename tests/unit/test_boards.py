@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from scaledtrain.comm import boards, shared_memory
 from scaledtrain.comm.boards import SharedBoard, StoreBoard
 from scaledtrain.comm.shared_memory import SharedSegment
 from scaledtrain.errors import WaitTimeoutError
+from tests.ranks import drop_connections
 
 LONG = 30.0  # nothing here waits so long, unless something is wrong
 
@@ -159,3 +161,17 @@ def test_without_its_store_rank_0_is_dead_for_the_others(rank: int, words: list[
     board._thread.join(LONG)
     assert list(board.read()) == words
     board.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds sockets in /proc")
+def test_a_lost_connection_to_the_store_is_made_again() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    made = [StoreBoard(store, rank, 2, LONG) for rank in range(2)]
+    made[0].write(1)
+    made[1].wait(lambda words: words[0] == 1, "a test")
+    drop_connections(store.port)
+    made[1].write(7)
+    made[0].wait(lambda words: words[1] == 7, "a test")
+    made[0].write(8)
+    made[1].wait(lambda words: words[0] == 8, "a test")
+    close(made)

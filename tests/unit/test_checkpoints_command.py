@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from scaledtrain import Checkpointing, ConfigError, Trainer
-from scaledtrain.checkpoint.export import export, load_weights, model_state
+from scaledtrain.checkpoint.export import export, model_state, newest_intact
 from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, files_of
+from scaledtrain.checkpoint.program import export_program
+from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.checkpoints import run
+from scaledtrain.command_line import compose
+from scaledtrain.config import check
+from scaledtrain.rendezvous import connect
+from scaledtrain.train import run as train
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,21 +78,29 @@ def test_list_and_verify(saved: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_diff(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    two, three = sorted((saved / "checkpoints").iterdir())
+    two, three = sorted((saved / "checkpoints").glob("step-*"))
     assert run(["diff", str(two), str(two)]) == 0
-    assert capsys.readouterr().out.endswith("tensors differ\n")
+    assert re.fullmatch(
+        r"0 of \d+ tensors and 0 of \d+ other values differ\n", capsys.readouterr().out
+    )
     assert run(["diff", str(two), str(three)]) == 1
-    assert "model/inside.bias  differs by at most" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "model/inside.bias  differs by at most" in told
+    assert "rank-00000/strategy/step  2 and 3\n" in told
 
 
 def test_export_is_what_from_pretrained_reads(saved: Path, tmp_path: Path) -> None:
     assert run(["export", str(saved), str(tmp_path / "out")]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert sorted(weights) == ["head.weight", "inside.bias", "inside.weight"]
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "tiny"}
-    model = Tiny()
-    load_weights(model, tmp_path / "out")
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        "model_type": "tiny",
+        "architectures": ["Tiny"],
+    }
+    for source in (tmp_path / "out", saved, saved / "checkpoints" / "step-000000003"):
+        model = Tiny()
+        load_weights(model, source)
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     with pytest.raises(ConfigError, match="is there already"):
         export(saved / "checkpoints" / "step-000000003", tmp_path / "out")
 
@@ -130,6 +145,72 @@ def test_others_weights(tmp_path: Path) -> None:
         load_weights(model, path)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "module._orig_mod.", ""])
+def test_names_of_wrappers_are_understood(prefix: str, tmp_path: Path) -> None:
+    given = {"inside.weight": torch.ones(2, 2), "inside.bias": torch.full((2,), 3.0)}
+    save_file({prefix + name: tensor for name, tensor in given.items()}, tmp_path / "a.safetensors")
+    bare, wrapped = Tiny(), nn.ModuleDict({"model": Tiny()})
+    for model in (bare, wrapped):
+        load_weights(model, tmp_path / "a.safetensors")
+        assert all(p.flatten()[0] == (3.0 if p.dim() == 1 else 1.0) for p in model.parameters())
+    save_file({"inside.bias": torch.ones(2), "model.inside.bias": torch.ones(2)}, tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"two tensors for inside\.bias, one of them as model"):
+        load_weights(bare, tmp_path / "b", partial=True)
+
+
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(
+            ConfigError, match=r"pytorch_model\.bin is a pickle, which can run code"
+        ):
+            load_weights(Tiny(), path)
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        run(["export", str(tmp_path), str(tmp_path / "out")])
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Drawing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_a_model_is_exported_as_a_program(tmp_path: Path) -> None:
+    """In eval mode, for any number of samples, also if the example has one."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
+    for number, batch in enumerate([(torch.ones(1, 2), None), {"input": torch.ones(3, 2)}]):
+        of = model if number == 0 else model[0]
+        program = torch.export.load(export_program(of, batch, tmp_path / str(number))).module()
+        x = torch.randn(5, 2)
+        assert torch.equal(program(x) if number == 0 else program(input=x), model[0](x))
+    assert model.training
+    for wrong, why in ((Branching(), "cannot be exported as a program"), (Drawing(), "draw at")):
+        with pytest.raises(ConfigError, match=why):
+            export_program(wrong, torch.ones(3, 2), tmp_path)
+    with pytest.raises(ConfigError, match="first dims are"):
+        export_program(model, (torch.tensor(1.0),), tmp_path)
+    with pytest.raises(ConfigError, match="is there already"):
+        export_program(model, torch.ones(3, 2), tmp_path / "0")
+    assert not list(tmp_path.glob("*model.pt2"))
+
+
+def test_a_run_of_the_command_goes_out_as_a_program_and_comes_in_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model.hidden=[4]", "console=false", "checkpointing=steps", "max_steps=2"]
+    with connect() as link:
+        first = train(check(compose(words, "train")), link, tmp_path / "run")
+        assert run(["export", "--program", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+        again = [*words[:2], f"init_from={tmp_path / 'out'}", "max_steps=1", "optimizer.lr=1e-30"]
+        second = train(check(compose(again, "train")), link, tmp_path / "again")
+    assert capsys.readouterr().out.split()[-1] == str(tmp_path / "out" / "model.pt2")
+    assert second.evaluation == first.evaluation
+
+
 def fake(folder: Path, name: str, text: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{text}\n")
@@ -154,3 +235,30 @@ def test_a_slurm_job_that_was_saved_is_queued_again(
         "resume=auto",
     ]
     assert (tmp_path / "scontrol.txt").exists() is requeued
+
+
+def test_models_of_hugging_face_go_out_and_come_in(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 16, "n_positions": 8}
+    config = transformers.GPT2Config(**sizes, use_cache=False, bos_token_id=0, eos_token_id=0)
+    ids = torch.arange(8).reshape(2, 4)
+    batch = {"input_ids": ids, "labels": ids}
+    sgd, options = partial(torch.optim.SGD, lr=0.1), Checkpointing(every_steps=2)
+    model = transformers.GPT2LMHeadModel(config)
+    with Trainer(
+        model, None, sgd, run_dir=tmp_path / "run", checkpointing=options, console=False
+    ) as trainer:
+        trainer.fit([batch] * 2, max_steps=2)
+    export(newest_intact(tmp_path / "run"), tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs) is transformers.GPT2LMHeadModel
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    again = transformers.GPT2LMHeadModel(config)
+    load_weights(again, tmp_path / "parts")
+    for name, value in model.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], value)
+        assert torch.equal(again.state_dict()[name], value)
+    program = torch.export.load(export_program(again, batch, tmp_path / "out")).module()
+    three = torch.ones(3, 4, dtype=torch.int64)
+    torch.testing.assert_close(program(input_ids=three).logits, theirs(input_ids=three).logits)

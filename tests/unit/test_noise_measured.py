@@ -28,11 +28,12 @@ from scaledtrain import (
     Sync,
     Trainer,
 )
+from scaledtrain.balance import Fixed
 from scaledtrain.comm.protocols import Link
 from scaledtrain.optim import LearningRateScaling
 from scaledtrain.replica import Updater
 from scaledtrain.sim import Cluster, Constant, Nic, Topology, Wire, simulate
-from tests.worlds import World
+from tests.worlds import World, WorldLink
 
 MEAN = torch.tensor([1.0, -2.0, 0.0, 0.0], dtype=torch.float64)  # |G|^2 = 5
 DEVIATIONS = torch.tensor([4.0, 2.0, 1.0, 2.0], dtype=torch.float64)  # S = 16 + 4 + 1 + 4 = 25
@@ -120,6 +121,31 @@ class TestMeasured:
         )
         assert found[0] == pytest.approx(by_hand([*parts[0::2]]), rel=1e-9)
         assert found[1] == pytest.approx(by_hand([*parts[1::2]]), rel=1e-9)
+
+    def test_shares_that_differ_are_weighted_by_their_samples(self) -> None:
+        # Steps of 8 samples, of which replica 0 has 7; the last one has 6, of which it has 5, more
+        # than the 4 of an even share.
+        x = samples(22)
+        noises = [NoiseScale(every=1, smoothing=0.0) for _ in range(2)]
+
+        def run(link: WorldLink) -> float:
+            with make_trainer(noises[link.rank], link, balance=Fixed([7, 1])) as trainer:
+                trainer.fit(batches(x, 4), max_epochs=1)
+            return noises[link.rank].metrics()["batch_size"]
+
+        assert World(2).run(run) == [8, 8]  # of whole steps
+        expected = pytest.approx(by_hand([x[16:21], x[21:]]), rel=1e-9)
+        assert [(n.noise.squared_norm, n.noise.variance) for n in noises] == [expected, expected]
+
+    def test_replicas_by_themselves_that_count_by_their_samples(self) -> None:
+        # 6 of 8 samples in batches of 2, and 2 in two batches: one is to be accumulated at least.
+        x = samples(8)
+        options = {"gradient_accumulation_steps": 2, "balance": Fixed([3, 1])}
+        found = World(2).run(
+            lambda link: measure(x, 2, link, strategy=ParameterServer(), **options)
+        )
+        assert found[0] == pytest.approx(by_hand([*x[:6].split(2)]), rel=1e-9)
+        assert found[1] == pytest.approx(by_hand([x[6:7], x[7:]]), rel=1e-9)
 
     def test_averages_come_to_the_true_noise(self) -> None:
         # 4 groups of 2 in each of 1,000 steps, all with about the same weight: the relative

@@ -128,6 +128,7 @@ def test_saved_inside_a_run_and_resumed_is_not_stopping(precision: Precision) ->
     states = [resumed.state_dict(), straight.state_dict()]
     for state in states:
         del state["metrics"]  # the time that it took
+        del state["callbacks"]  # one run has another than the other
     assert_same_state(*states)
 
 

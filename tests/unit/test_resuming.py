@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from scaledtrain import Callback, Checkpointing, ConfigError, LocalSGD, ParameterServer, Trainer
+from scaledtrain import (
+    Callback,
+    CheckpointError,
+    Checkpointing,
+    ConfigError,
+    LocalSGD,
+    ParameterServer,
+    Trainer,
+)
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.memory import neighbours
 from scaledtrain.comm.serving.event_log import read_events
@@ -224,11 +232,39 @@ def test_a_full_memory_is_said_once_and_training_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = Checkpointing(memory_every_steps=1, memory_folder=str(tmp_path))
-    full = patch("scaledtrain.checkpoint.memory._read", side_effect=OSError("no space left"))
+    full = patch("scaledtrain.checkpoint.memory.read_file", side_effect=OSError("no space left"))
     with full:
         fit(tmp_path / "run", 6, saved=saved)
     assert caplog.text.count("cannot keep a copy of the state in memory: no space left") == 1
     assert steps(tmp_path / "run") == [6]
+
+
+def test_copies_that_cannot_be_put_together_are_said_and_stay(tmp_path: Path) -> None:
+    """No older checkpoint is taken in silence: with room again the run goes on from step 7."""
+    saved = Checkpointing(every_steps=5, memory_every_steps=1, memory_folder=str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "run", saved=saved, callbacks=[Crash()])
+    full = patch("scaledtrain.checkpoint.recall._link", side_effect=OSError("no space left"))
+    with full, pytest.raises(CheckpointError, match="step 7 cannot be put together: no space left"):
+        trainer(tmp_path / "run", saved, resume="auto")
+    with trainer(tmp_path / "run", saved, resume="auto") as one:
+        assert one.step_count == 7
+
+
+def test_a_disk_that_is_full_from_the_start_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither who holds the folder nor the word of the copies can be written."""
+    saved = Checkpointing(memory_every_steps=1, memory_folder=str(tmp_path))
+    error = OSError("no space left")
+    with (
+        patch("os.write", side_effect=error),
+        patch("scaledtrain.checkpoint.saver.replace_file", side_effect=error),
+    ):
+        one = trainer(tmp_path / "run", saved)
+    with one:
+        assert one.fit(loader(), max_steps=2).step == 2
+    assert "a later job will not find this one's copies in memory" in caplog.text
 
 
 def test_copies_of_an_asynchronous_strategy_are_refused(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ event; what a crash of the machine cuts in half is left out by the reader.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from errno import ENOSPC
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,6 +23,8 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.server.operations import Kind, Operation
 
 __all__ = ["MAGIC", "Event", "EventLog", "begun_at", "read_events"]
+
+_logger = logging.getLogger(__name__)
 
 MAGIC = b"scaledtrain events 1\n".ljust(24, b"\0")
 _BEGIN = struct.Struct("<d")  # seconds on the clock of the spans of time of the same run
@@ -45,6 +49,8 @@ class Event(NamedTuple):
 class EventLog:
     """Writes the events of one run; 32 bytes and one system call each.
 
+    On a disk that is full the log ends, which is told: a log with a gap could not be made again.
+
     Args:
         path: a new file. One that is there, of an earlier part of a run that goes on, becomes
             ``events-1.bin``, or the next number that is free.
@@ -67,14 +73,25 @@ class EventLog:
             ) from error
         self._now = now
         self._begin = now()
-        os.write(self._file, MAGIC + _BEGIN.pack(self._begin))
+        self._write(MAGIC + _BEGIN.pack(self._begin))
 
     def add(self, operation: Operation, accepted: bool = False, staleness: int = -1) -> None:
         """Write one event down."""
         kind, worker, version = operation
         seconds = self._now() - self._begin
         record = _RECORD.pack(kind, accepted, 0, worker, staleness, version, seconds)
-        os.write(self._file, record + _CHECKSUM.pack(zlib.crc32(record)))
+        self._write(record + _CHECKSUM.pack(zlib.crc32(record)))
+
+    def _write(self, content: bytes) -> None:
+        if self._file < 0:
+            return
+        try:
+            written = os.write(self._file, content)
+            if written < len(content):  # the reader leaves out what is cut off
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+        except OSError as error:
+            _logger.warning("the event log ends here: %s; training goes on", error)
+            self.close()
 
     def close(self) -> None:
         """Close the file."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from scaledtrain.balance.division import Division
 from scaledtrain.data.sharded.balance import ClassBalance
 from scaledtrain.data.sharded.batching import (
     Batching,
@@ -257,14 +258,72 @@ class ShardedLoader:
     ) -> Generator[tuple[Span, Batch | None], None, None]:
         """Batches and where they lie in the epoch."""
         batching = self._batching(seed)
+        yield from self._read_all(batching, epoch, batching.windows(epoch, start, step))
+
+    def parts(
+        self, epoch: int, start: int, batches: int, division: Division, seed: int | None = None
+    ) -> Generator[tuple[list[Batch], int], None, None]:
+        """One rank's part of each step, from any step on; nothing else is read.
+
+        A step is so many batches one after the other, the same samples as `batches` gives.
+
+        Args:
+            epoch: as in `batches`.
+            start: the first batch.
+            batches: of a step, of all ranks together.
+            division: which of a step's samples are this rank's, and how they are cut.
+            seed: as in `batches`.
+
+        Yields:
+            This rank's microbatches, and how many samples the step has.
+        """
+        batching = self._batching(seed)
+        found: deque[tuple[int, int]] = deque()  # of each step: microbatches to come, and samples
+
+        def windows() -> Iterator[list[Span | None]]:
+            step: list[Span] = []
+            for window in batching.windows(epoch, start, 1):
+                mine: list[Span | None] = []
+                for span in window:
+                    step.append(span or (0, 0))
+                    if len(step) == batches:
+                        mine += of_step(step)
+                        step = []
+                if mine:
+                    yield mine
+            if step:
+                yield of_step(step)
+
+        def of_step(step: list[Span]) -> list[Span | None]:
+            first, stop = step[0][0], step[-1][1]
+            low, high = (first + end for end in division.part(stop - first))
+            if self._bucket_by is None:
+                spans = division.pieces(low, high, division.microbatches)
+            else:  # no longer padded than in their batches
+                within = [(max(low, a), min(high, b)) for a, b in step]
+                spans = [piece for a, b in within for piece in division.pieces(a, b)]
+            found.append((max(1, len(spans)), stop - first))
+            return [*spans] or [None]
+
+        with closing(self._read_all(batching, epoch, windows())) as read:
+            mine: list[Batch | None] = []
+            for _, batch in read:
+                mine.append(batch)
+                if len(mine) == found[0][0]:
+                    yield [one for one in mine if one is not None], found.popleft()[1]
+                    mine = []
+
+    def _read_all(
+        self, batching: Batching, epoch: int, windows: Iterator[list[Span | None]]
+    ) -> Generator[tuple[Span, Batch | None], None, None]:
         ahead: deque[Future[list[tuple[Span, Batch | None]]]] = deque()
         with (
             self._threads.running() as pool,
-            closing(self._windows(pool, batching, epoch, start, step)) as windows,
+            closing(self._on_their_way(pool, batching, epoch, windows)) as read,
         ):
             taken = 0
             try:
-                for window in windows:
+                for window in read:
                     for part in parts_of(window, self._part_samples):
                         ahead.append(pool.submit(self._read, batching, epoch, part))
                         if len(ahead) > min(taken, self._threads.count):  # the first at once
@@ -276,11 +335,14 @@ class ShardedLoader:
                 for unread in ahead:
                     unread.cancel()
 
-    def _windows(
-        self, pool: ThreadPoolExecutor, batching: Batching, epoch: int, start: int, step: int
+    def _on_their_way(
+        self,
+        pool: ThreadPoolExecutor,
+        batching: Batching,
+        epoch: int,
+        windows: Iterator[list[Span | None]],
     ) -> Generator[list[Span | None], None, None]:
         """The windows of an iteration, each on its way into the page cache."""
-        windows = batching.windows(epoch, start, step)
         asked: deque[tuple[list[Span | None], Future[None]]] = deque()
         # What the next window holds may have to be read, too.
         coming = pool.submit(next, windows, None)

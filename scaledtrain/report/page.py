@@ -1,0 +1,186 @@
+"""The report of some runs: one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import scaledtrain
+from scaledtrain.errors import ConfigError
+from scaledtrain.report.differences import differences, read_config
+from scaledtrain.report.findings import SLOW, RankRow, findings, rank_rows
+from scaledtrain.report.gantt import MAX_RANKS
+from scaledtrain.report.picture import PHASE_COLOURS
+from scaledtrain.report.progress import Point, progress
+from scaledtrain.report.runs import RunLog, read_run
+from scaledtrain.report.timeline_page import write_timeline_page
+from scaledtrain.report.traces import find_trace
+
+__all__ = ["find_runs", "write_report"]
+
+MAX_ROWS = 32
+"""Ranks of a run that are shown."""
+MAX_SPANS = 40_000
+"""In the timeline, of all runs together: about 1.3 MB."""
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[Path]:
+    """The runs in some folders: each is one, or holds some, as that of a comparison does.
+
+    Raises:
+        ConfigError: no run is there.
+    """
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        inner = sorted({path.parent for path in folder.glob("*/metrics-rank0.jsonl")})
+        is_run = (folder / "metrics-rank0.jsonl").exists()
+        found += inner if inner and not is_run else [folder]
+    return list(dict.fromkeys(found))
+
+
+def write_report(path: str | Path, folders: Sequence[str | Path]) -> Path:
+    """Write the report of some runs.
+
+    Args:
+        path: of the HTML file; an old one is replaced.
+        folders: of runs (``run_dir``), or folders that hold runs.
+
+    Raises:
+        ConfigError: one is no run, none is given, or Bokeh is missing.
+
+    Example:
+        ``write_report("report.html", ["runs/sync", "runs/async"])``
+    """
+    if find_spec("bokeh") is None:
+        raise ConfigError(
+            "the report needs Bokeh, which is not installed here: pip install 'scaledtrain[report]'"
+        )
+    if not folders:
+        raise ConfigError("no run was given; give the run_dir of one or of several")
+    runs = find_runs(folders)
+    logs = dict(zip(_names(runs), map(read_run, runs), strict=True))
+    text = _page(logs)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """What tells them apart: their folders' names, with as much before them as that takes."""
+    parts = [run.resolve().parts for run in runs]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def _page(logs: Mapping[str, RunLog]) -> str:
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+    from jinja2 import Template
+
+    from scaledtrain.report import charts
+
+    points = {name: progress(log) for name, log in logs.items()}
+    drawn = [
+        charts.curves("training loss", "loss", points),
+        *(
+            charts.evaluation_curves(m, {n: log.evaluations for n, log in logs.items()}, points)
+            for m in _metrics(logs)
+        ),
+        charts.curves("samples per second", "samples_per_second", points),
+        charts.curves("peak memory of a rank, MiB", "memory_bytes", points, 2**-20),
+    ]
+    staleness = {name: log.staleness for name, log in logs.items()}
+    if any(staleness.values()):
+        drawn.append(charts.staleness_curves(staleness))
+    rows = {name: rank_rows(log) for name, log in logs.items()}
+    shown = {name: _most_different(of_run) for name, of_run in rows.items()}
+    bars = [charts.rank_bars(of_run) for of_run in shown.values()]
+    script, places = components([*drawn, *bars], wrap_script=True)
+    configs = [read_config(log.folder) for log in logs.values()]
+    template = (files("scaledtrain.report") / "report.html").read_text(encoding="utf-8")
+    text: str = Template(template, autoescape=True).render(
+        title=", ".join(logs) if len(logs) < 4 else f"{len(logs)} runs",
+        version=scaledtrain.__version__,
+        bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
+        script=script,
+        against=charts.AGAINST,
+        slow=SLOW,
+        phases=PHASE_COLOURS,
+        summary=_summary(logs, points),
+        progress=places[: len(drawn)],
+        runs=[
+            {
+                "name": name,
+                "folder": os.path.relpath(log.folder),
+                "colour": charts.COLOURS[i % len(charts.COLOURS)],
+                "findings": findings(log),
+                "ranks": shown[name],
+                "left_out": len(rows[name]) - len(shown[name]),
+                "bars": places[len(drawn) + i],
+            }
+            for i, (name, log) in enumerate(logs.items())
+        ],
+        differences=differences(configs),
+        all_configs=all(configs),
+        timeline=_timeline(list(logs.values())),
+    )
+    return text
+
+
+def _metrics(logs: Mapping[str, RunLog]) -> list[str]:
+    """Of all evaluations, the loss first."""
+    names = dict.fromkeys(
+        name for log in logs.values() for e in log.evaluations[:1] for name in e.values
+    )
+    return sorted(names, key=lambda name: name != "loss")
+
+
+def _most_different(rows: Sequence[RankRow]) -> list[RankRow]:
+    if len(rows) <= MAX_ROWS:
+        return list(rows)
+    chosen = sorted(rows, key=lambda row: -abs(row.slowness - 1))[:MAX_ROWS]
+    return sorted(chosen, key=lambda row: row.rank)
+
+
+def _summary(logs: Mapping[str, RunLog], points: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    metrics = _metrics(logs)
+    rows = []
+    for name, log in logs.items():
+        last = log.evaluations[-1].values if log.evaluations else {}
+        end = points[name][-1]
+        rows.append(
+            [
+                name,
+                len(log.workers),
+                f"{end.step:,}",
+                f"{end.samples:,}",
+                f"{max(end.seconds, *(e.seconds for e in log.evaluations), 0.0):.1f}",
+                f"{log.samples_per_second:,.0f}",
+                "–" if end.loss is None else f"{end.loss:.4f}",
+                *(f"{last[m]:.4f}" if m in last else "–" for m in metrics),
+            ]
+        )
+    columns = ["run", "ranks", "updates", "samples", "seconds", "samples/s", "training loss"]
+    return {"columns": [*columns, *(f"evaluation: {m}" for m in metrics)], "rows": rows}
+
+
+def _timeline(logs: Sequence[RunLog]) -> str:
+    """The page of the traces, to be put into a frame; empty if no run was traced."""
+    traced = [find_trace(log.folder) for log in logs if any(w.spans for w in log.workers)]
+    if not traced:
+        return ""
+    few = [trace.only([*trace.paths][:MAX_RANKS]) for trace in traced]
+    with TemporaryDirectory() as folder:
+        page = Path(folder) / "timeline.html"
+        write_timeline_page(page, few, max_spans=MAX_SPANS)
+        return page.read_text(encoding="utf-8")

@@ -1,0 +1,142 @@
+"""Where numbers stop being finite: in which module's output, in which parameters' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scaledtrain.precision import Precision
+from scaledtrain.schedule import LossFn, call_model
+from scaledtrain.seeding import kept_generators
+
+__all__ = ["Found", "KeptBuffers", "find_nonfinite", "nonfinite_names"]
+
+
+class Found(NamedTuple):
+    """What was not finite when a batch was computed."""
+
+    where: str | None
+    """``"the batch"``, ``"the output of NAME (CLASS)"`` of the first such module, or
+    ``"the loss"``; None: all of the forward pass was finite."""
+    parameters: list[str]
+    """Names of those whose gradients are not finite, in the model's order."""
+    loss: float
+    """The mean over the microbatches."""
+
+    def __bool__(self) -> bool:
+        """Whether anything was not finite."""
+        return self.where is not None or bool(self.parameters)
+
+
+class KeptBuffers:
+    """Copies of a model's buffers (running statistics), to put them back after a bad batch.
+
+    Args:
+        model: whose persistent buffers are kept; the others follow from them, or from nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        persistent = model.state_dict().keys()
+        self._buffers = [b for name, b in model.named_buffers() if name in persistent]
+        self._kept = [buffer.detach().clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy them as they are now."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give them the values that were kept."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
+
+
+def nonfinite_names(names: Iterable[str], gradients: Iterable[Tensor | None]) -> list[str]:
+    """Names of those gradients that are not finite."""
+    pairs = zip(names, gradients, strict=True)
+    return [name for name, g in pairs if g is not None and not bool(g.isfinite().all())]
+
+
+def find_nonfinite(
+    model: nn.Module,
+    microbatches: Sequence[Any],
+    loss_fn: LossFn | None,
+    precision: Precision | None = None,
+) -> Found:
+    """Compute a batch once more, and look where NaN or infinities come up first.
+
+    Generators, buffers and the parameters' ``.grad`` are afterwards as before; without the same
+    generators dropout drops other activations than it did.
+
+    Args:
+        model: in the mode in which it trains.
+        microbatches: on its device, as a loader gives them.
+        loss_fn: as the Trainer has it.
+        precision: of the run; None: fp32.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+        >>> with torch.no_grad():
+        ...     _ = model[2].weight.fill_(torch.inf)
+        >>> batch = torch.ones(4, 2), torch.ones(4, 1)
+        >>> find_nonfinite(model, [batch], nn.functional.mse_loss).where
+        'the output of 2 (Linear)'
+    """
+    precision = precision or Precision()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    first: list[str] = []
+    bad: set[str] = set()
+    losses: list[float] = []
+    buffers, device = KeptBuffers(model), parameters[0].device
+    gpus = [device] if device.type == "cuda" else []
+    again = torch.random.fork_rng(gpus, device_type="cuda")
+    with kept_generators(), again, _outputs_watched(model, first):
+        for batch in microbatches:
+            if not _is_finite(batch):
+                first.append("the batch")
+            with torch.enable_grad(), precision.autocast(device):
+                loss = call_model(model, batch, loss_fn)[1]
+            losses.append(loss.item())
+            if not loss.isfinite():
+                first.append("the loss")
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            bad.update(nonfinite_names([name for name, _ in named], gradients))
+    buffers.put_back()
+    mean = sum(losses) / len(losses) if losses else 0.0
+    return Found(first[0] if first else None, [name for name, _ in named if name in bad], mean)
+
+
+@contextmanager
+def _outputs_watched(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Inside, modules add what of their outputs is not finite; inner modules before outer ones."""
+
+    def look(name: str) -> Any:
+        def after(module: nn.Module, _: Any, output: Any) -> None:
+            if not found and not _is_finite(output):
+                found.append(f"the output of {name or 'the model'} ({type(module).__name__})")
+
+        return after
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())
+    if isinstance(value, Mapping):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_finite, value))
+    return True
