@@ -321,9 +321,9 @@ def _assemble(
     is_adascale = scaling.rule == "adascale"
     if is_adascale and not (isinstance(noise, NoiseScale) and strategy.replicas_equal):
         raise ConfigError(
-            f"lr_scaling.rule=adascale follows the gradient noise of each update, but here are "
-            f"strategy {strategy} and batch {'fixed' if noise is None else noise!r}; take "
-            "strategy=sync, batch=measured and batch.every=1, or another rule"
+            "lr_scaling.rule=adascale follows the noise of the gradients of each update, but "
+            f"{'nothing measures it' if noise is None else f'{strategy} has none of all replicas'}"
+            "; take strategy=sync, batch=measured and batch.every=1, or another rule"
         )
     if config.target.metric is not None:
         callbacks.append(StopAtTarget(**asdict(config.target)))

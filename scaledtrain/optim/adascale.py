@@ -7,13 +7,21 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, _enable_get_lr_call
+from torch.optim import lr_scheduler as schedules
+from torch.optim.lr_scheduler import LRScheduler
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim.noise_scale import GradientNoise
 
 __all__ = ["AdaScale", "adascale_gain"]
 
+_STEP_BY_STEP = (
+    schedules.ChainedScheduler,
+    schedules.CosineAnnealingWarmRestarts,
+    schedules.MultiplicativeLR,
+    schedules.ReduceLROnPlateau,
+    schedules.SequentialLR,
+)
 _KEPT = ("last_epoch", "_step_count", "progress", "_squared_norm", "_variance", "_weight", "_batch")
 
 
@@ -79,15 +87,14 @@ class AdaScale(LRScheduler):
         optimizer: with the learning rate of the reference batch.
         reference_batch: samples, >= 1.
         make_scheduler: makes the schedule; None: the rate is constant. One whose rate follows from
-            its ``last_epoch``, as `WarmupDecay` with steps or ``LambdaLR``, not from the rate
-            before.
+            its ``last_epoch``, as `WarmupDecay` and most of torch's do.
         smoothing: in [0, 1); None: max(0, 1 - scale / 1000), the paper's.
         total: x at which the run is over; None: it does not say.
         leader: calls `observe`, a `scaledtrain.NoiseScale` that is a callback of the same Trainer,
             best with ``every=1``; None: your own loop does.
 
     Raises:
-        ConfigError: an argument is outside its range.
+        ConfigError: an argument is outside its range, or the schedule goes on from the rate before.
 
     Example:
         >>> import torch
@@ -130,6 +137,11 @@ class AdaScale(LRScheduler):
         self._smoothing = smoothing
         self._total = total
         self._inner = None if make_scheduler is None else make_scheduler(optimizer)
+        if isinstance(self._inner, _STEP_BY_STEP):
+            raise ConfigError(
+                f"AdaScale: {type(self._inner).__name__} makes each rate from the one before, so "
+                "that updates cannot be skipped; take scaledtrain.optim.WarmupDecay, or LambdaLR"
+            )
         if self._inner is not None:  # it never steps again, but is asked; torch would warn of that
             self._inner._get_lr_called_within_step = True
         self._squared_norm = self._variance = self._weight = 0.0
@@ -189,8 +201,9 @@ class AdaScale(LRScheduler):
         if self._inner is None:
             return list(self._constant)
         self._inner.last_epoch = int(self.progress)
-        with _enable_get_lr_call(self._inner):  # which else warns that this is no step of it
-            return self._inner.get_lr()
+        # What torch's schedules have beside a formula that starts from the rate before.
+        rates = getattr(self._inner, "_get_closed_form_lr", self._inner.get_lr)
+        return list(rates())
 
     def _set(self, rates: list[float | Any]) -> None:
         self._last_lr = rates

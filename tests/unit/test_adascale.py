@@ -93,6 +93,21 @@ def test_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match="variance of -1.0"):
         adascale_gain(1.0, -1.0, 2)
     assert adascale_gain(0.0, 0.0, 2) == 1.0
+    chained = partial(torch.optim.lr_scheduler.MultiplicativeLR, lr_lambda=lambda x: 0.9)
+    with pytest.raises(ConfigError, match="MultiplicativeLR makes each rate from the one before"):
+        AdaScale(sgd, 2, chained)
+
+
+def test_torchs_cosine_is_taken_at_the_progress() -> None:
+    """Gain 2 (pure noise, 20 of 10 samples): x = 0, 2, of 4: 2 lr (1 + cos(pi x / 4)) / 2."""
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    make = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
+    schedule = AdaScale(sgd, 10, make, smoothing=0.0)
+    for expected in (1.0, 0.5):
+        schedule.observe(noise(0.0, 1.0), 20)
+        assert sgd.param_groups[0]["lr"] == pytest.approx(expected)
+        sgd.step()
+        schedule.step()
 
 
 class Dot(nn.Module):

@@ -20,13 +20,19 @@ def test_the_fit_finds_the_curve_that_points_lie_on() -> None:
 
 
 def test_the_table_of_batches_says_what_did_not_reach_the_target() -> None:
-    runs = [Trained("digits", "linear", 16, seed, steps, "") for seed, steps in enumerate([30, 10])]
+    runs = [
+        Trained("digits", "linear", 16, seed, steps, "", scale)
+        for seed, (steps, scale) in enumerate([(30, 90.0), (10, 110.0)])
+    ]
     runs += [Trained("digits", "linear", 64, seed, None, "diverged") for seed in range(2)]
-    assert "| linear | 20 (320) | diverged |  |" in large_batch.render(runs, WHERE)
+    assert "| linear | 20 (320) | diverged |  | 100 |" in large_batch.render(runs, WHERE)
 
 
 def test_a_run_is_repeatable() -> None:
-    assert train("digits", "LARS", 64, 1, 640) == train("digits", "LARS", 64, 1, 640)
+    run = train("digits", "LARS", 1024, 1)
+    assert run == train("digits", "LARS", 1024, 1)
+    assert run.steps is not None
+    assert run.noise_scale is not None
 
 
 def test_the_table_of_optimizers_compares_within_rounds() -> None:

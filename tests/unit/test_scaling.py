@@ -169,6 +169,32 @@ def test_a_servers_schedule_counts_its_updates() -> None:
     assert seen == [0.1, 0.125, 0.15, 0.175, 0.2]
 
 
+ADASCALE = ["lr_scaling={rule: adascale, reference_batch: 16}", "batch=measured", "batch.every=1"]
+
+
+def test_adascale_multiplies_by_at_most_the_batch_over_the_reference_one() -> None:
+    """Steps of 64 samples: gains from 1 to 4 of lr 0.1, or of what is left of it after 40 x."""
+    decay = ["lr_schedule.unit=steps", "lr_schedule.warmup=0", "lr_schedule.decay=linear"]
+    zero, one = trained_rates(2, *ADASCALE, *decay, "max_steps=40", "log_every=1")
+    assert zero == one
+    assert 0.1 < max(zero) <= 0.4
+    assert 10 <= len(zero) < 40  # ended when it was worth 40 of 16 samples
+    assert zero[-1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (ADASCALE[:1], "but nothing measures it"),
+        ([*ADASCALE, "strategy=async"], "ParameterServer: Asynchronous.. has none of all"),
+        ([*ADASCALE, "max_epochs=2"], "which follows from max_steps; set it"),
+    ],
+)
+def test_where_adascale_cannot_be(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        trained_rates(1, *overrides)
+
+
 def test_what_a_config_does_to_the_model_and_its_groups() -> None:
     overrides = ["model=convnet", "optimizer=lars", "weight_decay_on=matrices", "zero_gamma=true"]
     config = compose([*OF_RUN, *overrides, "max_epochs=20"])
