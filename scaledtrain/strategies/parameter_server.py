@@ -74,7 +74,7 @@ class ParameterServer(Strategy):
 
     Example:
         >>> import torch
-        >>>         >>> import scaledtrain
+        >>> import scaledtrain
         >>> model, server = torch.nn.Linear(2, 1), ParameterServer()
         >>> replica = scaledtrain.Replica(model, partial(torch.optim.SGD, lr=0.1))
         >>> with scaledtrain.connect() as link:
