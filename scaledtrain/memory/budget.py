@@ -11,7 +11,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample
 from scaledtrain.recompute.budget import PlanSearch
 from scaledtrain.recompute.execute import Executor
-from scaledtrain.recompute.policies import CheckpointPolicy
+from scaledtrain.recompute.policies import CheckpointPolicy, Live
 
 __all__ = ["SmallestBudget"]
 
@@ -33,11 +33,20 @@ class SmallestBudget(CheckpointPolicy):
         """
         if sample is None:
             raise ConfigError("the smallest budget needs a sample; see MemoryBudget")
-        search = PlanSearch(model, blocks, sample)
-        executor = search.fit(search.least())
-        if executor is None:
-            raise ConfigError(
-                "the activations of the smallest plan need another number of bytes each time, so "
-                "that no budget can be promised; choose a fixed policy (full, every_k)"
-            )
-        return executor
+        return _smallest(PlanSearch(model, blocks, sample))
+
+    def install_on_stage(
+        self, model: nn.Module, blocks: Sequence[nn.Module], sample: Sample, live: Live
+    ) -> Executor:
+        """The same for all microbatches that are under way at once."""
+        return _smallest(PlanSearch(model, blocks, sample, microbatches=live.microbatches))
+
+
+def _smallest(search: PlanSearch) -> Executor:
+    executor = search.fit(search.least())
+    if executor is None:
+        raise ConfigError(
+            "the activations of the smallest plan need another number of bytes each time, so "
+            "that no budget can be promised; choose a fixed policy (full, every_k)"
+        )
+    return executor

@@ -17,9 +17,9 @@ from scaledtrain.memory.gathering import gathering_of, shards_of
 from scaledtrain.memory.measure import Kept, UpdateBytes, activation_bytes, most_bytes, update_bytes
 from scaledtrain.memory.ranks import RankKept, bytes_kept_by_ranks
 from scaledtrain.memory.search import largest
-from scaledtrain.memory.stages import RankOfStages, ranks_of_stages
+from scaledtrain.memory.stages import activations_of_stages
 from scaledtrain.mesh import Mesh
-from scaledtrain.parallel.pipeline.pipeline import Pipeline
+from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute.blocks import find_blocks, named_blocks
@@ -135,7 +135,7 @@ class MemoryEstimator:
         self._strategy = strategy
         self._workers = workers
         self._blocks = blocks
-        self._prepared: dict[Precision, _Prepared] = {}
+        self._prepared: dict[Precision, list[_Prepared]] = {}
 
     def estimate(
         self,
@@ -156,7 +156,7 @@ class MemoryEstimator:
         size = self._size(batch_size)
         if self._mesh.pipe > 1:
             return self._of_stages(precision, activation_checkpointing, size)
-        prepared = self._prepare(precision)
+        (prepared,) = self._prepare(precision)
         with Fakes() as fakes, fakes.explained(type(self._model).__name__):
             step = _Step(self, prepared, activation_checkpointing, size)
             n_read = fakes.n_read
@@ -201,7 +201,7 @@ class MemoryEstimator:
             return largest(
                 lambda size: self._of_stages(precision, activation_checkpointing, size).peak, memory
             )
-        prepared = self._prepare(precision)
+        (prepared,) = self._prepare(precision)
 
         def peak(size: int) -> int:
             with Fakes() as fakes, fakes.explained(type(self._model).__name__):
@@ -219,64 +219,51 @@ class MemoryEstimator:
         policy: CheckpointPolicy | None,
         size: int,
     ) -> MemoryEstimate:
-        if isinstance(precision, str):
-            precision = Precision(precision)
-        precision = replace(precision, float32_matmul=None)
-        n, pipeline, device = self._mesh.pipe, self._pipeline, self._device
-        replicas = self._mesh.replicas(self._workers)
-        model = precision.convert(copied(self._model, "meta"))
-        with Fakes() as fakes, fakes.explained(type(self._model).__name__):
-            batch = batch_of(size, self._batch, device)
-            batch_bytes = bytes_of(tensors_in(batch))
-            own = list(
-                ranks_of_stages(
-                    copied(model, device),
-                    self._loss_fn,
-                    batch,
-                    self._optimizer,
-                    precision,
-                    policy,
-                    pipeline,
-                    n,
-                    self._batches,
-                )
+        if self._blocks is not None or (policy is not None and policy.blocks is not None):
+            raise ConfigError(
+                "with mesh.pipe the blocks that are computed again are those of each stage, as "
+                "they are; leave blocks out"
             )
-            kept = [[RankKept(rank.update.state, 0, True, False)] * replicas for rank in own]
-            if self._strategy is not None:
-                kept = [
-                    bytes_kept_by_ranks(
-                        lambda rank=rank: pipeline.unmeasured_stages(  # type: ignore[misc]
-                            copied(model, device), rank, n, self._batches
-                        ),
-                        self._optimizer,
-                        precision,
-                        self._strategy,
-                        replicas,
-                    )
-                    for rank in range(n)
-                ]
-            looks_at_values = fakes.n_read > 0
-        memory = [
-            _of_rank(own[rank], kept[rank][replica], batch_bytes)
-            for replica in range(replicas)
-            for rank in range(n)
-        ]
-        most = max(range(len(memory)), key=lambda rank: memory[rank].peak)
-        shown = own[most % n]
+        prepared = self._prepare(precision)
+        with Fakes() as fakes, fakes.explained(type(self._model).__name__):
+            model = copied(prepared[0].model, self._device)
+            batch = batch_of(size, self._batch, self._device)
+            batch_bytes = bytes_of(tensors_in(batch))
+            activations = activations_of_stages(
+                fakes,
+                [self._stages_of(model, rank) for rank in range(self._mesh.pipe)],
+                self._loss_fn,
+                batch,
+                prepared[0].precision,
+                policy,
+                self._pipeline,
+                self._batches,
+            )
+        ranks: list[RankMemory] = []
+        for replica in range(self._mesh.replicas(self._workers)):
+            for of_rank, found in zip(prepared, activations, strict=True):
+                computing = of_rank.gradients + found.most
+                ranks.append(of_rank.rank(of_rank.ranks[replica], batch_bytes, computing))
+        needs_most = max(range(len(ranks)), key=lambda rank: ranks[rank].peak)
+        shown = prepared[needs_most % self._mesh.pipe]
+        most = activations[needs_most % self._mesh.pipe]
         return MemoryEstimate(
             size,
             shown.parameters,
             shown.buffers,
             batch_bytes,
             shown.gradients,
-            shown.activations,
-            Kept(shown.kept, (), 0),
-            shown.gradients + shown.activations,
+            most.most,
+            Kept(most.kept, (), 0),
+            shown.gradients + most.most,
             shown.update.working,
-            tuple(memory),
-            memory[most].peak,
-            looks_at_values,
+            tuple(ranks),
+            ranks[needs_most].peak,
+            any(found.looks_at_values for found in activations),
         )
+
+    def _stages_of(self, model: nn.Module, rank: int) -> OwnStages:
+        return self._pipeline.unmeasured_stages(model, rank, self._mesh.pipe, self._batches)
 
     def _size(self, batch_size: int | None) -> int:
         size = count_samples(self._batch) if batch_size is None else batch_size
@@ -284,48 +271,47 @@ class MemoryEstimator:
             raise ConfigError(f"batch_size is {size}; a batch has at least one sample")
         return size
 
-    def _prepare(self, precision: Precision | PrecisionName) -> _Prepared:
+    def _prepare(self, precision: Precision | PrecisionName) -> list[_Prepared]:
+        """For each rank of a pipeline; for one, if there is none."""
         if isinstance(precision, str):
             precision = Precision(precision)
         # How float32 is multiplied changes no bytes, but would be set for the whole process.
         precision = replace(precision, float32_matmul=None)
         if precision not in self._prepared:
             model = precision.convert(copied(self._model, "meta"))
-
-            shards = self._mesh.shard
-
-            def make_model() -> nn.Module:
-                if shards > 1:
-                    return shards_of(model, shards, self._device)
-                return copied(model, self._device)
-
             with Fakes() as fakes, fakes.explained("the optimizer or the strategy"):
-                rounding = partial(precision.rounding, 0)
-                replica = Replica(make_model(), self._optimizer, make_rounding=rounding)
-                precision.scaler(replica)  # says in which format gradients are
-                gradients = bytes_of(replica.gradients())
-                update = update_bytes(replica)
-                parameters, buffers = (
-                    bytes_of([*replica.parameters, *replica.frozen]),
-                    bytes_of(replica.buffers),
-                )
-                replicas = self._mesh.replicas(self._workers)
-                kept = [RankKept(update.state, 0, updates=True, serves=False)] * replicas
-                if self._strategy is not None:
-                    kept = bytes_kept_by_ranks(
-                        make_model, self._optimizer, precision, self._strategy, replicas
-                    )
-                ranks = [of_replica for of_replica in kept for _ in range(shards)]
-            self._prepared[precision] = _Prepared(
-                precision,
-                model,
-                parameters,
-                buffers,
-                gradients,
-                update,
-                ranks,
-            )
+                self._prepared[precision] = [
+                    self._prepare_rank(precision, model, rank) for rank in range(self._mesh.pipe)
+                ]
         return self._prepared[precision]
+
+    def _prepare_rank(self, precision: Precision, model: nn.Module, rank: int) -> _Prepared:
+        shards, pipe = self._mesh.shard, self._mesh.pipe
+
+        def make_model() -> nn.Module:
+            if shards > 1:
+                return shards_of(model, shards, self._device)
+            whole = copied(model, self._device)
+            return self._stages_of(whole, rank) if pipe > 1 else whole
+
+        rounding = partial(precision.rounding, 0)
+        replica = Replica(make_model(), self._optimizer, make_rounding=rounding)
+        precision.scaler(replica)  # says in which format gradients are
+        gradients = bytes_of(replica.gradients())
+        update = update_bytes(replica)
+        parameters = bytes_of([*replica.parameters, *replica.frozen])
+        if pipe > 1:
+            trained = bytes_of(replica.parameters)
+            parameters += trained * self._pipeline.further_versions(rank, pipe, self._batches)
+        replicas = self._mesh.replicas(self._workers)
+        kept = [RankKept(update.state, 0, updates=True, serves=False)] * replicas
+        if self._strategy is not None:
+            kept = bytes_kept_by_ranks(
+                make_model, self._optimizer, precision, self._strategy, replicas
+            )
+        ranks = [of_replica for of_replica in kept for _ in range(shards)]
+        buffers = bytes_of(replica.buffers)
+        return _Prepared(precision, model, parameters, buffers, gradients, update, ranks)
 
 
 @dataclass(frozen=True)
@@ -349,14 +335,6 @@ class _Prepared:
         always = self.parameters + self.buffers + batch + kept.optimizer + kept.strategy
         peak = always + max(computing, self.gradients + working)
         return RankMemory(kept.optimizer, kept.strategy, peak)
-
-
-def _of_rank(own: RankOfStages, kept: RankKept, batch: int) -> RankMemory:
-    working = own.update.working if kept.updates else 0
-    computing = own.gradients + own.activations + (working if kept.serves else 0)
-    always = own.parameters + own.buffers + batch + kept.optimizer + kept.strategy
-    peak = always + max(computing, own.gradients + working)
-    return RankMemory(kept.optimizer, kept.strategy, peak)
 
 
 class _Step:
@@ -449,7 +427,8 @@ def estimate_memory(
 
     and on one with a server the update's share on top, since it may come while the rank computes.
 
-    With ``mesh.pipe`` what is not told by rank is of the rank that needs most.
+    With ``mesh.pipe`` what is not told by rank is of the rank that needs most; an asynchronous
+    schedule's further versions of weights count as parameters.
 
     With ``mesh.shard`` parameters, gradients and optimizer are those of the largest shard; what is
     gathered of the blocks that compute, and their gradients until they are reduced, is counted

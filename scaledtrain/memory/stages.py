@@ -1,17 +1,14 @@
-"""What each rank of a pipeline has of a model, and what its schedule keeps alive of it."""
+"""What the schedule of a pipeline keeps alive of activations, on each rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from scaledtrain.data.replica_loader import StepBatch, count_samples
-from scaledtrain.memory.fake import bytes_of
-from scaledtrain.memory.measure import UpdateBytes, update_bytes
+from scaledtrain.memory.fake import Fakes
 from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.parts import spread
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
@@ -19,85 +16,74 @@ from scaledtrain.parallel.pipeline.recompute import Called, StageMemory
 from scaledtrain.precision import Precision
 from scaledtrain.recompute.apart import kept_and_peak_bytes
 from scaledtrain.recompute.policies import CheckpointPolicy
-from scaledtrain.replica import MakeOptimizer, Replica
 from scaledtrain.schedule import LossFn, as_arguments, inputs_and_targets
 
-__all__ = ["RankOfStages", "ranks_of_stages"]
+__all__ = ["RankActivations", "activations_of_stages"]
 
 
-@dataclass(frozen=True)
-class RankOfStages:
-    """Bytes of one rank of a pipeline."""
+class RankActivations(NamedTuple):
+    """Bytes of a rank's activations, of all microbatches under way at once."""
 
-    parameters: int
-    buffers: int
-    gradients: int
-    update: UpdateBytes
     kept: int
-    """Activations between forward and backward passes, of all microbatches under way at once."""
-    activations: int
-    """At most, messages included."""
+    """Between forward and backward passes."""
+    most: int
+    """Messages included."""
+    looks_at_values: bool
+    """The stages do, which fake tensors have not."""
 
 
-def ranks_of_stages(
-    model: nn.Module,
+def activations_of_stages(
+    fakes: Fakes,
+    ranks: Sequence[OwnStages],
     loss_fn: LossFn | None,
     batch: Any,
-    optimizer: MakeOptimizer,
     precision: Precision,
     policy: CheckpointPolicy | None,
     pipeline: Pipeline,
-    n_ranks: int,
     batches: int,
-) -> Iterator[RankOfStages]:
-    """For each rank of a pipeline what it takes; inside of `Fakes`.
+) -> list[RankActivations]:
+    """For each rank of a pipeline.
 
     Args:
-        model: in the precision's format.
+        fakes: inside of which this is.
+        ranks: the stages of each, in the precision's format.
         loss_fn: as for `estimate_memory`, also for the following.
         batch: whole, of which the schedule makes microbatches.
-        optimizer: a factory.
         precision: of the forward passes.
         policy: None: everything is kept.
         pipeline: how it is run.
-        n_ranks: of the pipeline.
         batches: in a step.
 
     Raises:
-        ConfigError: the model would have to be traced, or does not fit the policy.
+        ConfigError: the policy does not fit the stages.
     """
     step = StepBatch([batch], [count_samples(batch)])
     microbatch = cut_step(step, pipeline.n_microbatches)[0].batch
-    ranks = [pipeline.unmeasured_stages(model, rank, n_ranks, batches) for rank in range(n_ranks)]
     calls = _calls(ranks, loss_fn, microbatch, precision)
-    live = pipeline.live_of_stages(n_ranks, batches)
+    live = pipeline.live_of_stages(len(ranks), batches)
+    found = []
     for own in ranks:
-        kept = activations = working = 0
+        kept = messages = working = n_read = 0
         for number, stage in own.stages.items():
             memory = StageMemory(
                 number, own.n_stages, calls[number], microbatch, loss_fn, precision
             )
             alive = memory.live(live[number], len(own.stages))
             if policy is not None:
-                memory.install(policy, stage, own.blocks(number), alive)
+                policy.install_on_stage(stage, own.blocks(number), memory.sample, alive)
+            before = fakes.n_read
             of_one, peak = kept_and_peak_bytes(stage, memory.sample)
-            kept += live[number] * of_one
-            activations += live[number] * (of_one + alive.bytes_each) + alive.bytes_once
+            n_read += fakes.n_read - before
+            kept += alive.microbatches * of_one
+            messages += alive.microbatches * alive.bytes_each + alive.bytes_once
             working = max(working, peak - of_one)
-        replica = Replica(own, optimizer)
-        precision.scaler(replica)  # says in which format gradients are
-        gradients = bytes_of(replica.gradients())
-        parameters = bytes_of([*replica.parameters, *replica.frozen])
-        update = update_bytes(replica)
-        replica.zero_grad()
-        yield RankOfStages(
-            parameters, bytes_of(own.buffers()), gradients, update, kept, activations + working
-        )
+        found.append(RankActivations(kept, kept + messages + working, n_read > 0))
+    return found
 
 
 @torch.no_grad()
 def _calls(
-    ranks: list[OwnStages], loss_fn: LossFn | None, batch: Any, precision: Precision
+    ranks: Sequence[OwnStages], loss_fn: LossFn | None, batch: Any, precision: Precision
 ) -> dict[int, Called]:
     stages = dict(sorted((n, stage) for own in ranks for n, stage in own.stages.items()))
     args: tuple[Any, ...] = ()

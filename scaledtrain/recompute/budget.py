@@ -208,14 +208,23 @@ class PlanSearch:
             plans = _simple_plans(self._chain)
             fitting = [plan for plan in plans if self._predicted(plan) <= aim]
             if not fitting:
-                return None
+                break
             plan = min(fitting, key=lambda plan: cost(self._chain, plan).seconds)
             measured = self._measured(plan)
             if measured is not None and measured <= n_bytes:
                 return self._told(plan, n_bytes, measured)
             if measured is not None:
                 aim = min(aim, self._predicted(plan)) - max(1, measured - n_bytes)
-        return None
+        plan, measured = self._smallest()
+        return self._told(plan, n_bytes, measured) if measured <= n_bytes else None
+
+    def _smallest(self) -> tuple[Plan, int]:
+        """The simple plan that takes least, and what that is: less than predicted, maybe."""
+        while True:
+            plan = min(_simple_plans(self._chain), key=self._predicted)
+            measured = self._measured(plan)
+            if measured is not None:
+                return plan, measured
 
     def _predicted(self, plan: Plan) -> int:
         others = self._others * kept_bytes(self._chain, plan)
@@ -231,11 +240,7 @@ class PlanSearch:
     def least(self) -> int:
         """Bytes that can be kept to: those of the smallest plan, tried out."""
         if self._others:
-            several: int | None = None
-            while several is None:
-                smallest = min(_simple_plans(self._chain), key=self._predicted)
-                several = self._measured(smallest)
-            return several
+            return self._smallest()[1]
         least = smallest_bytes(self._chain)
         while (found := self._try(least)) is None:  # it nests too deep
             least += least // 8

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
@@ -246,7 +247,8 @@ def _bytes(run: Call, x: Tensor) -> _Bytes:
 def _seconds(run: Call, x: Tensor) -> tuple[float, float]:
     """Of forward and backward, the least: whatever else the machine does only adds to it."""
     ahead, back = [], []
-    for repeat in range(_REPEATS + 1):
+    repeats = 1 if isinstance(x, FakeTensor) else _REPEATS  # fake tensors compute nothing
+    for repeat in range(repeats + 1):
         torch.clear_autocast_cache()
         start = now(x)
         output = first_tensor(run(x))

@@ -69,6 +69,8 @@ def make_trainer(link: Link, strategy: Strategy, **options: Any) -> Trainer:
 class Steps(Callback):
     """Notes after each step what the strategy knew, and spoils one gradient.
 
+    After the first step all ranks wait for each other, so that none makes all updates alone.
+
     Args:
         spoilt: rank and step, from 1, of which one number becomes NaN.
     """
@@ -84,6 +86,8 @@ class Steps(Callback):
     def on_step_end(self, trainer: Trainer) -> None:
         strategy = trainer.strategy
         self.known.append((strategy.step, strategy.staleness, strategy.learning_rate))
+        if len(self.known) == 1:
+            trainer.link.group.all_reduce([torch.zeros(1)]).wait()
 
 
 def locals_of(trainer: Trainer) -> list[Tensor]:

@@ -19,7 +19,7 @@ from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
 from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.partition import describe_cut, partition
 from scaledtrain.parallel.pipeline.parts import ModelParts, find_parts
-from scaledtrain.parallel.pipeline.pipedream import AsynchronousName
+from scaledtrain.parallel.pipeline.pipedream import AsynchronousName, delays
 from scaledtrain.parallel.pipeline.schedules import SCHEDULES, pipeline_order
 from scaledtrain.parallel.pipeline.simulate import peak_live, peak_live_of
 from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
@@ -213,6 +213,14 @@ class Pipeline:
         n = batches * self.n_microbatches
         order = pipeline_order(self.schedule, n_ranks, n, self.stages_per_rank)
         return [peak_live_of(order, stage) for stage in range(len(ranks))]
+
+    def further_versions(self, rank: int, n_ranks: int, batches: int) -> int:
+        """Of its weights, that a rank of so many keeps beside those that it updates."""
+        if not self.is_asynchronous:
+            return 0
+        n = batches * self.n_microbatches
+        delay = delays(self.schedule, n_ranks, n)[rank]  # type: ignore[arg-type]
+        return delay + 1 if delay else 0
 
     def _costs(
         self,
