@@ -72,7 +72,8 @@ def measure() -> list[tuple[int, int, int]]:
                     (
                         sum(p.nbytes for p in trainer.replica.parameters),
                         sum(value.nbytes for state in states for value in state.values()),
-                        allocated(trainer, batch),
+                        # On a busy machine gloo's threads give their copies up later.
+                        min(allocated(trainer, batch) for _ in range(3)),
                     )
                 )
     return found
@@ -99,10 +100,8 @@ def test_estimates_are_what_two_real_ranks_allocate() -> None:
         assert (found.parameters, found.gradients) == (parameters, parameters)
         assert len(found.ranks) == 2
         assert found.ranks[0].optimizer == optimizer
-        # gloo copies what it gathers and what it reduces: not counted, as other transports do not;
-        # on a busy machine its threads give the copies up later.
-        print(case[:2], found.computing, computing, (computing - found.computing) / BLOCK)
-        assert 0.98 * found.computing <= computing <= found.computing + 4 * BLOCK
+        # gloo copies what it gathers and what it reduces: not counted, as other transports do not.
+        assert 0.98 * found.computing <= computing <= found.computing + 3 * BLOCK
         assert found.peak == parameters + found.batch + optimizer + found.computing
 
 
