@@ -106,7 +106,8 @@ def drop_connections(port: int) -> None:
     """Shut down all of this process's connections to a port of this host, as a bad network does."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as own:
-            if own.getpeername()[1] == port:
+            is_tcp = own.family in (socket.AF_INET, socket.AF_INET6)
+            if is_tcp and own.getpeername()[1] == port:
                 own.shutdown(socket.SHUT_RDWR)
 
 
