@@ -133,7 +133,8 @@ class LearningRateScaling:
 def follow_batch(state: dict[str, Any], optimizer: Optimizer) -> float:
     """Bring the state of an optimizer to the batch that another one's settings are scaled to.
 
-    Both were scaled by the same rule of `LearningRateScaling`; else nothing changes.
+    Both were scaled by the same rule of `LearningRateScaling`; else nothing changes, nor in the
+    state of an engine (DeepSpeed's), which has another form.
 
     Args:
         state: an optimizer's ``state_dict()``; changed.
@@ -154,7 +155,7 @@ def follow_batch(state: dict[str, Any], optimizer: Optimizer) -> float:
         [0.6, 0.96]
     """
     factor = 1.0
-    for then, now in zip(state["param_groups"], optimizer.param_groups, strict=False):
+    for then, now in zip(state.get("param_groups", ()), optimizer.param_groups, strict=False):
         if "scaled_by" in now and then.get("scaled_by") == now["scaled_by"]:
             batch = now["scaled_to"]
             scaling = LearningRateScaling(now["scaled_by"], then["scaled_to"])
