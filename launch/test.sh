@@ -21,8 +21,7 @@ stage() { # NAME COMMAND...
 stage lint "$python" -m ruff check .
 stage format "$python" -m ruff format --check .
 stage types "$python" -m mypy
-# Two at once: many wait for each other's processes. A file stays with one, for what its tests share.
-stage tests "$python" -m pytest --numprocesses 2 --dist loadscope "$@"
+stage tests "$python" -m pytest "$@"
 
 if [ -n "$failed" ]; then
     printf '\nFAILED:%s\n' "$failed" >&2
