@@ -47,7 +47,8 @@ def test_a_job_goes_on_without_a_host_that_died(tmp_path: Path) -> None:
         return started[-1]
 
     try:
-        start("meeting", "-s")
+        start("meeting", "-s")  # else the first launcher is the place, and all ends with it
+        until(lambda: "hosts meet here" in (tmp_path / "meeting").read_text(), "the place to meet")
         training = [
             *(f"run_dir={run_dir}", "slowdown.min_compute_seconds=0.05", *COMMON, *ELASTIC),
             *("checkpointing=steps", "checkpointing.every_steps=20"),
