@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from scaledtrain.config import TrainConfig, to_yaml
 from scaledtrain.records import write_file
 
-__all__ = ["write_config"]
+__all__ = ["dotted", "write_config"]
 
 _CONFIG = "config.yaml"
 _OF_A_START = ("resume", "run_dir", "workers", "console")  # they may be others each time
@@ -34,7 +34,7 @@ def write_config(run_dir: Path, config: TrainConfig) -> str | None:
     kept = next(name for name in names if not name.exists())
     write_file(kept, earlier)
     write_file(path, text)
-    before, now = (_flat("", OmegaConf.to_container(OmegaConf.create(t))) for t in (earlier, text))
+    before, now = (dotted(_read(t)) for t in (earlier, text))
     differing = [
         f"{key} {before.get(key, _NOTHING)} -> {now.get(key, _NOTHING)}"
         for key in sorted(before.keys() | now.keys())
@@ -44,11 +44,21 @@ def write_config(run_dir: Path, config: TrainConfig) -> str | None:
     return f"other settings than in {kept.name}: {'; '.join(differing)}" if differing else None
 
 
-def _flat(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {key: value}
-    return {
-        inner: found
-        for name, each in value.items()
-        for inner, found in _flat(f"{key}.{name}" if key else str(name), each).items()
-    }
+def _read(text: str) -> dict[Any, Any]:
+    return cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.create(text)))
+
+
+def dotted(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """The settings in a config by their paths.
+
+    Example:
+        >>> dotted({"seed": 0, "optimizer": {"lr": 0.1}})
+        {'seed': 0, 'optimizer.lr': 0.1}
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found |= {f"{key}.{inner}": each for inner, each in dotted(value).items()}
+        else:
+            found[str(key)] = value
+    return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.run_config import dotted
 
 __all__ = ["differences", "read_config"]
 
@@ -32,13 +32,7 @@ def read_config(folder: Path) -> dict[str, str]:
         raise ConfigError(f"{path} cannot be read: {error}; restore it, or remove it") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds {config!r} instead of keys and values; remove it")
-    return dict(_flat("", config))
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        return [pair for key in value for pair in _flat(f"{prefix}.{key}", value[key])]
-    return [(prefix.lstrip("."), "null" if value is None else str(value))]
+    return {k: "null" if v is None else str(v) for k, v in dotted(config).items()}
 
 
 def differences(configs: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:

@@ -66,7 +66,7 @@ class TestDocker:
             options, arguments = torchrun(shlex.split(command))
             assert int(options["nnodes"]) == len(HOSTS)
             assert options["rdzv-endpoint"].split(":")[0] in HOSTS
-            assert compose(arguments).run_dir == "/work/run"
+            assert compose(arguments).run_dir == "/runs/run"
 
     def test_what_an_image_copies_is_there_and_not_ignored(self) -> None:
         file = (ROOT / "docker/Dockerfile").read_text()
