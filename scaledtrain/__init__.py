@@ -17,6 +17,7 @@ from scaledtrain.errors import (
     ScaledTrainError,
     WaitTimeoutError,
 )
+from scaledtrain.layers import LayerWatch
 from scaledtrain.memory import estimate_memory
 from scaledtrain.mesh import Mesh
 from scaledtrain.noise_scale import NoiseScale
@@ -45,6 +46,7 @@ __all__ = [
     "DropCompute",
     "DiLoCo",
     "FitResult",
+    "LayerWatch",
     "LocalSGD",
     "LossSpikeError",
     "Mesh",
