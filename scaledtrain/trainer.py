@@ -728,6 +728,8 @@ class Trainer:
             self._saver.close()
         self.metrics.finish()
         self.layout.close()
+        for callback in self._callbacks:
+            callback.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()
             self._checkpointing = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -156,12 +156,10 @@ class Activations:
             sums[name] = sums.get(name, 0.0) + number
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        """For how many samples each unit has been zero."""
-        return {f"{name}/{units}": silent.cpu() for (name, units), silent in self._silent.items()}
+    def silent(self) -> list[tuple[str, Tensor]]:
+        """For how many samples each unit of a module has been zero; for `recall`."""
+        return [(name, samples.cpu()) for (name, _), samples in self._silent.items()]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        for key, silent in state.items():
-            name, _, units = key.rpartition("/")
-            self._silent[name, int(units)] = silent
+    def recall(self, silent: Iterable[tuple[str, Tensor]]) -> None:
+        """Go on from there."""
+        self._silent = {(name, len(samples)): samples for name, samples in silent}

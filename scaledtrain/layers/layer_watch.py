@@ -107,7 +107,7 @@ class LayerWatch(Callback):
         self._copy_bytes = parse_bytes(copy_size, "layers.copy_size")
         self._steps = 0
         self._findings = Findings()
-        self._silent: dict[str, Any] = {}  # of a run that goes on, until its modules are there
+        self._silent: list[tuple[str, Tensor]] = []  # of a run that goes on, until its modules are there
         self._tensors: Tensors | None = None
         self._activations: Activations | None = None
         self._scale: ScaleWatch | None = None
@@ -130,10 +130,10 @@ class LayerWatch(Callback):
                 "are measured, and activations are not"
             )
         elif self._looks_inside:
-            before = self._silent if self._activations is None else self._activations.state_dict()
+            before = self._silent_units()
             sampled = _SAMPLED if self._draws and trainer.metrics.draws else 0
             self._activations = Activations(trainer.layout.named_modules(), sampled)
-            self._activations.load_state_dict(before)
+            self._activations.recall(before)
 
     def needs_own_gradients(self, trainer: Trainer, batch: StepBatch) -> bool:
         """A step begins; the combined gradients will do."""
@@ -224,15 +224,25 @@ class LayerWatch(Callback):
         owners = [module_of(name) for name in self._tensors.names]
         return group_names(dict.fromkeys([*followed, *owners]), self._max_rows)
 
+    def _silent_units(self) -> list[tuple[str, Tensor]]:
+        return self._silent if self._activations is None else self._activations.silent()
+
     def on_fit_end(self, trainer: Trainer) -> None:
+        """Let go of the model."""
+        self.close()
+
+    def close(self) -> None:
         """Let go of the model."""
         if self._activations is not None:
             self._activations.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, what has been told, and for how long which units have been zero."""
-        silent = self._silent if self._activations is None else self._activations.state_dict()
-        return {"steps": self._steps, "findings": self._findings.state_dict(), "silent": silent}
+        return {
+            "steps": self._steps,
+            "findings": self._findings.state_dict(),
+            "silent": self._silent_units(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
