@@ -107,7 +107,7 @@ class LayerWatch(Callback):
         self._copy_bytes = parse_bytes(copy_size, "layers.copy_size")
         self._steps = 0
         self._findings = Findings()
-        self._silent: list[tuple[str, Tensor]] = []  # of a run that goes on, until its modules are there
+        self._silent: list[tuple[str, Tensor]] = []  # of a resumed run, until there are modules
         self._tensors: Tensors | None = None
         self._activations: Activations | None = None
         self._scale: ScaleWatch | None = None

@@ -170,11 +170,11 @@ def test_a_unit_of_a_convolution_is_a_channel_also_where_relu_is_no_module() -> 
     """3 channels, 5 places; the first channel's bias is far below what can come."""
     model = nn.Sequential(Functional(), nn.Flatten(), nn.Linear(15, 1))
     plant_dead(model[0].conv, 1)
+    dead = int((model[0](torch.ones(1, 2, 1)) == 0).sum())  # the others as they begin
     watch = LayerWatch(every_steps=1, dead_after_samples=2)
     with Trainer(model, F.mse_loss, SGD, callbacks=[watch], console=False) as trainer:
         trainer.fit([(torch.ones(2, 2, 5), torch.zeros(2, 1))], max_steps=1)
     row = watch.rows["0"]
-    dead = int((model[0](torch.ones(1, 2, 1)) == 0).sum())
     assert (row["dead"], row["units"]) == (dead, 3)
     assert row["zeros"] == pytest.approx(dead / 3)
 
