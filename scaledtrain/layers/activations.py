@@ -13,12 +13,18 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from scaledtrain.layers.rows import Sums
+from scaledtrain.recompute.blocks import is_compiled as is_compiled_block
 from scaledtrain.recompute.blocks import is_diverted
 
-__all__ = ["Activations"]
+__all__ = ["Activations", "is_compiled"]
 
 _HANDS_ON = (_DropoutNd, nn.Identity, nn.Flatten, nn.Unflatten)  # what another has computed
 _NEAR = 0.01  # to a limit
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether its user has compiled it: a graph may take hooks in, and then call them for ever."""
+    return module._compiled_call_impl is not None or is_compiled_block(module)
 
 
 class Activations:

@@ -12,7 +12,7 @@ from torch import Tensor
 from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.callbacks import Callback
 from scaledtrain.errors import ConfigError
-from scaledtrain.layers.activations import Activations
+from scaledtrain.layers.activations import Activations, is_compiled
 from scaledtrain.layers.findings import Findings, TensorFacts
 from scaledtrain.layers.parameters import Tensors
 from scaledtrain.layers.rows import Row, Sums, add, group_names, module_of, row_of
@@ -124,16 +124,19 @@ class LayerWatch(Callback):
         self._tensors = Tensors(trainer, self._copy_bytes)
         if self._scale is None:
             self._scale = ScaleWatch((trainer.precision.loss_scale or LossScale()).minimum)
-        if self._looks_inside and trainer.is_compiled:
+        inside = trainer.layout.named_modules()
+        if not self._looks_inside:
+            return
+        if trainer.is_compiled or any(is_compiled(module) for _, module in inside):
             trainer.metrics.say(
                 "layers: what torch.compile has made calls no hooks, so that gradients and updates "
                 "are measured, and activations are not"
             )
-        elif self._looks_inside:
-            before = self._silent_units()
-            sampled = _SAMPLED if self._draws and trainer.metrics.draws else 0
-            self._activations = Activations(trainer.layout.named_modules(), sampled)
-            self._activations.recall(before)
+            return
+        before = self._silent_units()
+        sampled = _SAMPLED if self._draws and trainer.metrics.draws else 0
+        self._activations = Activations(inside, sampled)
+        self._activations.recall(before)
 
     def needs_own_gradients(self, trainer: Trainer, batch: StepBatch) -> bool:
         """A step begins; the combined gradients will do."""
