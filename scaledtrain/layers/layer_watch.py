@@ -122,7 +122,7 @@ class LayerWatch(Callback):
         if trainer.layout.link.group.rank > 0:  # of another replica
             return
         self._tensors = Tensors(trainer, self._copy_bytes)
-        if self._scale is None:
+        if self._scale is None and trainer.link.group.rank == 0:
             self._scale = ScaleWatch((trainer.precision.loss_scale or LossScale()).minimum)
         inside = trainer.layout.named_modules()
         if not self._looks_inside:

@@ -84,7 +84,7 @@ def test_the_update_is_the_one_that_was_made() -> None:
     """
     rows = rows_of(LayerWatch(every_steps=1), max_grad_norm=1.0)
     assert rows["2"]["grad_norm"] == pytest.approx(4.0)
-    assert rows["2"]["update_ratio"] == pytest.approx(0.01 * 4 / math.sqrt(52) / 3)
+    assert rows["2"]["update_ratio"] == pytest.approx(0.01 * 4 / math.sqrt(52) / 3, rel=1e-4)
     assert rows_of(LayerWatch(every_steps=1), strategy=ParameterServer())["0"]["update_ratio"] == 0
     rows = rows_of(LayerWatch(every_steps=1), 2, strategy=ParameterServer())
     assert rows["0"]["update_ratio"] == pytest.approx(0.03)
@@ -104,7 +104,7 @@ def test_records_and_tensorboard_have_the_measured_steps(tmp_path: Path) -> None
     lines = map(json.loads, (tmp_path / "metrics-rank0.jsonl").read_text().splitlines())
     measured = {line["step"]: line["layers"] for line in lines if line["kind"] == "layers"}
     assert list(measured) == [1, 3]
-    shown = EventAccumulator(str(tmp_path / "tensorboard"))
+    shown = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0})
     shown.Reload()
     assert [e.value for e in shown.Scalars("layers_grad_norm/0")] == pytest.approx(
         [rows["0"]["grad_norm"] for rows in measured.values()]
@@ -126,9 +126,14 @@ def samples(n: int = 6) -> list[Batch]:
     return [(x, x.sum(1, keepdim=True)) for x in inputs]
 
 
+STILL = partial(torch.optim.SGD, lr=1e-6)
+
+
 def plant_dead(layer: nn.Module, units: int) -> None:
+    """The first ones are never above 0, the others always."""
     with torch.no_grad():
         layer.bias[:units] = -100.0  # type: ignore[operator, index]
+        layer.bias[units:] = 10.0  # type: ignore[operator, index]
 
 
 @pytest.mark.parametrize("policy", [None, CheckpointEvery(1), CheckpointSqrt()])
@@ -143,7 +148,7 @@ def test_dead_units_are_told_once_they_were_zero_for_long(
     plant_dead(model[2][0], 2)
     watch = LayerWatch(every_steps=1, dead_after_samples=16)
     trainer = Trainer(
-        model, F.mse_loss, SGD, callbacks=[watch], console=False,
+        model, F.mse_loss, STILL, callbacks=[watch], console=False,
         gradient_accumulation_steps=2, activation_checkpointing=policy,
     )  # fmt: skip
     with trainer:
@@ -170,13 +175,12 @@ def test_a_unit_of_a_convolution_is_a_channel_also_where_relu_is_no_module() -> 
     """3 channels, 5 places; the first channel's bias is far below what can come."""
     model = nn.Sequential(Functional(), nn.Flatten(), nn.Linear(15, 1))
     plant_dead(model[0].conv, 1)
-    dead = int((model[0](torch.ones(1, 2, 1)) == 0).sum())  # the others as they begin
     watch = LayerWatch(every_steps=1, dead_after_samples=2)
     with Trainer(model, F.mse_loss, SGD, callbacks=[watch], console=False) as trainer:
         trainer.fit([(torch.ones(2, 2, 5), torch.zeros(2, 1))], max_steps=1)
     row = watch.rows["0"]
-    assert (row["dead"], row["units"]) == (dead, 3)
-    assert row["zeros"] == pytest.approx(dead / 3)
+    assert (row["dead"], row["units"]) == (1, 3)
+    assert row["zeros"] == pytest.approx(1 / 3)
 
 
 def test_a_tanh_at_its_limits_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,9 +188,8 @@ def test_a_tanh_at_its_limits_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
     nn.init.eye_(model[0].weight)
     nn.init.zeros_(model[0].bias)
-    still = partial(torch.optim.SGD, lr=1e-9)
     watch = LayerWatch(every_steps=1)
-    with Trainer(model, F.mse_loss, still, callbacks=[watch], console=False) as trainer:
+    with Trainer(model, F.mse_loss, STILL, callbacks=[watch], console=False) as trainer:
         batch = torch.tensor([[3.0, 0.1, -4.0]]), torch.zeros(1, 1)
         trainer.fit([batch] * 3, max_epochs=1)
     assert watch.rows["1"]["saturated"] == pytest.approx(2 / 3)
@@ -326,7 +329,7 @@ def test_a_resumed_run_goes_on_measuring(tmp_path: Path) -> None:
             plant_dead(model[2][0], 2)
             watch = LayerWatch(every_steps=2, dead_after_samples=12)
             with Trainer(
-                model, F.mse_loss, SGD, callbacks=[watch], console=False, resume="auto",
+                model, F.mse_loss, STILL, callbacks=[watch], console=False, resume="auto",
                 run_dir=tmp_path / folder, checkpointing=Checkpointing(every_steps=3),
             ) as trainer:  # fmt: skip
                 trainer.fit(samples(), max_steps=end)
