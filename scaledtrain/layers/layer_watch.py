@@ -190,7 +190,8 @@ class LayerWatch(Callback):
             return None
         rows = tensors.after()
         seen = {} if self._activations is None else self._activations.finish(self._dead_after)
-        if trainer.in_lockstep and trainer.step_count <= began:
+        least = began if trainer.strategy.pushes_gradients else began + 1  # a server counts
+        if trainer.in_lockstep and trainer.step_count < least:
             return None
         facts = zip(tensors.names, tensors.sizes, tensors.is_matrix, rows, strict=False)
         return [TensorFacts(*each) for each in facts], seen

@@ -24,12 +24,12 @@ def trained(device: str, layers: list[LayerWatch]) -> str:
     x = torch.randn(64, 3)
     loader = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    with connect(device=device) as link:
-        with Trainer(
-            model, F.cross_entropy, sgd, callbacks=layers, console=False, link=link
-        ) as trainer:
-            trainer.fit(loader, max_steps=4)
-            return trainer.replica.sha256()
+    with (
+        connect(device=device) as link,
+        Trainer(model, F.cross_entropy, sgd, callbacks=layers, console=False, link=link) as trainer,
+    ):
+        trainer.fit(loader, max_steps=4)
+        return trainer.replica.sha256()
 
 
 def test_a_gpu_tells_what_the_cpu_tells() -> None:
