@@ -11,7 +11,7 @@ from scaledtrain.layers.rows import Sums
 
 __all__ = ["Findings", "TensorFacts"]
 
-PATIENCE = 3
+PATIENCE = 2
 """Measurements in a row that must show a thing before it is told."""
 DEAD_SHARE = 0.2
 """Of a module's units."""

@@ -117,7 +117,8 @@ class Tensors:
 
     def sampled(self, most: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Some values of each tensor here, at most so many, and of their gradients, by name."""
-        weights, gradients = {}, {}
+        weights: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         for place, p in zip(self._places, self._parameters, strict=True):
             for to, tensor in ((weights, p), (gradients, p.grad)):
                 if tensor is not None and tensor.numel():

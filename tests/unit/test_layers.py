@@ -194,7 +194,7 @@ def test_a_tanh_at_its_limits_is_told(caplog: pytest.LogCaptureFixture) -> None:
         trainer.fit([batch] * 3, max_epochs=1)
     assert watch.rows["1"]["saturated"] == pytest.approx(2 / 3)
     (message,) = (m for m in caplog.messages if "Tanh" in m)
-    assert "step 3: 1 (Tanh): 67% of its outputs are within 0.01 of their limits" in message
+    assert "step 2: 1 (Tanh): 67% of its outputs are within 0.01 of their limits" in message
 
 
 def facts(**gradients: float) -> list[TensorFacts]:
@@ -222,13 +222,13 @@ def updated(*ratios: float) -> list[TensorFacts]:
         (facts(a=1.0, b=1e-2, c=1e-4, d=1e-6), "explode on their way"),
     ],
 )
-def test_what_is_wrong_is_told_when_it_was_seen_three_times(
+def test_what_is_wrong_is_told_when_it_was_seen_twice(
     tensors: Sequence[TensorFacts], expected: str
 ) -> None:
     findings = Findings()
     assert findings.look(tensors, {}, 1) == []
     findings.look(updated(1e-3), {}, 1)  # in order again
-    assert [findings.look(tensors, {}, 1) for _ in range(2)] == [[], []]
+    assert findings.look(tensors, {}, 1) == []
     (text,) = findings.look(tensors, {}, 1)
     assert expected in text
     assert findings.look(tensors, {}, 1) == []
