@@ -57,14 +57,14 @@ class PassTrace:
         if self._first is not None:
             return self._first
         given_bad = {g.module for g in self._gradients if not g.is_of_input}
+        if self._model in given_bad:
+            return "the backward pass of the loss"
         for gradient in self._gradients:
             if gradient.is_of_input and gradient.module not in given_bad:
                 return f"the backward pass of {self._names[gradient.module]}"
         if self._gradients:
-            module = self._gradients[0].module
-            if module is self._model:
-                return "the backward pass of the loss"
-            return f"the backward pass of what uses the output of {self._names[module]}"
+            of = self._names[self._gradients[0].module]
+            return f"the backward pass of what uses the output of {of}"
         return f"the gradient of {parameters[-1]}" if parameters else None
 
     @contextmanager
@@ -123,8 +123,9 @@ def _has_gradient(value: Any) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Whether all tensors with fractions in it are."""
-    if isinstance(value, Tensor):
-        return not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())
+    if isinstance(value, Tensor):  # in no graph, which would keep what is looked at
+        has_fractions = value.is_floating_point() or value.is_complex()
+        return not has_fractions or bool(value.detach().isfinite().all())
     if isinstance(value, Mapping):
         return all(map(is_finite, value.values()))
     if isinstance(value, (tuple, list)):

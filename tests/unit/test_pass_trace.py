@@ -52,11 +52,11 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.double, self.root = ones(), Do(lambda x: 2 * x), Do(torch.sqrt)
+        self.a, self.twice, self.root = ones(), Do(lambda x: 2 * x), Do(torch.sqrt)
 
     def forward(self, x: Tensor) -> Tensor:
         same = self.a(x)
-        return self.double(same) + self.root(same)  # type: ignore[no-any-return]
+        return self.twice(same) + self.root(same)  # type: ignore[no-any-return]
 
 
 X = torch.tensor([[0.0, 4.0], [-1.0, 1.0]])
