@@ -54,7 +54,7 @@ class PassTrace:
         Args:
             parameters: names of those whose gradients are not finite.
         """
-        if self._first is not None:
+        if self._first is not None or not parameters:  # a ReLU may have stopped it
             return self._first
         given_bad = {g.module for g in self._gradients if not g.is_of_input}
         if self._model in given_bad:
@@ -65,7 +65,7 @@ class PassTrace:
         if self._gradients:
             of = self._names[self._gradients[0].module]
             return f"the backward pass of what uses the output of {of}"
-        return f"the gradient of {parameters[-1]}" if parameters else None
+        return f"the gradient of {parameters[-1]}"
 
     @contextmanager
     def watching(self) -> Iterator[None]:

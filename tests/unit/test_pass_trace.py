@@ -73,11 +73,15 @@ POSITIVE = X.abs()
         (nn.Sequential(ones(), Between()), X, "what 1.b (Linear) is given, made between modules"),
         # The root of 0 is 0, its derivative 1 / (2 sqrt(0)); the layers behind it are in order.
         (
-            nn.Sequential(ones(), nn.ReLU(), nn.Sequential(Do(torch.sqrt), ones())),
+            nn.Sequential(ones(), Do(torch.square), nn.Sequential(Do(torch.sqrt), ones())),
             X,
             "the backward pass of 2.0 (Do)",
         ),
-        (nn.Sequential(ones(), nn.ReLU(inplace=True), Do(torch.sqrt)), X, "the backward pass of 2"),
+        (
+            nn.Sequential(ones(), nn.LeakyReLU(inplace=True), Do(lambda x: x.square().sqrt())),
+            X,
+            "the backward pass of 2 (Do)",
+        ),
         (Twice(), POSITIVE, "the backward pass of root (Do)"),
     ],
 )
@@ -85,6 +89,12 @@ def test_the_first_module_is_named(model: nn.Module, inputs: Tensor, expected: s
     found = find_nonfinite(model, [(inputs, torch.zeros(2, 2))], F.mse_loss)
     assert (found.where or "").startswith(expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_a_relu_stops_does_no_harm() -> None:
+    """Its gradient at 0 is 0, whatever it is given."""
+    model = nn.Sequential(ones(), nn.ReLU(), Do(torch.sqrt))
+    assert not find_nonfinite(model, [(X, torch.zeros(2, 2))], F.mse_loss)
 
 
 def test_a_loss_that_is_at_fault_is_named() -> None:
@@ -131,7 +141,7 @@ def test_a_run_with_recomputed_blocks_names_it_too(
     torch.manual_seed(0)
     faults = {"log": torch.log, "sqrt": torch.sqrt, None: torch.square}
     blocks = [nn.Sequential(ones(), nn.ReLU()) for _ in range(4)]
-    blocks[2] = nn.Sequential(ones(), nn.ReLU(), Do(faults[bad]))
+    blocks[2] = nn.Sequential(ones(), Do(torch.square), Do(faults[bad]))
     model = nn.Sequential(*blocks)
     given = [(torch.ones(2, 2), torch.zeros(2, 2)) for _ in range(3)]
     given[1][0][0] = 0.0
