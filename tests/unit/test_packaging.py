@@ -8,6 +8,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
+
+import scaledtrain
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
@@ -98,3 +101,14 @@ def test_an_installed_package_finds_its_configs_beside_itself(wheel: Path, tmp_p
         [sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert shown.stdout.split() == [str(tmp_path / "scaledtrain/__init__.py"), str(bool(CONFIGS))]
+
+
+def test_the_citation_names_what_the_package_is(metadata: Message) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"]
+    assert citation["title"] == metadata["Name"]
+    assert citation["version"] == metadata["Version"] == scaledtrain.__version__
+    assert citation["license"] == metadata["License-Expression"]
+    assert citation["authors"] == [{"name": metadata["Author"]}]
+    assert f"## [{metadata['Version']}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
