@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from benchmarks.command_line import add_count, add_some, carry_out, command_line
 from benchmarks.harness import Report, provenance
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT, MLP, next_token_loss
 from scaledtrain.optim import (
     LAMB,

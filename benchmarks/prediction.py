@@ -41,19 +41,10 @@ from benchmarks.harness import (
     run_group,
 )
 from benchmarks.workers import CONDITIONS, GAMMA_SHAPE, SLOW, WORKLOADS, slowdown
-from scaledtrain import (
-    Callback,
-    LocalSGD,
-    ParameterServer,
-    Slowdown,
-    Strategy,
-    Sync,
-    Trainer,
-    connect,
-)
+from scaledtrain import Callback, LocalSGD, ParameterServer, Strategy, Sync, Trainer, connect
 from scaledtrain.comm.protocols import Link
 from scaledtrain.report.runs import read_run
-from scaledtrain.schedule import Pace
+from scaledtrain.schedule import Pace, Slowdown
 from scaledtrain.server import StaleSynchronous
 from scaledtrain.sim import Cluster, Topology, Wire, simulate
 

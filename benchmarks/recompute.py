@@ -39,7 +39,7 @@ from benchmarks.harness import (
     python_module,
     rotated,
 )
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.models.gpt import GPT
 from scaledtrain.recompute import MemoryBudget, checkpoint_activations
 from scaledtrain.recompute.live_bytes import LiveBytes

@@ -39,7 +39,6 @@ from scaledtrain import (
     Callback,
     DiLoCo,
     LocalSGD,
-    NonFiniteLossError,
     ParameterServer,
     StopAtTarget,
     Strategy,
@@ -49,6 +48,7 @@ from scaledtrain import (
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import config_folder
 from scaledtrain.data import digits
+from scaledtrain.errors import NonFiniteLossError
 from scaledtrain.models import MLP
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.server import (

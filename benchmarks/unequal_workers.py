@@ -30,10 +30,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import Report, provenance, python_module, rotated, run_group
-from scaledtrain import DropCompute, ParameterServer, Slowdown, Trainer, connect
+from scaledtrain import DropCompute, ParameterServer, Trainer, connect
 from scaledtrain.balance import Auto, Fixed
 from scaledtrain.data import digits
 from scaledtrain.models import MLP
+from scaledtrain.schedule import Slowdown
 
 FACTORS = {2: 2.0, 3: 4.0}
 RANKS = 4
