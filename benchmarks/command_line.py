@@ -121,5 +121,5 @@ def _resolved(options: argparse.Namespace) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(options).items()
-        if name not in ("quick", "table", "check") and not name.startswith("work")
+        if name not in ("quick", "table", "check") and name.partition("_")[0] != "work"
     }

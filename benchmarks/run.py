@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.command_line import add_count
@@ -90,9 +91,9 @@ def _run(command: Sequence[str], limit_seconds: float) -> tuple[str | None, str]
         except subprocess.TimeoutExpired:
             wrong = f"FAILED: longer than {limit_seconds:g} s"
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # as a rule nothing is left
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         output.seek(0)
         return wrong, output.read().decode(errors="replace")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import overhead
-from benchmarks.command_line import carry_out, command_line
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     README,
     RESULTS,
@@ -249,7 +250,10 @@ def test_a_command_stores_its_records_with_what_its_options_came_to(
 
     def command(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["overhead", *arguments])
-        options = command_line("overhead", "", "little", rounds=3).parse_args(arguments)
+        parser = command_line("overhead", "", "little", rounds=3)
+        add_some(parser, "workers", {"1": 1, "2": 2})
+        parser.add_argument("--work", help=argparse.SUPPRESS)
+        options = parser.parse_args(arguments)
         return carry_out(options, report, ("torch",), {"threads": 1}, measure)
 
     assert command("--quick") == 0
@@ -264,7 +268,8 @@ def test_a_command_stores_its_records_with_what_its_options_came_to(
         "python -m benchmarks.overhead --rounds 2",
     ]
     configs = [json.loads(line) for line in (folder / "config.jsonl").read_text().splitlines()]
-    assert configs == [{"threads": 1, "rounds": 3}, {"threads": 1, "rounds": 2}]
+    both = {"threads": 1, "workers": [1, 2]}
+    assert configs == [{**both, "rounds": 3}, {**both, "rounds": 2}]
     where = json.loads((folder / "environment.json").read_text())
     assert where["versions"] == {"torch": torch.__version__}
     assert where["cpu"]

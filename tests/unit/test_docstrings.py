@@ -58,7 +58,8 @@ def exported() -> dict[str, Any]:
 def missing(thing: Any) -> Iterator[str]:
     """What its docstring lacks."""
     text = inspect.getdoc(thing) or ""
-    has_arguments = inspect.isfunction(thing) or "__init__" in vars(thing)
+    is_made = "__init__" in vars(thing) and not getattr(thing, "_is_protocol", False)
+    has_arguments = inspect.isfunction(thing) or is_made
     # A field of a dataclass may have its own docstring; an estimator refers to its function.
     if has_arguments and not is_dataclass(thing) and "Arguments, and" not in text:
         section = _section(text, "Args")
