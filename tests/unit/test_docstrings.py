@@ -77,9 +77,10 @@ def _section(text: str, name: str) -> str:
     return match[1] if match else ""
 
 
-@pytest.mark.parametrize("name", exported())
-def test_what_is_exported_tells_its_arguments_and_what_it_returns(name: str) -> None:
-    assert list(missing(exported()[name])) == []
+def test_what_is_exported_tells_its_arguments_and_what_it_returns() -> None:
+    lacking = {name: list(missing(thing)) for name, thing in exported().items()}
+    assert len(lacking) > 200
+    assert {name: lacks for name, lacks in lacking.items() if lacks} == {}
 
 
 @pytest.mark.parametrize("name", scaledtrain.__all__)
