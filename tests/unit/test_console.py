@@ -136,7 +136,7 @@ def test_a_log_gets_a_line_at_times_with_the_last_evaluation(
     assert "evaluation at step" in lines[-1]
 
 
-def test_only_rank_0_of_those_who_may_writes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run_says_in_a_log_only_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Linear(2, 1)
     sgd = partial(torch.optim.SGD, lr=0.1)
     data = [(torch.ones(2, 2), torch.ones(2, 1))] * 3
