@@ -93,7 +93,8 @@ def test_a_bar_fits_the_terminal_and_other_lines_stand_above_it(
 def test_a_bar_of_a_run_that_goes_on_or_ends_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    monkeypatch.setattr("tqdm.std.time", lambda: now)  # a bar is drawn 10 times a second at most
     with terminal(80) as (screen, said), os.fdopen(os.dup(screen), "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         shown = Console(enabled=True)
