@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.optim import LAMB, LARS, KahanCompensation, MasterWeights, WideStep, layerwise
 from tests.worlds import World
 
