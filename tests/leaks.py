@@ -130,10 +130,11 @@ def _processes() -> set[int]:
 def _describe_process(pid: int) -> str:
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
         return "" if Path("/proc/self").exists() else f"process {pid}"
-    if not command or any(helper in command for helper in HELPER_PROCESSES):
-        return ""  # a process that has ended, and waits to be noticed, has no command line
+    if state == "Z" or any(helper in command for helper in HELPER_PROCESSES):
+        return ""  # Z: it has ended, and waits to be noticed
     return f"process {pid} ({command.replace(bytes(1), b' ').decode(errors='replace').strip()})"
 
 
