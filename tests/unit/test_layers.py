@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from scaledtrain import (
     Checkpointing,
-    ConfigError,
     LayerWatch,
     LocalSGD,
     ParameterServer,
@@ -27,6 +26,7 @@ from scaledtrain import (
     Watch,
 )
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
 from scaledtrain.layers.findings import Findings, TensorFacts
 from scaledtrain.layers.parameters import _turns
 from scaledtrain.layers.scale import ScaleWatch
