@@ -1,4 +1,4 @@
-"""The layers of a run in its report: heat maps over its steps, and what was told of them."""
+"""The layers of a run in its report: heat maps over its steps, and what was told meanwhile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_STEPS = 120
 
 @dataclass(frozen=True)
 class LayersLog:
-    """What a `scaledtrain.layers.LayerWatch` has written."""
+    """What a `scaledtrain.layers.LayerWatch` has written, and a `scaledtrain.watch.Watch` told."""
 
     rows: Mapping[int, Mapping[str, Mapping[str, float | None]]]
     """Step -> module -> what was measured."""
@@ -49,6 +49,10 @@ def read_layers(folder: Path) -> LayersLog | None:
 
 
 def _parse(line: dict[str, Any]) -> tuple[str, int, Any]:
+    if line["kind"] == "trouble":  # of a watch: NaN, or a spike of the loss
+        began = f", first in {line['where']}" if line["where"] else ""
+        text = f"{line['what']}, on rank {line['rank']}{began} ({line['reaction']})"
+        return "warning", int(line["in_step"]), [text]
     return line["kind"], int(line["step"]), line.get("layers")
 
 

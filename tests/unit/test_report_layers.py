@@ -27,7 +27,11 @@ def run(folder: Path) -> Path:
         layers(101, a={"grad_norm": 0.1, "dead": 2.0, "units": 8.0}),
         {"kind": "warning", "step": 101, "layers": ["a <ReLU>: 2 of 8"]},
     ]
-    second = [layers(1, b={"grad_norm": None}), layers(101, b={"grad_norm": 0.001})]
+    trouble = {
+        "kind": "trouble", "step": 7, "in_step": 8, "what": "not finite: loss nan", "rank": 1,
+        "where": "the output of b (Log)", "reaction": "skip",
+    }  # fmt: skip
+    second = [layers(1, b={"grad_norm": None}), trouble, layers(101, b={"grad_norm": 0.001})]
     return write(folder, [[*first, step], [*second, step]])
 
 
@@ -49,6 +53,8 @@ def test_the_page_has_them_where_there_are_any(tmp_path: Path) -> None:
     text = write_report(tmp_path / "with.html", [run(tmp_path / "run")]).read_text()
     assert "<h2>Layers</h2>" in text
     assert "step 101: a &lt;ReLU&gt;: 2 of 8" in text
+    told = "step 8: not finite: loss nan, on rank 1, first in the output of b (Log) (skip)"
+    assert text.index(told) < text.index("step 101:")
     assert "update / weight" not in text  # nobody measured it
     steps = run(tmp_path / "other") / "metrics-rank0.jsonl"
     steps.write_text(steps.read_text().splitlines()[-1] + "\n")
