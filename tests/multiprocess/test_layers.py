@@ -31,6 +31,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 1))
 
 
+def overlapping() -> Sync:
+    return Sync(overlap=True, bucket_bytes=100)
+
+
 def trained(link: Any, batch_size: int, layers: list[LayerWatch], **options: Any) -> str:
     """Two steps; the SHA-256 of the parameters of this rank."""
     with Trainer(
@@ -38,6 +42,7 @@ def trained(link: Any, batch_size: int, layers: list[LayerWatch], **options: Any
         nn.functional.mse_loss,
         partial(torch.optim.AdamW, lr=0.01),
         gradient_accumulation_steps=2,
+        strategy=overlapping(),
         callbacks=layers,
         console=False,
         link=link,
@@ -58,7 +63,7 @@ def rows(link: Any, batch_size: int, **options: Any) -> tuple[Rows, bool]:
 def on_two_ranks(folder: str) -> list[tuple[Rows, bool]]:
     with connect(transport="torch", timeout_seconds=30) as link:
         return [
-            rows(link, 4, strategy=Sync(overlap=True, bucket_bytes=100)),
+            rows(link, 4),
             rows(link, 4, mesh=Mesh(shard=2), run_dir=folder),
             rows(link, 4, mesh=Mesh(pipe=2), pipeline=Pipeline("1F1B", 2)),
         ]
