@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -76,13 +77,15 @@ def test_killed_rank_is_noticed_and_named(name: str, transport: Transport, victi
 
 def wait_for_one_that_never_comes(transport: Transport) -> str:
     link = connect(transport=transport, timeout_seconds=3)
+    assert link.store is not None
     message = ""
     if link.group.rank == 0:
         with pytest.raises(ClusterError) as caught:
             link.group.all_reduce([torch.zeros(3)]).wait()
         message = str(caught.value)
+        link.store.set("waited", "1")
     else:
-        time.sleep(6)
+        link.store.wait(["waited"], timedelta(seconds=30))
     link.abandon()
     return message
 

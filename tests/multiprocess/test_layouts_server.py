@@ -202,9 +202,9 @@ ENDS: dict[str, tuple[Callable[[], Strategy], list[Callback], dict[str, Any]]] =
     "callback of EASGD": (partial(EASGD, sync_every=2), [StopOn(1)], {}),
     "target": (ParameterServer, [StopAtTarget("loss", at_most=1e9)], {"eval_every": 3}),
     "seconds": (ParameterServer, [], {"max_seconds": 0.1}),
-    "local steps": (partial(AsyncLocalSGD, 4, proportional_steps=True), [], {"max_steps": 30}),
-    "gossip": (Gossip, [], {"max_steps": 30}),
-    "push-sum": (PushSum, [], {"max_steps": 30}),
+    "local steps": (partial(AsyncLocalSGD, 4, proportional_steps=True), [], {"max_steps": 14}),
+    "gossip": (Gossip, [], {"max_steps": 14}),
+    "push-sum": (PushSum, [], {"max_steps": 14}),
 }
 
 
@@ -249,7 +249,7 @@ def test_what_one_rank_wants_ends_the_run_of_all(transport: Transport) -> None:
     assert "max_seconds" in stopped_by["seconds"]
     assert stopped_by["local steps"] == ("max_steps", "max_steps")
     for name in ("local steps", "gossip", "push-sum"):
-        assert [rank[name][1:] for rank in ranks] == [(30, 30)] * 4
+        assert [rank[name][1:] for rank in ranks] == [(14, 14)] * 4
 
 
 REFUSED: dict[str, tuple[Callable[[], Strategy], str]] = {

@@ -12,6 +12,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
+
+import scaledtrain
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
@@ -105,6 +108,17 @@ def test_the_core_needs_few_other_packages(metadata: Message) -> None:
         "tqdm",
         "xxhash",
     }
+
+
+def test_the_citation_names_what_the_package_is(metadata: Message) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"]
+    assert citation["title"] == metadata["Name"]
+    assert citation["version"] == metadata["Version"] == scaledtrain.__version__
+    assert citation["license"] == metadata["License-Expression"]
+    assert citation["authors"] == [{"name": metadata["Author"]}]
+    assert f"## [{metadata['Version']}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_main_job_runs_where_it_is_installed_outside_of_the_checkout(
