@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import Callback, Slowdown, Strategy, Trainer, connect
+from scaledtrain import Callback, Strategy, Trainer, connect
 from scaledtrain.rendezvous import Transport
+from scaledtrain.schedule import Slowdown
 from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, Hogwild, PushSum
 from tests.ranks import run_ranks
 

@@ -15,19 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from scaledtrain import (
-    ClusterError,
-    ConfigError,
-    DiLoCo,
-    ParameterServer,
-    Slowdown,
-    Strategy,
-    Sync,
-    Trainer,
-    connect,
-)
+from scaledtrain import DiLoCo, ParameterServer, Strategy, Sync, Trainer, connect
+from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Transport
+from scaledtrain.schedule import Slowdown
 from tests.ranks import run_ranks
 
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ConfigError, Mesh, ParameterServer, Strategy, Trainer, connect
+from scaledtrain import Mesh, ParameterServer, Strategy, Trainer, connect
 from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.comm.compress import TopK
 from scaledtrain.comm.protocols import Link
 from scaledtrain.comm.serving.event_log import read_events
+from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Transport
 from scaledtrain.replica import Updater

@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scaledtrain
-from scaledtrain import Asynchronous, ConfigError, ParameterServer, Replica, connect
+from scaledtrain import ParameterServer, Replica, connect
 from scaledtrain.comm.protocols import Store
 from scaledtrain.comm.serving.event_log import Event, read_events
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.errors import ConfigError
 from scaledtrain.rendezvous import Transport
 from scaledtrain.server import (
     AdaptiveDelayCompensated,
+    Asynchronous,
     BackupWorkers,
     Dana,
     Ringmaster,
@@ -290,7 +292,7 @@ def stop_old_work(transport: Transport) -> dict[str, Any]:
             F.mse_loss,
             PLAIN,
             strategy=ParameterServer(Ringmaster(delay_threshold=2, stop=True)),
-            slowdown=scaledtrain.Slowdown({1: 50.0}, min_compute_seconds=0.02),
+            slowdown=scaledtrain.schedule.Slowdown({1: 50.0}, min_compute_seconds=0.02),
             console=False,
             link=link,
         )

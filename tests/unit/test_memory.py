@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaledtrain import (
-    ConfigError,
     DiLoCo,
     LocalSGD,
     ParameterServer,
@@ -23,6 +22,7 @@ from scaledtrain import (
     Sync,
     estimate_memory,
 )
+from scaledtrain.errors import ConfigError
 from scaledtrain.memory import MemoryEstimator, SmallestBudget
 from scaledtrain.models import GPT, MLP, ConvNet, next_token_loss
 from scaledtrain.recompute import (

@@ -21,10 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ParameterServer, Slowdown, Strategy, Sync, Trainer, Watch
+from scaledtrain import ParameterServer, Strategy, Sync, Trainer, Watch
 from scaledtrain.comm.notes import Notes
 from scaledtrain.comm.protocols import Link
 from scaledtrain.faults import FaultInjector
+from scaledtrain.schedule import Slowdown
 from scaledtrain.watch import watchdog
 from scaledtrain.watch.messenger import Messenger
 from scaledtrain.watch.paces import Table
