@@ -129,7 +129,8 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
                 for command in ("train", "compare", "simulate", "memory", "trace", "replay"):
                     if f"scaledtrain.{command}" in words:
                         given = words[words.index(f"scaledtrain.{command}") + 1 :]
-                        yield name(path), command, [word for word in given if "=" in word]
+                        if settings := [word for word in given if "=" in word]:
+                            yield name(path), command, settings
 
 
 def test_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
