@@ -11,7 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import scaledtrain
+from scaledtrain.baselines.results import read_baselines
 from scaledtrain.errors import ConfigError
+from scaledtrain.evaluate.results import read_evaluated
+from scaledtrain.report.against import against_table, levels, sentences
 from scaledtrain.report.differences import differences, read_config
 from scaledtrain.report.findings import SLOW, RankRow, findings, rank_rows
 from scaledtrain.report.gantt import MAX_RANKS
@@ -88,12 +91,16 @@ def _page(logs: Mapping[str, RunLog]) -> str:
     from jinja2 import Template
 
     from scaledtrain.report import charts
+    from scaledtrain.report.evaluated import section
 
     points = {name: progress(log) for name, log in logs.items()}
+    baselines = {name: read_baselines(log.folder) for name, log in logs.items()}
     drawn = [
         charts.curves("training loss", "loss", points),
         *(
-            charts.evaluation_curves(m, {n: log.evaluations for n, log in logs.items()}, points)
+            charts.evaluation_curves(
+                m, {n: log.evaluations for n, log in logs.items()}, points, levels(m, baselines)
+            )
             for m in _metrics(logs)
         ),
         charts.curves("samples per second", "samples_per_second", points),
@@ -105,7 +112,15 @@ def _page(logs: Mapping[str, RunLog]) -> str:
     rows = {name: rank_rows(log) for name, log in logs.items()}
     shown = {name: _most_different(of_run) for name, of_run in rows.items()}
     bars = [charts.rank_bars(of_run) for of_run in shown.values()]
-    script, places = components([*drawn, *bars], wrap_script=True)
+    evaluated = {name: read_evaluated(log.folder) for name, log in logs.items()}
+    sections = {name: section(found) for name, found in evaluated.items() if found is not None}
+    others = [figure for each in sections.values() for figure in each.figures]
+    script, places = components([*drawn, *bars, *others], wrap_script=True)
+    rest = iter(places[len(drawn) + len(bars) :])
+    evaluations = [
+        {"name": name, "section": each, "figures": [next(rest) for _ in each.figures]}
+        for name, each in sections.items()
+    ]
     configs = [read_config(log.folder) for log in logs.values()]
     template = (files("scaledtrain.report") / "report.html").read_text(encoding="utf-8")
     text: str = Template(template, autoescape=True).render(
@@ -123,13 +138,15 @@ def _page(logs: Mapping[str, RunLog]) -> str:
                 "name": name,
                 "folder": os.path.relpath(log.folder),
                 "colour": charts.COLOURS[i % len(charts.COLOURS)],
-                "findings": findings(log),
+                "findings": [*sentences(log, baselines[name]), *findings(log)],
+                "against": None if (of := baselines[name]) is None else against_table(log, of),
                 "ranks": shown[name],
                 "left_out": len(rows[name]) - len(shown[name]),
                 "bars": places[len(drawn) + i],
             }
             for i, (name, log) in enumerate(logs.items())
         ],
+        evaluations=evaluations,
         differences=differences(configs),
         all_configs=all(configs),
         timeline=_timeline(list(logs.values())),
