@@ -67,8 +67,9 @@ def to_text(found: Evaluated) -> str:
     """The numbers, for people to read."""
     of = "" if found.samples is None else f", {found.samples:,} test samples"
     lines = [f"{found.checkpoint}{of}"]
-    lines += [f"{name:<16}{value:.4f}" for name, value in found.values.items()]
-    lines += [f"{name:<16}{_shape(table)} values" for name, table in found.tables.items()]
+    width = max(map(len, [*found.values, *found.tables])) + 2
+    lines += [f"{name:<{width}}{value:.4f}" for name, value in found.values.items()]
+    lines += [f"{name:<{width}}{_shape(table)} values" for name, table in found.tables.items()]
     calibration = found.calibration
     if calibration is not None:
         lines.append(
