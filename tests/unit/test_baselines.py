@@ -18,7 +18,7 @@ from sklearn.tree import DecisionTreeClassifier
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from scaledtrain import ConfigError, cli
+from scaledtrain import cli
 from scaledtrain.baselines import (
     BaselineOptions,
     Baselines,
@@ -29,6 +29,7 @@ from scaledtrain.baselines import (
     write_baselines,
 )
 from scaledtrain.data import ShardWriter
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import next_token_loss
 from scaledtrain.report.page import write_report
 from scaledtrain.tasks import Task, accuracy, digits, sharded

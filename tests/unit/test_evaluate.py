@@ -14,13 +14,14 @@ from huggingface_hub import ModelCard
 from sklearn import metrics as reference
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from scaledtrain import ConfigError, cli
+from scaledtrain import cli
 from scaledtrain.baselines import BaselineOptions, measure_baselines, write_baselines
 from scaledtrain.checkpoint.export import newest_intact
 from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.checkpoints import run as checkpoints
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.errors import ConfigError
 from scaledtrain.evaluate import (
     EvaluateConfig,
     coverage_curve,

@@ -22,10 +22,11 @@ from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, R2Score
 from torchmetrics.retrieval import RetrievalMAP
 from torchmetrics.text import Perplexity
 
-from scaledtrain import ConfigError, Trainer
+from scaledtrain import Trainer
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.errors import ConfigError
 from scaledtrain.measures import gather_unequal
 from scaledtrain.models import next_token_loss
 from scaledtrain.rendezvous import connect

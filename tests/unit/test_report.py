@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from scaledtrain import ConfigError
 from scaledtrain.baselines import Baselines, Row, write_baselines
+from scaledtrain.errors import ConfigError
 from scaledtrain.evaluate import EvaluateConfig, Evaluated, calibrate, write_evaluated
 from scaledtrain.report.command import main
 from scaledtrain.report.differences import differences, read_config
