@@ -46,8 +46,9 @@ class LeftOut:
 class Learner(Protocol):
     """Learns in one pass over the training data what all baselines of a kind of task need."""
 
-    names: tuple[str, ...]
-    """Of its baselines, the simplest first."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its baselines, the simplest first."""
 
     def see(self, inputs: Tensor, targets: Tensor) -> None:
         """Learn from a batch; its memory does not grow with the number of batches."""

@@ -90,7 +90,8 @@ def _config(run: Path) -> dict[str, Any]:
         found = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; restore it, or remove it") from error
-    return {str(k): _without_secrets(str(k), v) for k, v in dict(found or {}).items()}  # type: ignore[call-overload]
+    written = found if isinstance(found, dict) else {}
+    return {str(k): _without_secrets(str(k), v) for k, v in written.items()}
 
 
 def _without_secrets(key: str, value: Any) -> Any:

@@ -110,7 +110,10 @@ def evaluate_run(run: str | Path, options: EvaluateConfig, link: Link) -> Evalua
         link=link,
     ) as trainer:
         found = trainer.measure(loader, _metrics(task, kind, config.model, options))
-    confidences = found.pop(_CONFIDENCES, None)
+    calibration = None
+    if _CONFIDENCES in found:
+        confidence, right = found.pop(_CONFIDENCES).cpu()
+        calibration = calibrate(confidence, right, options)
     return Evaluated(
         checkpoint=checkpoint.name,
         step=Manifest.read(checkpoint).step,
@@ -118,7 +121,7 @@ def evaluate_run(run: str | Path, options: EvaluateConfig, link: Link) -> Evalua
         samples=_length(task.test),
         values={name: value.item() for name, value in found.items() if value.numel() == 1},
         tables={name: value.tolist() for name, value in found.items() if value.numel() != 1},
-        calibration=None if confidences is None else calibrate(*confidences.cpu(), options),
+        calibration=calibration,
         environment=environment(link),
     )
 
