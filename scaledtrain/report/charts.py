@@ -135,6 +135,7 @@ def _level_lines(
         )  # fmt: skip
         items.append((f"{label}: {value:.4g}", [line, text]))
     plot.y_range.only_visible = True
+    plot.height = _HEIGHT + 23 * len(items)  # their names are above the plot
     return items
 
 
