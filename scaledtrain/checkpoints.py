@@ -4,7 +4,7 @@
 python -m scaledtrain.checkpoints list RUN          what there is
 python -m scaledtrain.checkpoints verify RUN        read every byte; exit code 1 if one is damaged
 python -m scaledtrain.checkpoints diff A B          what differs between two
-python -m scaledtrain.checkpoints export RUN TO     weights as safetensors, as save_pretrained does
+python -m scaledtrain.checkpoints export RUN TO     weights as safetensors, and a model card
                                   --program         and the model as a program, by torch.export
 ```
 """
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     add("list", _list, "what there is", ("run", _RUN))
     add("verify", _verify, "read every byte, and compare checksums", ("run", _RUN))
     add("diff", _diff, "what differs between two", ("first", _RUN), ("second", _RUN))
-    to = ("to", "folder for model.safetensors, and config.json of a Hugging Face model")
+    to = ("to", "folder for model.safetensors, MODEL_CARD.md, config.json of Hugging Face")
     exporting = add("export", _export, "write the weights as safetensors", ("run", _RUN), to)
     exporting.add_argument(
         "--program", action="store_true", help="and the model as torch.export has it, model.pt2"
@@ -160,30 +160,35 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _export(parsed: Any) -> int:
+    from scaledtrain.evaluate.card import CARD, write_card  # which reads what runs leave
+
+    if (parsed.to / CARD).exists():
+        raise ConfigError(f"{parsed.to / CARD} is there already; export to another folder")
     checkpoint = newest_intact(parsed.run)
     for path in export(checkpoint, parsed.to):
         print(path)
     if parsed.program:
         print(_export_program(checkpoint, parsed.to))
+    is_run = (parsed.run / "config.yaml").is_file()
+    print(write_card(checkpoint, parsed.to, parsed.run if is_run else None))
     return 0
 
 
 def _export_program(checkpoint: Path, to: Path) -> Path:
     """With the model, and a batch, of the config that the training command left in the run."""
-    from omegaconf import DictConfig, OmegaConf
-
     from scaledtrain.checkpoint.program import export_program
-    from scaledtrain.config import check
+    from scaledtrain.run_config import load_config
     from scaledtrain.schema import make
     from scaledtrain.train import settle
 
-    written = checkpoint.parent.parent / "config.yaml"
-    if not written.is_file():
+    run_dir = checkpoint.parent.parent
+    if not (run_dir / "config.yaml").is_file():
         raise ConfigError(
-            f"there is no {written}, which says how the model is made; for a run of your own "
-            "script call scaledtrain.checkpoint.program.export_program(model, batch, folder)"
+            f"there is no {run_dir / 'config.yaml'}, which says how the model is made; for a run "
+            "of your own script call "
+            "scaledtrain.checkpoint.program.export_program(model, batch, folder)"
         )
-    config, task = settle(check(cast(DictConfig, OmegaConf.load(written))))
+    config, task = settle(load_config(run_dir))
     model = make(config.model)
     load_weights(model, checkpoint)
     return export_program(model, next(iter(task.train_loader(2))), to)

@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "compare": "train with several strategies, and report them side by side",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
+    "baselines": "what is reached without learning much, for results to be read against",
+    "evaluate": "metrics, calibration and coverage of a saved run, and a page about them",
     "memory": "how many bytes a training takes, activations included, before anything is allocated",
     "replay": "make an asynchronous run again from its event log, and step through it",
     "data": "write, look at and check data sets that do not fit into memory",
@@ -25,7 +27,9 @@ COMMANDS = {
 }
 
 _MODULES = {  # the others' have their names
+    "baselines": "scaledtrain.baselines.command",
     "data": "scaledtrain.data.commands",
+    "evaluate": "scaledtrain.evaluate.command",
     "memory": "scaledtrain.memory.command",
     "replay": "scaledtrain.replay.command",
     "report": "scaledtrain.report.command",

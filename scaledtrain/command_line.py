@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scaledtrain.errors import ConfigError
 from scaledtrain.schema import did_you_mean
 
-__all__ = ["compose", "config_folder", "read_command_line"]
+__all__ = ["compose", "config_folder", "read_command_line", "runs_and_settings"]
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w/.]*)=(?P<value>.*)", re.DOTALL)
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -96,6 +96,15 @@ def read_command_line(arguments: Sequence[str], config_name: str, prog: str) -> 
         print(OmegaConf.to_yaml(config, resolve=options.resolve), end="")
         return None
     return config
+
+
+def runs_and_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that name folders of runs, and the others.
+
+    The folder of a run may have a = in its name: those of a comparison do.
+    """
+    runs = [a for a in arguments if Path(a).is_dir() or not (a.startswith("-") or "=" in a)]
+    return runs, [argument for argument in arguments if argument not in runs]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -161,6 +161,7 @@ class TrainConfig:
     checkpointing: Checkpointing | None = None
     watch: Watch | None = None
     resume: str | None = None
+    eval_metrics: Mapping[str, Annotated[Node, Kind(incomplete=True)]] = field(default_factory=dict)
     lr_scaling: LearningRateScaling = field(default_factory=LearningRateScaling)
     weight_decay_on: Literal["all", "matrices"] = "all"
     zero_gamma: bool = False

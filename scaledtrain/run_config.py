@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from scaledtrain.config import TrainConfig, to_yaml
+from scaledtrain.config import TrainConfig, check, to_yaml
+from scaledtrain.errors import ConfigError
 from scaledtrain.records import write_file
 
-__all__ = ["dotted", "write_config"]
+__all__ = ["dotted", "load_config", "write_config"]
 
 _CONFIG = "config.yaml"
 _OF_A_START = ("resume", "run_dir", "workers", "console")  # they may be others each time
@@ -42,6 +45,25 @@ def write_config(run_dir: Path, config: TrainConfig) -> str | None:
         and key.partition(".")[0] not in _OF_A_START
     ]
     return f"other settings than in {kept.name}: {'; '.join(differing)}" if differing else None
+
+
+def load_config(run_dir: Path) -> TrainConfig:
+    """The config that a run was made with, last.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = run_dir / _CONFIG
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no {path}, which says what the run was made with; give the folder of a run "
+            "that a command of scaledtrain made"
+        )
+    try:
+        written = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; restore it, or remove it") from error
+    return check(cast(DictConfig, written))
 
 
 def _read(text: str) -> dict[Any, Any]:

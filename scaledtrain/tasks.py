@@ -26,11 +26,13 @@ from scaledtrain.data.sharded.normalize import Normalization, NormalizationKind
 from scaledtrain.data.sharded.order import Shuffle
 from scaledtrain.data.sharded.storage import CACHE_BYTES
 from scaledtrain.errors import ConfigError
+from scaledtrain.measures import Metric
 from scaledtrain.models import next_token_loss
 from scaledtrain.schedule import LossFn
 
-__all__ = ["Task", "accuracy", "digits", "sharded", "stdlib_text"]
+__all__ = ["Kind", "Task", "accuracy", "digits", "kind_of", "sharded", "stdlib_text"]
 
+Kind = Literal["classification", "regression", "language_model"]
 Samples = Dataset[Any] | data.Mixture
 MakeLoader = Callable[[Samples, int, bool], Iterable[Any]]
 
@@ -44,7 +46,8 @@ class Task:
         test: samples to evaluate on; None: no evaluation.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar, the mean over the samples. None: the model
             returns its own loss, as ``model(**batch).loss``.
-        metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
+        metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples; or a
+            metric of torchmetrics, which is of all samples.
         sizes: arguments of models that follow from the data, by name. A model that needs one of
             them and is not given it gets it from here.
         gathers: whether ``dataset[[0, 5, 7]]`` is a batch, which beats collating by far.
@@ -56,7 +59,7 @@ class Task:
     train: Samples
     test: Samples | None = None
     loss_fn: LossFn | None = F.cross_entropy
-    metrics: Mapping[str, Callable[[Any, Any], Tensor]] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     gathers: bool = False
     facts: Mapping[str, str | int] = field(default_factory=dict)
@@ -81,6 +84,31 @@ class Task:
         order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)  # type: ignore[arg-type]
         batches = BatchSampler(order, batch_size, drop_last=False)
         return DataLoader(dataset, sampler=batches, batch_size=None)
+
+
+def kind_of(batch: Any) -> Kind:
+    """What a batch asks for: numbers, the next token at each place, or a class of each sample.
+
+    Raises:
+        ConfigError: it is not (inputs, targets) of tensors.
+
+    Example:
+        >>> import torch
+        >>> kind_of((torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])))
+        'classification'
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = batch
+        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+            if targets.is_floating_point():
+                return "regression"
+            are_tokens = not inputs.is_floating_point() and inputs.dim() > 1
+            same = are_tokens and inputs.shape == targets.shape
+            return "language_model" if same else "classification"
+    raise ConfigError(
+        f"a batch of the data is a {type(batch).__name__} from which nothing can be told of "
+        "inputs and targets; it must be a pair of tensors, (inputs, targets)"
+    )
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

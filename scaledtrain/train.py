@@ -8,6 +8,7 @@ torchrun --nproc-per-node 4 -m scaledtrain.train strategy=async
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
 from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError, ScaledTrainError
+from scaledtrain.eval_metrics import make_metrics
 from scaledtrain.launching import Interrupted, guarded, workers_to_start
 from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
 from scaledtrain.noise_scale import NoiseScale
@@ -266,6 +268,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
             f"{_class(config.data)} does not say (it says: {', '.join(task.sizes) or 'nothing'}); "
             f"choose a model and data that belong together, or set model.{lacking[0]}=..."
         )
+    sizes = {**task.sizes, **{k: v for k, v in model.items() if isinstance(v, int)}}
+    task = replace(task, metrics={**task.metrics, **make_metrics(config.eval_metrics, sizes)})
     metrics, metric = ["loss", *task.metrics], config.target.metric
     if metric is not None and (task.test is None or metric not in metrics):
         there = ", ".join(metrics) if task.test is not None else "nothing, for lack of test data"
@@ -409,7 +413,7 @@ def _assemble(
         max_grad_norm=config.max_grad_norm,
         drop_compute=config.drop_compute,
         balance=make(config.balance),
-        eval_metrics=task.metrics,
+        eval_metrics=copy.deepcopy(dict(task.metrics)),  # other ranks here may have the same
         callbacks=callbacks,
         seed=config.seed,
         deterministic=config.deterministic,

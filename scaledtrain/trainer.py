@@ -27,6 +27,7 @@ from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, mus
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.fit_loop import FitLoop
+from scaledtrain.measures import Measures, Metric
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
@@ -48,8 +49,6 @@ from scaledtrain.watch import Watch
 from scaledtrain.watch.watcher import Watcher
 
 __all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
-
-Metric = Callable[[Any, Any], Tensor]
 
 EVENTS = "events.bin"  # of a server, in the folder of the run
 
@@ -99,7 +98,8 @@ class Trainer:
         max_grad_norm: clip the gradient to this 2-norm.
         drop_compute: leave out the last batches of a step that takes too long.
         balance: how many samples of a step each replica trains on; default `Even`.
-        eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples.
+        eval_metrics: name -> ``metric(outputs, targets)``, a scalar, the mean over the samples; or
+            a metric of torchmetrics, which is of all samples, on whatever ranks they are.
         callbacks: called in order.
         seed: of data order, dropout and every other generator; each rank's differ where they
             should.
@@ -545,12 +545,25 @@ class Trainer:
         own.
 
         Returns:
-            ``"loss"`` and each of ``eval_metrics``: means over all samples.
+            ``"loss"`` and each of ``eval_metrics``: means over all samples, or of a metric of
+            torchmetrics what it makes of all samples.
 
         Raises:
             ConfigError: there are ``eval_metrics``, but the batches have no targets; or the loader
-                has no end.
+                has no end; or a metric is no number.
         """
+        found = self.measure(loader, self.eval_metrics)
+        for name, value in found.items():
+            if value.numel() != 1:
+                raise ConfigError(
+                    f"eval_metrics has {name!r}, whose value is no number but "
+                    f"{tuple(value.shape)} of them; call trainer.measure(loader, {{...}}) for it, "
+                    "or python -m scaledtrain.evaluate"
+                )
+        return {name: value.item() for name, value in found.items()}
+
+    def measure(self, loader: Iterable[Any], metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
+        """As `evaluate`, of these metrics, whose values may have any shape."""
         must_end(loader, "an evaluation")
         group = self.strategy.lockstep
         group.broadcast(self.replica.buffers)
@@ -558,8 +571,7 @@ class Trainer:
         self.watcher.enter("evaluate")
         start = self.timeline.now()
         share = self.layout.steps(loader, group.rank, group.size, weigh=self._loss_weight)
-        names = ["loss", *self.eval_metrics]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.link.device)
+        measures = Measures(metrics, self.link.device)
         with (
             self.strategy.consensus(),
             eval_mode(self.model),
@@ -569,27 +581,12 @@ class Trainer:
             for step in steps:
                 self.watcher.enter("evaluate")
                 for batch, size in zip(step.microbatches, step.sizes, strict=True):
-                    values = self._measure(batch, size)
-                    if values:  # else another rank has them
-                        sums[:-1] += torch.stack([v.double() for v in values]) * size
-                        sums[-1] += size
+                    outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
+                    if outputs is not None:  # else another rank has them
+                        targets = _targets(batch, metrics)
+                        measures.add(loss, outputs[0], targets, size)
         self.timeline.add("evaluation", start)
-        group.all_reduce([sums], "sum").wait()
-        self.layout.sum(sums)
-        means = (sums[:-1] / sums[-1]).tolist()
-        return dict(zip(names, means, strict=True))
-
-    def _measure(self, batch: Any, size: int) -> list[Tensor]:
-        outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
-        if outputs is None:
-            return []
-        if self.eval_metrics and not isinstance(batch, (tuple, list)):
-            raise ConfigError(
-                f"eval_metrics ({', '.join(self.eval_metrics)}) compare outputs with targets, but "
-                f"the loader gave a {type(batch).__name__} instead of (inputs, targets)"
-            )
-        metrics = self.eval_metrics.values()
-        return [loss, *(metric(outputs[0], batch[1]) for metric in metrics)]
+        return measures.values([group, self.layout.pieces])
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
         """The model's outputs for each batch of a loader, in its order, in eval mode.
@@ -762,6 +759,17 @@ class Trainer:
         )
         if self.layout.told:
             self.metrics.say(self.layout.told)
+
+
+def _targets(batch: Any, metrics: Mapping[str, Metric]) -> Any:
+    if not metrics:
+        return None
+    if not isinstance(batch, (tuple, list)):
+        raise ConfigError(
+            f"eval_metrics ({', '.join(metrics)}) compare outputs with targets, but the loader "
+            f"gave a {type(batch).__name__} instead of (inputs, targets)"
+        )
+    return batch[1]
 
 
 def _samples_of(step_size: tuple[int, int | None]) -> int | None:

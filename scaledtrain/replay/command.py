@@ -12,12 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from scaledtrain.command_line import read_command_line
+from scaledtrain.command_line import read_command_line, runs_and_settings
 from scaledtrain.errors import ConfigError, ReplayError
 from scaledtrain.launching import guarded, tell
 from scaledtrain.replay.rerun import replay
@@ -56,9 +55,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    # The folder of a run may have a = in its name: those of a comparison do.
-    runs = [a for a in sys.argv[1:] if Path(a).is_dir() or not (a.startswith("-") or "=" in a)]
-    settings = [argument for argument in sys.argv[1:] if argument not in runs]
+    runs, settings = runs_and_settings(sys.argv[1:])
     composed: Any = read_command_line(settings, "replay", _PROG)
     if composed is None:
         return

@@ -11,7 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import scaledtrain
+from scaledtrain.baselines.results import read_baselines
 from scaledtrain.errors import ConfigError
+from scaledtrain.evaluate.results import read_evaluated
+from scaledtrain.report.against import against_table, levels, sentences
 from scaledtrain.report.differences import differences, read_config
 from scaledtrain.report.findings import SLOW, RankRow, findings, rank_rows
 from scaledtrain.report.gantt import MAX_RANKS
@@ -89,12 +92,16 @@ def _page(logs: Mapping[str, RunLog]) -> str:
     from jinja2 import Template
 
     from scaledtrain.report import charts
+    from scaledtrain.report.evaluated import section
 
     points = {name: progress(log) for name, log in logs.items()}
+    baselines = {name: read_baselines(log.folder) for name, log in logs.items()}
     drawn = [
         charts.curves("training loss", "loss", points),
         *(
-            charts.evaluation_curves(m, {n: log.evaluations for n, log in logs.items()}, points)
+            charts.evaluation_curves(
+                m, {n: log.evaluations for n, log in logs.items()}, points, levels(m, baselines)
+            )
             for m in _metrics(logs)
         ),
         charts.curves("samples per second", "samples_per_second", points),
@@ -109,8 +116,23 @@ def _page(logs: Mapping[str, RunLog]) -> str:
     layers = {name: read_layers(log.folder) for name, log in logs.items()}
     maps = {name: heat_maps(of_run) for name, of_run in layers.items() if of_run is not None}
     inside = [figure for figures in maps.values() for figure in figures]
-    script, places = components([*drawn, *bars, *inside], wrap_script=True)
+    evaluated = {name: read_evaluated(log.folder) for name, log in logs.items()}
+    sections = {name: section(found) for name, found in evaluated.items() if found is not None}
+    others = [figure for each in sections.values() for figure in each.figures]
+    script, places = components([*drawn, *bars, *inside, *others], wrap_script=True)
     left = iter(places[len(drawn) + len(bars) :])
+    layer_maps = [
+        {
+            "name": name,
+            "warnings": [] if (of_run := layers[name]) is None else of_run.warnings,
+            "maps": [next(left) for _ in figures],
+        }
+        for name, figures in maps.items()
+    ]
+    evaluations = [
+        {"name": name, "section": each, "figures": [next(left) for _ in each.figures]}
+        for name, each in sections.items()
+    ]
     configs = [read_config(log.folder) for log in logs.values()]
     template = (files("scaledtrain.report") / "report.html").read_text(encoding="utf-8")
     text: str = Template(template, autoescape=True).render(
@@ -128,21 +150,16 @@ def _page(logs: Mapping[str, RunLog]) -> str:
                 "name": name,
                 "folder": os.path.relpath(log.folder),
                 "colour": charts.COLOURS[i % len(charts.COLOURS)],
-                "findings": findings(log),
+                "findings": [*sentences(log, baselines[name]), *findings(log)],
+                "against": None if (of := baselines[name]) is None else against_table(log, of),
                 "ranks": shown[name],
                 "left_out": len(rows[name]) - len(shown[name]),
                 "bars": places[len(drawn) + i],
             }
             for i, (name, log) in enumerate(logs.items())
         ],
-        layers=[
-            {
-                "name": name,
-                "warnings": [] if (of_run := layers[name]) is None else of_run.warnings,
-                "maps": [next(left) for _ in figures],
-            }
-            for name, figures in maps.items()
-        ],
+        layers=layer_maps,
+        evaluations=evaluations,
         differences=differences(configs),
         all_configs=all(configs),
         timeline=_timeline(list(logs.values())),

@@ -208,7 +208,7 @@ def test_a_run_of_the_command_goes_out_as_a_program_and_comes_in_again(
         assert run(["export", "--program", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
         again = [*words[:2], f"init_from={tmp_path / 'out'}", "max_steps=1", "optimizer.lr=1e-30"]
         second = train(check(compose(again, "train")), link, tmp_path / "again")
-    assert capsys.readouterr().out.split()[-1] == str(tmp_path / "out" / "model.pt2")
+    assert capsys.readouterr().out.split()[-2] == str(tmp_path / "out" / "model.pt2")
     assert second.evaluation == first.evaluation
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from scaledtrain.baselines import Baselines, Row, write_baselines
 from scaledtrain.errors import ConfigError
+from scaledtrain.evaluate import EvaluateConfig, Evaluated, calibrate, write_evaluated
 from scaledtrain.report.command import main
 from scaledtrain.report.differences import differences, read_config
 from scaledtrain.report.findings import findings, rank_rows
@@ -155,6 +158,16 @@ class TestPage:
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_draws_it_without_an_error(width: int, tmp_path: Path) -> None:
     runs = [straggler(tmp_path / name) for name in ("sync", "other")]
+    rows = [Row("most_frequent", "always saying 1", {"loss": 2.3, "accuracy": 0.1}, 9, True)]
+    write_baselines(runs[0], Baselines("classification", rows, {}, 9, 9, 9, 0))
+    confidence = torch.linspace(0.2, 0.9, 20)
+    right = (torch.arange(20) > 5).float()
+    calibration = calibrate(confidence, right, EvaluateConfig())
+    values, tables = {"accuracy": 0.7}, {"confusion_matrix": [[9, 1], [2, 8]]}
+    write_evaluated(
+        runs[0],
+        Evaluated("step-000000001", 1, "classification", 20, values, tables, calibration),
+    )
     span = ["compute", 0.0, 0.3]
     (runs[0] / "trace-rank0.jsonl").write_text(f"{span}\n".replace("'", '"'))
     with (runs[0] / "metrics-rank0.jsonl").open("a") as file:
