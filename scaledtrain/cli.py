@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
+    "check": "find bugs in model, data and training before they are run at scale",
     "compare": "train with several strategies, and report them side by side",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
     "memory": "how many bytes a training takes, activations included, before anything is allocated",
@@ -25,6 +26,7 @@ COMMANDS = {
 }
 
 _MODULES = {  # the others' have their names
+    "check": "scaledtrain.check.command",
     "data": "scaledtrain.data.commands",
     "memory": "scaledtrain.memory.command",
     "replay": "scaledtrain.replay.command",

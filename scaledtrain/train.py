@@ -51,6 +51,7 @@ from scaledtrain.trainer import FitResult, Trainer
 __all__ = [
     "batch_sizes",
     "build",
+    "build_settled",
     "choose_run_dir",
     "join",
     "main",
@@ -199,7 +200,7 @@ def run_settled(
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """As `run`, with what `settle` returned: so that many ranks of one process load data once."""
-    trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
+    trainer, train, test = build_settled(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
     if run_dir is not None and writes:
         changed = write_config(run_dir, config)
@@ -243,7 +244,7 @@ def build(
     Raises:
         ConfigError: the config's parts do not fit each other.
     """
-    return _assemble(*settle(check(config)), link, run_dir)
+    return build_settled(*settle(check(config)), link, run_dir)
 
 
 def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
@@ -276,13 +277,14 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
     return replace(config, model=model), task
 
 
-def _assemble(
+def build_settled(
     config: TrainConfig,
     task: Task,
     link: Link,
     run_dir: Path | None,
     callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, Loader, Loader | None]:
+    """As `build`, with what `settle` returned, and callbacks besides those of the config."""
     sizes = batch_sizes(config)
     replicas, accumulation = (
         config.mesh.replicas(link.group.size),
