@@ -160,6 +160,8 @@ class TrainConfig:
     checkpointing: Checkpointing | None = None
     watch: Watch | None = None
     resume: str | None = None
+    fast_dev_run: bool | int = False
+    overfit_batches: int = 0
     lr_scaling: LearningRateScaling = field(default_factory=LearningRateScaling)
     weight_decay_on: Literal["all", "matrices"] = "all"
     zero_gamma: bool = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,25 +90,29 @@ def _main() -> None:
         start_workers("scaledtrain.train", arguments, workers, seconds)
         return
     with join(config) as link:
-        run_dir = choose_run_dir(config, link)
+        run_dir = None if config.fast_dev_run else choose_run_dir(config, link)
         try:
             result = run(config, link, run_dir)
         except BaseException:
-            with suppress(OSError):  # nothing was written: leave no empty folder
-                run_dir.rmdir()
+            if run_dir is not None:
+                with suppress(OSError):  # nothing was written: leave no empty folder
+                    run_dir.rmdir()
             raise
         if link.group.rank == 0:
             report_result(result, run_dir)
 
 
-def report_result(result: FitResult, run_dir: Path) -> None:
+def report_result(result: FitResult, run_dir: Path | None) -> None:
     """Print how a run ended, and where everything is."""
     values = "  ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     # Of callbacks here the one that watches for the target ends runs, and AdaScale.
     why = "goal reached" if result.stopped_by == "callback" else result.stopped_by
     print(f"ended at step {result.step} after {result.seconds:.1f} s: {why}")
     print(f"last evaluation: {values or 'none'}")
-    print(f"config, result, metrics and TensorBoard events: {run_dir}")
+    if run_dir is None:
+        print("nothing was kept (fast_dev_run)")
+    else:
+        print(f"config, result, metrics and TensorBoard events: {run_dir}")
 
 
 @contextmanager
@@ -354,6 +359,11 @@ def build_settled(
             accumulation=accumulation,
             batches_per_step=batches_per_step,
         ).steps_per_epoch
+        if config.overfit_batches:
+            few = math.ceil(
+                config.overfit_batches / (batches_per_step or data_ranks * accumulation)
+            )
+            steps = few if steps is None else min(steps, few)
         in_epoch = None if steps is None else steps * replicas / strategy.gradients_per_step
         per_update = samples_per_update()
         if is_adascale:  # which counts updates with the reference batch
@@ -414,13 +424,15 @@ def build_settled(
         deterministic=config.deterministic,
         compile=config.compile,
         slowdown=config.slowdown,
-        run_dir=run_dir,
+        run_dir=config.run_dir if config.fast_dev_run else run_dir,
         log_every=config.log_every,
         console=config.console,
         trace=config.trace,
         checkpointing=config.checkpointing,
         watch=config.watch,
         resume=config.resume,
+        fast_dev_run=config.fast_dev_run,
+        overfit_batches=config.overfit_batches,
         link=link,
     )
     return trainer, train, test

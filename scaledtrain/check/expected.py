@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def uninformed(subject: Subject, outputs: Any, batch: Any) -> Uninformed | None:
     """
     made, targets = logits_of(outputs), subject.targets(batch)
     if subject.loss_fn is None:
-        labels = batch.get("labels") if isinstance(batch, dict) else None
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if made is None or labels is None or labels.is_floating_point():
             return None
         classes = made.shape[-1]
@@ -76,7 +77,7 @@ def uninformed(subject: Subject, outputs: Any, batch: Any) -> Uninformed | None:
         loss = float(subject.loss_fn(torch.zeros_like(made), targets))
         is_plain = math.isclose(loss, math.log(classes), rel_tol=_CLOSE)
         return Uninformed(loss, f"ln {classes}" if is_plain else "of equal logits")
-    if not targets.is_floating_point() or made.shape != targets.shape:
+    if not targets.is_floating_point() or made.shape != targets.shape or len(targets) < 2:
         return None
     centre = targets.mean(0, keepdim=True).expand_as(made).to(made.dtype)
     candidates = {
@@ -95,7 +96,7 @@ def predicts_next(subject: Subject, batch: Any) -> bool:
     """Whether targets are the inputs' next tokens, so that no position may see later ones."""
     inputs, targets = subject.inputs(batch), subject.targets(batch)
     if subject.loss_fn is None:
-        if not isinstance(batch, dict) or "labels" not in batch or "input_ids" not in batch:
+        if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
             return False
         tokens, labels = batch["input_ids"], batch["labels"]
         known = labels != _IGNORED

@@ -99,7 +99,7 @@ class Subject:
         for name, least in (("samples", 2), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"check.{name} is {getattr(self, name)}; it is >= {least}")
-        if self.loader is iter(self.loader):
+        if isinstance(self.loader, Iterator):
             raise ConfigError(
                 f"the loader is a {type(self.loader).__name__}, which can be read only once, but "
                 "the check reads the same batches again and again; give a list or a DataLoader"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ def overfit(subject: Subject) -> Verdict:
 
 def _is_text(subject: Subject, batch: Any) -> bool:
     inputs = subject.inputs(batch)
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         inputs = inputs.get("input_ids")
     return isinstance(inputs, torch.Tensor) and not inputs.is_floating_point() and inputs.dim() == 2
 

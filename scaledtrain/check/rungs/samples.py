@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -114,11 +114,11 @@ def _where(subject: Subject, model: Any, batch: Any, swapped: Any, replaced: int
 
 
 def _sees_later(subject: Subject, outputs: Any, batch: Any, usual: Tensor) -> Iterator[Verdict]:
-    tokens = batch["input_ids"] if isinstance(batch, dict) else subject.inputs(batch)
+    tokens = batch["input_ids"] if isinstance(batch, Mapping) else subject.inputs(batch)
     middle = tokens.shape[1] // 2
     later = tokens.clone()
     later[:, middle:] = tokens[:, middle:].flip(1).roll(1, 0)
-    changed = {**batch, "input_ids": later} if isinstance(batch, dict) else (later, batch[1])
+    changed = {**batch, "input_ids": later} if isinstance(batch, Mapping) else (later, batch[1])
     made = outputs(changed)
     if made is None or same(later, tokens):
         return

@@ -105,7 +105,7 @@ def _first_dim(n: int, inputs: Any, made: Tensor | None, targets: Any) -> Iterat
 def _classes(subject: Subject, made: Tensor, batches: list[Any]) -> Iterator[Verdict]:
     targets = subject.targets(batches[0])
     dim = class_dim(made, targets)
-    if dim is None or targets.dtype == torch.bool:
+    if dim is None or made.shape[dim] == 1 or targets.dtype == torch.bool:
         return
     if targets.is_floating_point():
         yield failed(
