@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from scaledtrain.tasks import Task
 
 CLASSES, FEATURES, N = 4, 12, 64
 
@@ -255,4 +256,6 @@ def summed_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="sum")
 
 
-MakeModel = Callable[[], nn.Module]
+def task() -> Task:
+    """For a config."""
+    return Task(TensorDataset(*samples()))

@@ -9,6 +9,7 @@ python -m scaledtrain.check experiment=stdlib_gpt check.only=[overfit,resume]
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -74,9 +75,17 @@ def _main() -> None:
     if asked.json is not None:
         path = Path(asked.json)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, f"{json.dumps([asdict(v) for v in verdicts], indent=2)}\n")
+        told = [_plain(asdict(verdict)) for verdict in verdicts]
+        write_file(path, f"{json.dumps(told, indent=2)}\n")
     if any(verdict.status == "failed" for verdict in verdicts):
         sys.exit(1)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinite numbers."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _divide(composed: DictConfig) -> tuple[TrainConfig, CheckConfig]:

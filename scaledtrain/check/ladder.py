@@ -21,7 +21,7 @@ from scaledtrain.check.rungs.seed import seed
 from scaledtrain.check.rungs.shapes import shapes
 from scaledtrain.check.rungs.units import units
 from scaledtrain.check.subject import Subject
-from scaledtrain.check.verdict import Verdict, failed, skipped
+from scaledtrain.check.verdict import EVERYTHING, Verdict, failed, skipped
 from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.schema import did_you_mean
 
@@ -34,11 +34,9 @@ class Rung:
 
     Args:
         ask: answers it.
-        needs: the rung without which the answer means nothing.
     """
 
     ask: Callable[[Subject], Verdict]
-    needs: str | None = None
 
     @property
     def name(self) -> str:
@@ -52,11 +50,11 @@ LADDER: Sequence[Rung] = (
     Rung(gradients),
     Rung(units),
     Rung(modes),
-    Rung(samples, needs="modes"),
+    Rung(samples),
     Rung(overfit),
     Rung(seed),
-    Rung(resume, needs="seed"),
-    Rung(ranks, needs="modes"),
+    Rung(resume),
+    Rung(ranks),
     Rung(precision),
     Rung(cost),
 )
@@ -69,8 +67,8 @@ def climb(
 ) -> list[Verdict]:
     """Ask every rung, from the simplest on.
 
-    An error that a rung meets is its verdict. A model that cannot be called with a batch makes all
-    others skip; so does one that fails at what they need.
+    An error that a rung meets is its verdict. What a verdict undermines is skipped: everything if
+    the model gives no loss for a batch.
 
     Args:
         subject: what is checked.
@@ -87,18 +85,15 @@ def climb(
                 f"check.only names {name!r}{did_you_mean(name, names)}; rungs: {', '.join(names)}"
             )
     verdicts: list[Verdict] = []
-    missing: dict[str, str] = {}  # rung -> why those that need it are skipped
+    undermined: dict[str, str] = {}  # rung -> by which
     for rung in LADDER:
         if only is not None and rung.name not in only:
             continue
         start = time.perf_counter()
-        why = missing.get("") or missing.get(rung.needs or "")
-        verdict = skipped(why) if why else _answer(rung, subject)
+        by = undermined.get(EVERYTHING[0]) or undermined.get(rung.name)
+        verdict = skipped(f"it means nothing while {by} fails") if by else _answer(rung, subject)
         verdict = replace(verdict, rung=rung.name, seconds=time.perf_counter() - start)
-        if verdict.status == "failed":
-            missing[rung.name] = f"it means nothing while {rung.name} fails"
-            if rung.ask is shapes and "loss" not in verdict.measured:
-                missing[""] = "the model gives no loss for a batch: see shapes"
+        undermined |= dict.fromkeys(verdict.undermines, rung.name)
         verdicts.append(verdict)
         told(verdict)
     return verdicts
@@ -122,15 +117,26 @@ def _answer(rung: Rung, subject: Subject) -> Verdict:
     try:
         return rung.ask(subject)
     except ScaledTrainError as error:
-        return failed(f"{type(error).__name__}: {_one_line(error)}", "", error=repr(error))
+        return failed(
+            f"{type(error).__name__}: {_one_line(error)}",
+            "",
+            undermines=_undermined(rung),
+            error=repr(error),
+        )
     except Exception as error:  # of the user's model, data or loss: that is what is checked
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}"
         return failed(
             f"{type(error).__name__} at {place}: {_one_line(error)}",
             "mend it and check again",
+            undermines=_undermined(rung),
             error=repr(error),
         )
+
+
+def _undermined(rung: Rung) -> Sequence[str]:
+    """By an error."""
+    return EVERYTHING if rung.ask is shapes else ()
 
 
 def _one_line(error: Exception) -> str:

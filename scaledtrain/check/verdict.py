@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Status", "Verdict", "failed", "named", "passed", "skipped", "together", "warning"]
+__all__ = [
+    "EVERYTHING",
+    "Status",
+    "Verdict",
+    "failed",
+    "named",
+    "passed",
+    "skipped",
+    "together",
+    "warning",
+]
 
 Status = Literal["passed", "skipped", "warning", "failed"]
 
 _ORDER: tuple[Status, ...] = ("passed", "skipped", "warning", "failed")
 _SHOWN = 4  # names in a line
+
+EVERYTHING = ("*",)
+"""Every later rung."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,7 @@ class Verdict:
         found: what was seen, and where.
         advice: what to do about it; empty where nothing is to be done.
         measured: the numbers behind it, by name.
+        undermines: names of later rungs that mean nothing after this.
         rung: its name.
         seconds: that it took.
     """
@@ -31,6 +45,7 @@ class Verdict:
     found: str
     advice: str = ""
     measured: Mapping[str, Any] = field(default_factory=dict)
+    undermines: Sequence[str] = ()
     rung: str = ""
     seconds: float = 0.0
 
@@ -50,9 +65,9 @@ def warning(found: str, advice: str, **measured: Any) -> Verdict:
     return Verdict("warning", found, advice, measured)
 
 
-def failed(found: str, advice: str, **measured: Any) -> Verdict:
+def failed(found: str, advice: str, *, undermines: Sequence[str] = (), **measured: Any) -> Verdict:
     """A bug."""
-    return Verdict("failed", found, advice, measured)
+    return Verdict("failed", found, advice, measured, undermines)
 
 
 def skipped(why: str) -> Verdict:
@@ -80,7 +95,9 @@ def together(findings: Iterable[Verdict], otherwise: Verdict) -> Verdict:
     measured: dict[str, Any] = dict(otherwise.measured)
     for finding in reversed(ranked):
         measured.update(finding.measured)
-    return Verdict(first.status, first.found, "; ".join([first.advice, *told]), measured)
+    undermined = [name for finding in ranked for name in finding.undermines]
+    advice = "; ".join([first.advice, *told])
+    return Verdict(first.status, first.found, advice, measured, undermined)
 
 
 def named(names: Iterable[str]) -> str:

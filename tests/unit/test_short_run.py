@@ -26,10 +26,12 @@ from scaledtrain import (
 )
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
 from scaledtrain.train import run
-from tests.worlds import World
 
 SGD = partial(torch.optim.SGD, lr=0.1)
+FREE = Wire(latency_seconds=0.0, gigabits_per_second=float("inf"))
+ONE_HOST = Cluster(Constant(1.0), Topology(ranks_per_host=2, hosts=1, port=FREE))
 
 
 class Seen(Callback):
@@ -155,13 +157,13 @@ class TestFastDevRun:
     def test_each_of_two_replicas_makes_the_steps(
         self, strategy: Any, updates: int, temporary: Path
     ) -> None:
-        def program(link: Any, make: Any) -> int:
-            chosen: Strategy = make()
+        def program(link: Any) -> int:
+            chosen: Strategy = strategy()
             with trainer(strategy=chosen, link=link, fast_dev_run=2) as made:
                 return made.fit(loader(), eval=loader()).step
 
         # Of a server each gradient is an update: 2 x 2.
-        assert World(2).run(program, strategy) == [updates, updates]
+        assert simulate(program, ONE_HOST, 2).results == [updates, updates]
         assert list(temporary.iterdir()) == []
 
     @pytest.mark.parametrize("value", [-1, 0.5, "all"])
@@ -199,7 +201,10 @@ class TestOverfitBatches:
                 made.fit(loader(), max_steps=4)
             return model.weight.detach()
 
-        (one,), two = World(1).run(program), World(2).run(program)
+        (one,), two = (simulate(program, ONE_HOST, n).results for n in (1, 2))
+        assert one is not None
+        assert two[0] is not None
+        assert two[1] is not None
         assert torch.equal(two[0], two[1])
         assert torch.allclose(one, two[0], atol=1e-6)
 

@@ -64,6 +64,7 @@ def _evaluates(subject: Subject, model: nn.Module, batch: Any) -> Iterator[Verdi
         yield failed(
             f"two passes in eval mode differ, first in {place}",
             "give F.dropout training=self.training, and add noise only in train mode",
+            undermines=("samples", "ranks"),
         )
 
 

@@ -46,7 +46,8 @@ def precision(subject: Subject) -> Verdict:
         others.append(own)
     usual = _run(subject, Precision("fp32"))
     findings: list[Verdict] = []
-    told, numbers = [], {}
+    told: list[str] = []
+    numbers: dict[str, float] = {}
     for other in others:
         run = _run(subject, other)
         findings += _judge(subject, other, usual, run)

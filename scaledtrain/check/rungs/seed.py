@@ -10,6 +10,7 @@ from scaledtrain.seeding import seed_everything
 __all__ = ["seed"]
 
 _STEPS = 4
+_RESUME = ("resume",)  # it compares runs with the same seed
 
 
 def seed(subject: Subject) -> Verdict:
@@ -33,6 +34,7 @@ def seed(subject: Subject) -> Verdict:
             f"with the same seed {begun[0]} begins with other values each time",
             "draw initial values from torch's, NumPy's or Python's global generator, which are "
             "seeded, or seed your own",
+            undermines=_RESUME,
             differs="initial values",
         )
     for i, (a, b) in enumerate(zip(one.batches, two.batches, strict=True)):
@@ -41,17 +43,20 @@ def seed(subject: Subject) -> Verdict:
                 f"with the same seed batch {i} holds other values each time",
                 "draw what data sets and transforms draw from the global generators, or from one "
                 "with a seed; give a sampler of your own a generator with a seed",
+                undermines=_RESUME,
                 differs="batches",
             )
     if place := _forward(subject):
         return failed(
             f"with the same seed {place} returns other values each time in train mode",
             "draw from the global generators, or seed your own",
+            undermines=_RESUME,
             differs=place,
         )
     return failed(
         "with the same seed the forward passes are equal, but gradients or updates are not",
         "use deterministic kernels (deterministic=true), and keep no state outside of the model",
+        undermines=_RESUME,
         differs="update",
     )
 

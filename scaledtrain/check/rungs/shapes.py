@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from scaledtrain.check.expected import class_dim, is_cross_entropy
 from scaledtrain.check.subject import Subject, logits_of
-from scaledtrain.check.verdict import Verdict, failed, named, passed, together, warning
+from scaledtrain.check.verdict import EVERYTHING, Verdict, failed, named, passed, together, warning
 from scaledtrain.data.cut import count_samples
 
 __all__ = ["shapes"]
@@ -41,7 +42,8 @@ def shapes(subject: Subject) -> Verdict:
         found += [*_classes(subject, made, batches), *_broadcast(made, targets)]
         found += _shifted(subject.inputs(batch), targets)
     if any(finding.status == "failed" for finding in found):
-        return together(found, passed(""))  # the loss may raise something that says less
+        # The loss may raise something that says less.
+        return replace(together(found, passed("")), undermines=EVERYTHING)
     with torch.no_grad():
         loss = float(subject.loss(model, batch)[1])
     if made is not None and isinstance(targets, Tensor):
