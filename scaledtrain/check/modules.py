@@ -153,4 +153,4 @@ def take_small_steps(
             return
         with torch.no_grad():
             for p in mine:
-                p -= _SMALL * size / slope * p.grad
+                p.sub_(_SMALL * size / slope * p.grad)

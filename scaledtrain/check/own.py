@@ -87,6 +87,7 @@ def check(
     Example:
         A layer that gets no gradient.
 
+        >>> from functools import partial
         >>> class Net(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def initial_loss(subject: Subject) -> Verdict:
 
 def _judge(loss: float, wanted: float, why: str, is_trained: bool) -> Verdict:
     told = f"loss {loss:.4g}, expected {wanted:.4g} ({why})"
-    numbers = {"loss": loss, "expected": wanted}
+    numbers: dict[str, Any] = {"loss": loss, "expected": wanted}
     classes = why.startswith("ln") or "logits" in why
     if not math.isfinite(loss):
         return failed(told, "look for the first NaN: the inputs, then the initial weights")

@@ -57,7 +57,8 @@ def overfit(subject: Subject) -> Verdict:
     best = min(attempts, key=lambda attempt: attempt.loss)
     n = count_samples(batch)
     told = f"one batch of {n} samples: loss {start:.4g} to {best.loss:.2g} in {best.steps} steps"
-    numbers = {"loss": best.loss, "enough": enough, "steps": best.steps, "with": best.how}
+    numbers: dict[str, Any] = {"loss": best.loss, "enough": enough, "steps": best.steps}
+    numbers["with"] = best.how
     if best.loss <= enough and len(attempts) == 1:
         return passed(told, **numbers)
     first_try = attempts[0]

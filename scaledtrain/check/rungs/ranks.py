@@ -91,7 +91,7 @@ def ranks(subject: Subject) -> Verdict:
         told += f" ({aside})"
     if difference <= _CLOSE:
         return passed(f"{told}, to {difference:.1g}", difference=difference)
-    numbers = {"difference": difference, "ratio": ratio}
+    numbers: dict[str, Any] = {"difference": difference, "ratio": ratio}
     if abs(ratio - 0.5) < 0.01:
         return failed(
             f"the gradients of two ranks are {ratio:.2f} of those of one rank with the same "

@@ -100,11 +100,11 @@ def _leaks(usual: Tensor, made: Tensor, replaced: int, where: str) -> Iterator[V
 
 def _where(subject: Subject, model: Any, batch: Any, swapped: Any, replaced: int, n: int) -> str:
     """The first module in which another sample's outputs change."""
-    passes = [
+    usual, other = (
         outputs_by_module(model, lambda b=b: subject.loss(model, b))  # type: ignore[misc]
         for b in (batch, swapped)
-    ]
-    for (name, before), (_, after) in zip(*passes, strict=False):
+    )
+    for (name, before), (_, after) in zip(usual, other, strict=False):
         for a, b in zip(before, after, strict=False):
             if not a.is_floating_point() or a.dim() < 2 or len(a) != n or a.shape != b.shape:
                 continue

@@ -90,11 +90,11 @@ def _constant(constant: bool) -> Iterator[Verdict]:
         )
 
 
-class _Rectified(TorchDispatchMode):
+class _Rectified(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Which units were ever above zero, by the module in which they were rectified."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[str, Tensor] = {}
         self._model = model
         self._inside: list[str] = []
@@ -115,11 +115,11 @@ class _Rectified(TorchDispatchMode):
                 module.register_forward_pre_hook(enter),
                 module.register_forward_hook(leave, always_call=True),
             ]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
