@@ -86,7 +86,7 @@ class ShortRun:
         return None, options, resume
 
     def data(
-        self, train: Iterable[Any], eval: Iterable[Any] | None, seed: int, replicas: int
+        self, train: Iterable[Any], eval: Iterable[Any] | None, seed: int, sharing: int
     ) -> tuple[Iterable[Any], Iterable[Any] | None]:
         """What to train and to evaluate on.
 
@@ -94,12 +94,12 @@ class ShortRun:
             train: all there is, as for the next.
             eval: None: nothing.
             seed: of the order in which the first batches are the first.
-            replicas: that share an evaluation.
+            sharing: ranks that share an evaluation.
         """
         if self.batches:
             train = eval = first_batches(train, self.batches, seed)
         elif self.steps and eval is not None:
-            eval = first_batches(eval, self.steps * replicas, seed)
+            eval = first_batches(eval, self.steps * sharing, seed)
         return train, eval
 
     def told(self, train: Iterable[Any], batches_per_step: int) -> list[str]:

@@ -460,7 +460,8 @@ class Trainer:
         if eval is not None and not self._short.batches:
             must_end(eval, "an evaluation")
         replicas = self.layout.link.group
-        train, eval = self._short.data(train, eval, self._seed, replicas.size)
+        sharing = replicas.size * self.layout.data_ranks
+        train, eval = self._short.data(train, eval, self._seed, sharing)
         if self._short.batches and eval_every is None:  # an epoch may be one step
             eval_every = self.metrics.log_every
         loader = self.layout.steps(

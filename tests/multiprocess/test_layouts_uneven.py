@@ -50,6 +50,8 @@ RUNS: list[tuple[int, Any, dict[str, Any]]] = [
     (24, SGD, {"precision": "bf16-mixed"}),
     (24, partial(LARS, lr=1.0, trust_coefficient=0.02, weight_decay=0.1), {}),
     (24, partial(LAMB, lr=0.01, max_grad_norm=0.1, eps=1e-3), {}),
+    (24, SGD, {"overfit_batches": 3}),
+    (24, SGD, {"fast_dev_run": 2}),  # saved as shards, too
 ]
 
 
