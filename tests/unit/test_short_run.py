@@ -249,7 +249,7 @@ class TestByConfig:
 
     def test_a_schedule_is_that_of_the_full_run(self, temporary: Path) -> None:
         seen = Seen()
-        words = ["lr_schedule=cosine", "max_steps=100", "console=false", "data.as_images=false"]
+        words = ["lr_scheduler=cosine", "max_steps=100", "console=false", "data.as_images=false"]
         with connect() as link:
             run(check(compose([*words, "fast_dev_run=2"])), link, callbacks=[seen])
         # After 2 of 100: lr (1 + cos(2 pi / 100)) / 2 = 0.999 lr
@@ -258,7 +258,7 @@ class TestByConfig:
 
     def test_epochs_of_a_schedule_are_those_of_the_few_batches(self) -> None:
         seen = Seen()
-        words = ["lr_schedule=cosine", "max_epochs=4", "console=false", "data.as_images=false"]
+        words = ["lr_scheduler=cosine", "max_epochs=4", "console=false", "data.as_images=false"]
         with connect() as link:
             result = run(check(compose([*words, "overfit_batches=2"])), link, callbacks=[seen])
         assert result.step == 8  # 4 epochs of 2 batches
