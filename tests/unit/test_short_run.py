@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from scaledtrain import (
     Callback,
     Checkpointing,
-    ConfigError,
     LocalSGD,
     ParameterServer,
     Strategy,
@@ -26,6 +25,7 @@ from scaledtrain import (
 )
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.errors import ConfigError
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
 from scaledtrain.train import run
 
