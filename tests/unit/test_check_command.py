@@ -16,10 +16,11 @@ from scaledtrain.errors import ConfigError
 
 EXPERIMENTS = sorted(file.stem for file in (config_folder() / "experiment").glob("*.yaml"))
 SMALLER = {  # the same models with less to compute
-    "digits_large_batch": ["data.global_batch_size=64"],
+    "digits_convnet": ["data.local_batch_size=8"],
+    "digits_large_batch": ["data.global_batch_size=16"],
     "stdlib_gpt": [
-        *("model.d_model=64", "model.n_layers=2"),
-        *("data.sequence_length=32", "data.max_train_bytes=65536", "data.max_test_bytes=8192"),
+        *("model.d_model=64", "model.n_layers=1"),
+        *("data.sequence_length=16", "data.max_train_bytes=65536", "data.max_test_bytes=8192"),
     ],
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from scaledtrain.check.modules import same
 from scaledtrain.check.subject import Recorder, Subject
 from scaledtrain.check.verdict import Verdict, failed, named, passed
 from scaledtrain.checkpoint import Checkpointing
+from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.copies import copied
 
 if TYPE_CHECKING:
@@ -47,20 +49,19 @@ class _Attributes(Recorder):
 
 
 def resume(subject: Subject) -> Verdict:
-    """A few steps, saved, resumed in a new Trainer and a new model, and a few more.
+    """A few steps, saved half way; from there again, in a new Trainer and a new model.
 
-    Parameters and losses must be those of the run that made all steps at once, bit for bit.
+    Parameters and losses must be those of the run that went on, bit for bit.
     """
-    whole, first, second = _Attributes(_SAVED_AT), Recorder(), _Attributes(_SAVED_AT)
-    with subject.training(whole) as (trainer, loader):
-        trainer.fit(loader, max_steps=_STEPS)
+    whole, second = _Attributes(_SAVED_AT), _Attributes(_SAVED_AT)
     with TemporaryDirectory(prefix="scaledtrain-check-") as folder:
-        options = Checkpointing(folder=folder, keep_last=1, on_failure="end")
-        with subject.training(first, checkpointing=options) as (trainer, loader):
-            trainer.fit(loader, max_steps=_SAVED_AT)
-        with subject.training(second, checkpointing=options, resume="auto") as (trainer, loader):
+        options = Checkpointing(folder=folder, every_steps=_SAVED_AT, on_failure="end")
+        with subject.training(whole, checkpointing=options) as (trainer, loader):
             trainer.fit(loader, max_steps=_STEPS)
-    losses = [*first.losses, *second.losses]
+        saved = saved_steps(Path(folder))[0].path
+        with subject.training(second, resume=saved) as (trainer, loader):
+            trainer.fit(loader, max_steps=_STEPS)
+    losses = [*whole.losses[:_SAVED_AT], *second.losses]
     if same(whole.ended, second.ended) and same(whole.losses, losses):
         return passed(
             f"{_STEPS} steps, saved and resumed after {_SAVED_AT}, are equal to {_STEPS} steps"
