@@ -40,7 +40,7 @@ def test_every_shipped_experiment_passes(
     assert lines[-1] == "12 rungs: 12 passed"
 
 
-@pytest.mark.parametrize("strategy", ["async", "diloco", "gossip", "easgd"])
+@pytest.mark.parametrize("strategy", ["async", "diloco", "gossip"])
 def test_other_strategies_are_asked_on_one_rank(
     strategy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
