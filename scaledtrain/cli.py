@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
+    "check": "find bugs in model, data and training before they are run at scale",
     "compare": "train with several strategies, and report them side by side",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
     "baselines": "what is reached without learning much, for results to be read against",
@@ -28,6 +29,7 @@ COMMANDS = {
 
 _MODULES = {  # the others' have their names
     "baselines": "scaledtrain.baselines.command",
+    "check": "scaledtrain.check.command",
     "data": "scaledtrain.data.commands",
     "evaluate": "scaledtrain.evaluate.command",
     "memory": "scaledtrain.memory.command",

@@ -35,6 +35,7 @@ from scaledtrain.report.comparison import Comparison, report
 from scaledtrain.report.picture import require_matplotlib
 from scaledtrain.report.summary import Goal
 from scaledtrain.schedule import Slowdown
+from scaledtrain.short_run import refuse_fast_dev_run
 from scaledtrain.train import choose_run_dir, join, run
 from scaledtrain.trainer import Trainer
 
@@ -67,6 +68,7 @@ def _main() -> None:
         return
     configs = compose_each(arguments)
     first = next(iter(configs.values()))
+    refuse_fast_dev_run(first.fast_dev_run, "compare")
     goal = _goal(first.target)
     require_matplotlib()
     if workers := workers_to_start(first.workers):

@@ -162,6 +162,8 @@ class TrainConfig:
     watch: Watch | None = None
     resume: str | None = None
     eval_metrics: Mapping[str, Annotated[Node, Kind(incomplete=True)]] = field(default_factory=dict)
+    fast_dev_run: bool | int = False
+    overfit_batches: int = 0
     lr_scaling: LearningRateScaling = field(default_factory=LearningRateScaling)
     weight_decay_on: Literal["all", "matrices"] = "all"
     zero_gamma: bool = False

@@ -113,6 +113,7 @@ class Metrics:
         self._records = Records(run_dir, rank, tensorboard and rank == 0)
         self._begin = timeline.now()
         self._seconds_before = 0.0  # of the run that this one continues
+        self._last_loss: Tensor | None = None
         self._forget(0, self._begin)
 
     def _forget(self, step: int, now: float) -> None:
@@ -160,6 +161,11 @@ class Metrics:
         """Whether the step under way will make a record."""
         return self._steps + 1 >= self.log_every
 
+    @property
+    def last_loss(self) -> float:
+        """Of the last step of this replica; NaN: it had no samples."""
+        return math.nan if self._last_loss is None else float(self._last_loss)
+
     def saw_staleness(self, staleness: int | None) -> None:
         """Count one pushed gradient's staleness."""
         if staleness is not None:
@@ -188,6 +194,7 @@ class Metrics:
         self._steps += 1
         self._samples += samples
         self._mean_samples += samples if mean_samples is None else mean_samples
+        self._last_loss = loss if samples else None
         if samples:
             self._losses.append(loss)
             self._weights.append(samples)

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ from scaledtrain.trainer import FitResult, Trainer
 __all__ = [
     "batch_sizes",
     "build",
+    "build_settled",
     "choose_run_dir",
     "join",
     "main",
@@ -90,25 +92,29 @@ def _main() -> None:
         start_workers("scaledtrain.train", arguments, workers, seconds)
         return
     with join(config) as link:
-        run_dir = choose_run_dir(config, link)
+        run_dir = None if config.fast_dev_run else choose_run_dir(config, link)
         try:
             result = run(config, link, run_dir)
         except BaseException:
-            with suppress(OSError):  # nothing was written: leave no empty folder
-                run_dir.rmdir()
+            if run_dir is not None:
+                with suppress(OSError):  # nothing was written: leave no empty folder
+                    run_dir.rmdir()
             raise
         if link.group.rank == 0:
             report_result(result, run_dir)
 
 
-def report_result(result: FitResult, run_dir: Path) -> None:
+def report_result(result: FitResult, run_dir: Path | None) -> None:
     """Print how a run ended, and where everything is."""
     values = "  ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
     # Of callbacks here the one that watches for the target ends runs, and AdaScale.
     why = "goal reached" if result.stopped_by == "callback" else result.stopped_by
     print(f"ended at step {result.step} after {result.seconds:.1f} s: {why}")
     print(f"last evaluation: {values or 'none'}")
-    print(f"config, result, metrics and TensorBoard events: {run_dir}")
+    if run_dir is None:
+        print("nothing was kept (fast_dev_run)")
+    else:
+        print(f"config, result, metrics and TensorBoard events: {run_dir}")
 
 
 @contextmanager
@@ -201,7 +207,7 @@ def run_settled(
     callbacks: Sequence[Callback] = (),
 ) -> FitResult:
     """As `run`, with what `settle` returned: so that many ranks of one process load data once."""
-    trainer, train, test = _assemble(config, task, link, run_dir, callbacks)
+    trainer, train, test = build_settled(config, task, link, run_dir, callbacks)
     writes = run_dir is not None and link.group.rank == 0
     if run_dir is not None and writes:
         changed = write_config(run_dir, config)
@@ -245,7 +251,7 @@ def build(
     Raises:
         ConfigError: the config's parts do not fit each other.
     """
-    return _assemble(*settle(check(config)), link, run_dir)
+    return build_settled(*settle(check(config)), link, run_dir)
 
 
 def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
@@ -280,13 +286,14 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
     return replace(config, model=model), task
 
 
-def _assemble(
+def build_settled(
     config: TrainConfig,
     task: Task,
     link: Link,
     run_dir: Path | None,
     callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, Loader, Loader | None]:
+    """As `build`, with what `settle` returned, and callbacks besides those of the config."""
     sizes = batch_sizes(config)
     replicas, accumulation = (
         config.mesh.replicas(link.group.size),
@@ -358,6 +365,11 @@ def _assemble(
             accumulation=accumulation,
             batches_per_step=batches_per_step,
         ).steps_per_epoch
+        if config.overfit_batches:
+            few = math.ceil(
+                config.overfit_batches / (batches_per_step or data_ranks * accumulation)
+            )
+            steps = few if steps is None else min(steps, few)
         in_epoch = None if steps is None else steps * replicas / strategy.gradients_per_step
         per_update = samples_per_update()
         if is_adascale:  # which counts updates with the reference batch
@@ -419,13 +431,15 @@ def _assemble(
         deterministic=config.deterministic,
         compile=config.compile,
         slowdown=config.slowdown,
-        run_dir=run_dir,
+        run_dir=config.run_dir if config.fast_dev_run else run_dir,
         log_every=config.log_every,
         console=config.console,
         trace=config.trace,
         checkpointing=config.checkpointing,
         watch=config.watch,
         resume=config.resume,
+        fast_dev_run=config.fast_dev_run,
+        overfit_batches=config.overfit_batches,
         link=link,
     )
     return trainer, train, test

@@ -44,6 +44,7 @@ from scaledtrain.seeding import (
     seed_everything,
     set_generator_states,
 )
+from scaledtrain.short_run import ShortRun
 from scaledtrain.strategies import Strategy, Sync
 from scaledtrain.watch import Watch
 from scaledtrain.watch.watcher import Watcher
@@ -116,6 +117,10 @@ class Trainer:
         resume: what it goes on from: ``"auto"``, the newest intact checkpoint of ``run_dir``, or
             what hosts kept of it in memory if that is newer (none: it begins), or the path of a
             checkpoint or of a run.
+        fast_dev_run: make only so many steps on each replica (True: one), an evaluation on as many
+            batches, and a checkpoint that is removed; write no files: to see that all of it runs.
+        overfit_batches: train and evaluate on the first so many batches, again and again in the
+            same order: to see that they can be learnt by heart; 0: on all there are.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
 
@@ -169,8 +174,11 @@ class Trainer:
         checkpointing: Checkpointing | None = None,
         watch: Watch | None = None,
         resume: str | Path | None = None,
+        fast_dev_run: bool | int = False,
+        overfit_batches: int = 0,
         link: Link | None = None,
     ) -> None:
+        self._short = ShortRun(fast_dev_run, overfit_batches)
         if gradient_accumulation_steps < 1:
             raise ConfigError(
                 f"gradient_accumulation_steps is {gradient_accumulation_steps}; it is the number "
@@ -185,6 +193,10 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
+        if self._short.steps:
+            run_dir, checkpointing, resume = self._short.keep_nothing(
+                link, run_dir, checkpointing, resume
+            )
         strategy = strategy or Sync()
         if batches_per_step is not None:
             gradient_accumulation_steps = share_out(
@@ -436,7 +448,8 @@ class Trainer:
             NonFiniteLossError: the loss became NaN or infinite.
             WaitTimeoutError, PeerLostError: another rank is stuck or died.
         """
-        if max_steps is None and max_epochs is None and max_seconds is None:
+        limited = (max_steps, max_epochs, max_seconds) != (None, None, None)
+        if not limited and not self._short.steps:
             raise ConfigError("fit would never end; give max_steps, max_epochs or max_seconds")
         limits = {
             "max_steps": max_steps,
@@ -447,11 +460,15 @@ class Trainer:
         for name, limit in limits.items():
             if limit is not None and not limit > 0:  # so that NaN is refused, too
                 raise ConfigError(f"{name} is {limit}; it is > 0, or None for no such limit")
-        if max_epochs is not None:
+        if max_epochs is not None and not self._short.batches:
             must_end(train, f"the first of max_epochs={max_epochs} epochs")
-        if eval is not None:
+        if eval is not None and not self._short.batches:
             must_end(eval, "an evaluation")
         replicas = self.layout.link.group
+        sharing = replicas.size * self.layout.data_ranks
+        train, eval = self._short.data(train, eval, self._seed, sharing)
+        if self._short.batches and eval_every is None:  # an epoch may be one step
+            eval_every = self.metrics.log_every
         loader = self.layout.steps(
             train,
             replicas.rank,
@@ -466,6 +483,12 @@ class Trainer:
         self._loader = loader
         self._find_place(loader)
         self._introduce(loader)
+        for line in self._short.told(train, loader.step_size[0]):
+            self.metrics.say(line)
+        if self._short.steps:
+            gradients = self._short.steps * replicas.size
+            last = self.step_count + max(1, int(gradients // self.strategy.gradients_per_step))
+            max_steps = last if max_steps is None else min(max_steps, last)
         run = self._loop = FitLoop(
             self,
             loader,
@@ -723,6 +746,7 @@ class Trainer:
         """Close files; the model is the user's again."""
         if self._saver is not None:
             self._saver.close()
+        self._short.close()
         self.metrics.finish()
         self.layout.close()
         for callback in self._callbacks:

@@ -34,7 +34,7 @@ from scaledtrain.schema import make, parse
 from scaledtrain.tasks import Task
 from scaledtrain.train import batch_sizes, make_of, settle
 
-__all__ = ["MemoryConfig", "main", "report"]
+__all__ = ["MemoryConfig", "main", "make_estimator", "report"]
 
 _PROG = "scaledtrain memory"
 _SAMPLES = 2  # that are read, to see what a batch is like
@@ -121,7 +121,7 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
     )
     training, task = settle(training)
     device = training.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    estimator = _estimator(training, task, workers, device)
+    estimator = make_estimator(training, task, workers, device)
     policies = _policies(training, asked.policies)
     cells: list[Cell] = []
     precisions = _precisions(training, asked.precisions)
@@ -156,7 +156,15 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
     )
 
 
-def _estimator(training: TrainConfig, task: Task, workers: int, device: str) -> MemoryEstimator:
+def make_estimator(training: TrainConfig, task: Task, workers: int, device: str) -> MemoryEstimator:
+    """What tells how much memory the training of a config takes.
+
+    Args:
+        training: as `scaledtrain.train.settle` returned it, as the task.
+        task: its data.
+        workers: ranks.
+        device: whose kernels are meant.
+    """
     batches = ReplicaLoader(task.train_loader(_SAMPLES), seed=training.seed).epoch(0)
     (batch,) = next(batches).microbatches
     batches.close()

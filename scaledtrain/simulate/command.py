@@ -28,6 +28,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Node, make, parse
+from scaledtrain.short_run import refuse_fast_dev_run
 from scaledtrain.sim import Cluster, simulate, simulate_times
 from scaledtrain.sim.times import Times
 from scaledtrain.train import make_run_dir, report_result, run_settled, settle
@@ -97,6 +98,7 @@ def _divide(composed: DictConfig) -> tuple[TrainConfig, SimulateConfig, str]:
     for key in keys:
         del composed[key]
     training = check(composed)
+    refuse_fast_dev_run(training.fast_dev_run, "simulate")
     for key, expected in _WHERE_IT_RUNS.items():
         if getattr(training, key) not in (None, expected):
             raise ConfigError(

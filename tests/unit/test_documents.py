@@ -126,7 +126,15 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
         for block in (*blocks(path, "bash"), *blocks(path, "sh")):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                for command in ("train", "compare", "simulate", "memory", "trace", "replay"):
+                for command in (
+                    "train",
+                    "check",
+                    "compare",
+                    "simulate",
+                    "memory",
+                    "trace",
+                    "replay",
+                ):
                     if f"scaledtrain.{command}" in words:
                         given = words[words.index(f"scaledtrain.{command}") + 1 :]
                         if settings := [word for word in given if "=" in word]:

@@ -1,0 +1,1 @@
+"""One file for each rung: a function of a subject that returns a verdict."""
