@@ -15,6 +15,8 @@ __all__ = ["main"]
 COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "compare": "train with several strategies, and report them side by side",
+    "tune": "search for settings: several trainings, of which bad ones are ended early",
+    "ablate": "take away one component at a time, and tell what each is worth",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
     "memory": "how many bytes a training takes, activations included, before anything is allocated",
     "replay": "make an asynchronous run again from its event log, and step through it",
@@ -25,11 +27,13 @@ COMMANDS = {
 }
 
 _MODULES = {  # the others' have their names
+    "ablate": "scaledtrain.ablate.command",
     "data": "scaledtrain.data.commands",
     "memory": "scaledtrain.memory.command",
     "replay": "scaledtrain.replay.command",
     "report": "scaledtrain.report.command",
     "simulate": "scaledtrain.simulate.command",
+    "tune": "scaledtrain.tune.command",
 }
 
 
