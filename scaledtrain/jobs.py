@@ -20,6 +20,7 @@ from scaledtrain.local_job import SAVE_SECONDS, threads_for, worker_command
 
 __all__ = [
     "Job",
+    "Place",
     "hold_folder",
     "last_lines",
     "places_for",
