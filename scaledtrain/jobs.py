@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -21,13 +22,15 @@ from scaledtrain.local_job import SAVE_SECONDS, threads_for, worker_command
 __all__ = [
     "Job",
     "Place",
+    "arguments_for",
     "hold_folder",
     "last_lines",
     "places_for",
-    "run_dir_is",
     "run_jobs",
     "was_interrupted",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _PATIENCE_SECONDS = 20.0  # for jobs of an earlier command that are ending
@@ -161,10 +164,11 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def run_dir_is(folder: Path) -> str:
-    """The argument that says where a run goes, whatever is in the path."""
-    path = str(folder.resolve()).replace("'", r"\'")
-    return f"run_dir='{path}'"
+def arguments_for(run_dir: Path) -> list[str]:
+    """Where a run goes; and, if one was begun there, that it goes on or begins anew."""
+    path = str(run_dir.resolve()).replace("'", r"\'")
+    is_begun = any(run_dir.glob("metrics-rank*.jsonl"))
+    return [f"run_dir='{path}'", *(["resume=auto"] if is_begun else [])]
 
 
 def was_interrupted(code: int) -> bool:
@@ -209,6 +213,9 @@ def hold_folder(folder: Path, patience_seconds: float = _PATIENCE_SECONDS) -> It
                         f"another command, or a training that it started, is at work in {folder}; "
                         "wait for it, end it, or give this one another run_dir"
                     ) from None
+            except OSError as error:  # a file system without locks
+                _logger.warning("%s: %s; see that no other command is at work there", folder, error)
+                break
             time.sleep(_POLL_SECONDS)
         yield file
     finally:

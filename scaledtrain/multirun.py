@@ -9,7 +9,7 @@ from dataclasses import replace
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import check
 from scaledtrain.errors import ConfigError
-from scaledtrain.jobs import Job, hold_folder, places_for, run_dir_is, run_jobs, was_interrupted
+from scaledtrain.jobs import Job, arguments_for, hold_folder, places_for, run_jobs, was_interrupted
 from scaledtrain.launching import FAILED, tell
 from scaledtrain.sweeps import split_sweeps, texts
 from scaledtrain.train import make_run_dir
@@ -33,17 +33,17 @@ def multirun(arguments: Sequence[str]) -> None:
         [f"{sweep.get_key_element()}={text}" for sweep, text in zip(sweeps, values, strict=True)]
         for values in itertools.product(*map(texts, sweeps))
     ]
-    if not sweeps:
-        raise ConfigError(
-            "--multirun trains once for each combination of values, but no argument has several; "
-            "write optimizer.lr=0.1,0.01 or seed=range(3)"
-        )
     config = None
     for combination in combinations:
         composed = read_command_line([*plain, *combination], "train", "scaledtrain train")
         if composed is None:  # it asked for help
             return
         config = check(composed)
+    if not sweeps:
+        raise ConfigError(
+            "--multirun trains once for each combination of values, but no argument has several; "
+            "write optimizer.lr=0.1,0.01 or seed=range(3)"
+        )
     assert config is not None
     places = places_for(1, config.workers or 1, config.device)
     folder = make_run_dir(replace(config, name=f"{config.name}-multirun"))
@@ -52,7 +52,7 @@ def multirun(arguments: Sequence[str]) -> None:
     def jobs() -> Iterator[Job]:
         for number, combination in enumerate(combinations):
             tell(f"[{number + 1}/{len(combinations)}] {' '.join(combination)}")
-            own = [*given, *combination, run_dir_is(folder / str(number))]
+            own = [*given, *combination, *arguments_for(folder / str(number))]
             yield Job(str(number), "scaledtrain.train", own)
 
     def ended(job: Job, code: int) -> None:

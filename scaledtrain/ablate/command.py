@@ -12,22 +12,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from scaledtrain.ablate.plan import Ablation, Plan, quoted, variants
 from scaledtrain.ablate.results import effects, measure, told, write_lines
-from scaledtrain.command_line import read_command_line
-from scaledtrain.config import TrainConfig, check
+from scaledtrain.command_line import compose, read_command_line
+from scaledtrain.config import check
 from scaledtrain.errors import ConfigError
 from scaledtrain.jobs import (
     Job,
     Place,
+    arguments_for,
     hold_folder,
     last_lines,
     places_for,
-    run_dir_is,
     run_jobs,
     was_interrupted,
 )
@@ -55,14 +54,16 @@ def _main(arguments: Sequence[str]) -> None:
             _tell(Plan.load(Path(folder)))
         return
     arguments = [quoted(argument) for argument in arguments]
-    composed: Any = read_command_line(with_accelerate(arguments), "ablate", _PROG)
-    if composed is None:
+    if read_command_line(with_accelerate(arguments), "ablate", _PROG) is None:
         return
-    asked = OmegaConf.to_container(composed.pop("ablate"), resolve=True)
+    own = compose([argument for argument in arguments if argument.startswith("ablate.")], "ablate")
+    asked = OmegaConf.to_container(own.ablate, resolve=True)
     ablation = parse("ablate", asked, Ablation)
-    config: TrainConfig = check(composed)
+    training = [argument for argument in arguments if not argument.startswith("ablate.")]
+    if any(argument.startswith("seed=") for argument in training):
+        raise ConfigError("each training is made with each of several seeds: set ablate.seeds")
+    config = check(read_command_line(with_accelerate(training), "train", _PROG) or {})
     metric, best_is = judged_by("ablate", ablation.metric, ablation.best_is, config.target)
-    training = [a for a in arguments if not a.startswith(("ablate.", "run_dir=", "seed="))]
     texts = variants(training, ablation)
     places = places_for(ablation.at_once, config.workers or 1, config.device)
     folder = Path(config.run_dir or f"runs/ablate-{config.name}")
@@ -95,7 +96,7 @@ def run(plan: Plan, places: Sequence[Place], keep_open: Sequence[int] = ()) -> l
             if not plan.is_made(name, seed):
                 folder = plan.run_dir(name, seed)
                 given = ["--config-dir", str(plan.config(name).parent), "--config-name", name]
-                own = [f"seed={seed}", run_dir_is(folder), "resume=auto"]
+                own = [f"seed={seed}", *arguments_for(folder)]
                 log = folder / "log.txt"
                 yield Job(folder.name, "scaledtrain.train", [*given, *own], log)
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 
-from scaledtrain.command_line import read_command_line
+from scaledtrain.command_line import compose, read_command_line
 from scaledtrain.config import TrainConfig, check
 from scaledtrain.errors import ConfigError
 from scaledtrain.jobs import hold_folder, places_for
@@ -43,11 +42,11 @@ def _main(arguments: Sequence[str]) -> None:
         _show([Path(folder) for folder in arguments[1:]])
         return
     plain, sweeps = split_sweeps(arguments)
-    composed: Any = read_command_line(with_accelerate(plain), "tune", _PROG)
-    if composed is None:
+    if read_command_line(with_accelerate(plain), "tune", _PROG) is None:
         return
     require_optuna()
-    tuning = parse("tune", OmegaConf.to_container(composed.tune, resolve=True), Tuning)
+    own = compose([argument for argument in plain if argument.startswith("tune.")], "tune")
+    tuning = parse("tune", OmegaConf.to_container(own.tune, resolve=True), Tuning)
     training = [argument for argument in plain if not argument.startswith("tune.")]
     config = _check(training, sweeps)
     _search(training, sweeps, tuning.settled(config.target), config, plain)

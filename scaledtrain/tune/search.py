@@ -12,7 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.jobs import Job, Place, last_lines, run_dir_is, run_jobs, was_interrupted
+from scaledtrain.jobs import Job, Place, arguments_for, last_lines, run_jobs, was_interrupted
 from scaledtrain.launching import tell
 from scaledtrain.tune.settings import Tuning
 from scaledtrain.tune.space import Parameter, Value
@@ -78,6 +78,7 @@ class Search:
         interrupted = self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         for before in interrupted:
             tell(f"trial {before.number}: it was interrupted, and is run again")
+            self._study.sampler = make_sampler(self._tuning, before.number)  # if it had none yet
             yield self._job(Trial(self._study, before._trial_id))
         while (asked := self._asked()) < self._total:
             waiting = self._study.get_trials(deepcopy=False, states=[TrialState.WAITING])
@@ -96,7 +97,7 @@ class Search:
         return Job(
             name=str(trial.number),
             module=MODULE,
-            arguments=[*self._arguments, *values, run_dir_is(run_dir), "resume=auto"],
+            arguments=[*self._arguments, *values, *arguments_for(run_dir)],
             log=run_dir / "log.txt",
             environment=environment_of(self._folder, trial.number),
         )
@@ -109,14 +110,15 @@ class Search:
             return
         trial = self._study.get_trials()[number]
         diverged = trial.user_attrs.get(DIVERGED)
-        if code == 0:
-            self._finished(trial, job.log.with_name("result.json"))
+        result = job.log.with_name("result.json")
+        if code == 0 and result.exists():
+            self._finished(trial, result)
         elif diverged:  # its settings were bad, from which a sampler learns
             self._study.tell(number, state=TrialState.PRUNED)
             tell(f"trial {number}: {diverged}")
         else:
             self._study.tell(number, state=TrialState.FAIL)
-            how = f"exit code {code}" if code > 0 else f"signal {-code}"
+            how = f"exit code {code}" if code >= 0 else f"signal {-code}"
             tell(f"trial {number} crashed ({how}); {job.log} ends:\n{last_lines(job.log)}")
             self._end_if_all_crash(job.log)
 

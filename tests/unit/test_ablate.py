@@ -176,7 +176,7 @@ class TestCommand:
         self, tmp_path: Path, monkeypatch: Any, capsys: Any
     ) -> None:
         asked = [f"run_dir={tmp_path}/a", *CLIPPED, "ablate.seeds=[0,1]", "ablate.without.wide="
-                 "[model.hidden=[8,8],seed=7]"]  # fmt: skip
+                 "[model.hidden=[8,8],log_every=10]"]  # fmt: skip
         started: list[str] = []
         crash = {"wide-seed1"}
 
@@ -217,6 +217,7 @@ class TestCommand:
             (["ablate.only=[warmup]"], ["'warmup'", "it has: momentum"]),
             (["ablate.only=[momentm]"], ["did you mean 'momentum'"]),
             (["optimizer=plain_sgd"], ["nothing can be taken away"]),
+            (["seed=1"], ["ablate.seeds"]),
             (["ablate.seeds=[]"], ["ablate.seeds is []"]),
             (["ablate.seeds=[1,1]"], ["each once"]),
             (["ablate.without.same=[optimizer.lr=0.1]"], ["changes nothing"]),
