@@ -40,7 +40,7 @@ class Component:
         now: Any = OmegaConf.select(config, key)
         if now is None or now == {}:
             return None
-        if isinstance(now, DictConfig) and value != "null":
+        if "." not in key and isinstance(now, DictConfig) and value != "null":  # of a group
             then: Any = OmegaConf.select(compose([self.off]), key)
             if all(now.get(name) == then.get(name) for name in _IDENTITY):
                 return None

@@ -125,7 +125,7 @@ def _text(name: str, config: DictConfig) -> str:
     config = config.copy()
     for key in _SET_FOR_EACH:
         config.pop(key, None)
-    whole: Any = {**OmegaConf.to_container(config), "name": name, "run_dir": None, "seed": 0}
+    whole: Any = {**OmegaConf.to_container(config), "name": "ablation", "run_dir": None, "seed": 0}
     try:
         return to_yaml(check(OmegaConf.create({**whole, "console": False})))
     except ConfigError as error:

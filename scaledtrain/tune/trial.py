@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -65,12 +66,15 @@ class Reporter(Callback):
             )
         step = trainer.step_count // self._every * self._every
         self._storage.set_trial_intermediate_value(self._id, step, values[self._metric])
+        if not math.isfinite(values[self._metric]) or self._is_bad(step):
+            self._storage.set_trial_user_attr(self._id, PRUNED, trainer.step_count)
+            trainer.stop()
+
+    def _is_bad(self, step: int) -> bool:
         trial = copy(self._storage.get_trial(self._id))
         known = trial.intermediate_values  # those of an interrupted attempt may lie ahead
         trial.intermediate_values = {s: value for s, value in known.items() if s <= step}
-        if self._study.pruner.prune(self._study, trial):
-            self._storage.set_trial_user_attr(self._id, PRUNED, trainer.step_count)
-            trainer.stop()
+        return self._study.pruner.prune(self._study, trial)
 
     def diverged(self, error: Exception) -> None:
         """Note that the training did not crash: its settings were bad."""
