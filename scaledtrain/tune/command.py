@@ -53,7 +53,7 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def _check(training: Sequence[str], sweeps: Sequence[Override]) -> TrainConfig:
-    """The config of the first values; a key or a choice that is not there is told here, once."""
+    """The config of some of the values; a key or a choice that is not there is told here, once."""
     if not sweeps:
         raise ConfigError(
             "nothing is searched: give a key several values, as optimizer.lr=0.1,0.01 or "
@@ -69,8 +69,16 @@ def _check(training: Sequence[str], sweeps: Sequence[Override]) -> TrainConfig:
 
 
 def _first(sweep: Override) -> str:
+    """One of its values."""
     values = sweep.value()
-    return str(values.start) if isinstance(values, IntervalSweep) else texts(sweep)[0]
+    if not isinstance(values, IntervalSweep):
+        return texts(sweep)[0]
+    assert values.start is not None
+    assert values.end is not None
+    if isinstance(values.start, int):
+        return str(values.start)
+    # Hardly a whole number, so that a key which has to be one is told now.
+    return str(values.start + 0.37 * (values.end - values.start))
 
 
 def _search(

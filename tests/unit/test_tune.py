@@ -92,7 +92,7 @@ def bowl(settings: dict[str, str]) -> float:
 class TestSpace:
     def test_hydras_sweeps_are_optunas_distributions(self) -> None:
         parameters = space(
-            "model=mlp,convnet", "model.hidden=[64],[8,8]", "a=range(8,33,8)", "b=interval(1,9)",
+            "model=mlp,convnet", "model.hidden=[64],[8,8]", "a=range(8,33,8)", "b=int(interval(1,9))",
             "c=interval(0.0,0.5)", "d=tag(log,interval(1e-4,1))", "e=range(0.0,1.0,0.25)",
         )  # fmt: skip
         assert {p.key: p.distribution for p in parameters} == {
@@ -120,6 +120,7 @@ class TestSpace:
             (["seed=0"], ["nothing is searched", "optimizer.lr=0.1,0.01"]),
             (["optimzer.lr=0.1,0.2"], ["optimzer", "did you mean 'optimizer'"]),
             (["model=mlp,convnt"], []),  # the first choice is there: told by its trial
+            (["model.width=interval(8,64)", "model=convnet"], ["model.width", "whole number"]),
             (["tune.seed=0,1"], ["tune.seed", "one value"]),
             (["seed=0,1", "seed=2,3"], ["seed", "twice"]),
             (["optimizer.lr=tag(log,interval(0,1.0))"], ["cannot be searched"]),
