@@ -93,7 +93,8 @@ class TestSpace:
     def test_hydras_sweeps_are_optunas_distributions(self) -> None:
         parameters = space(
             "model=mlp,convnet", "model.hidden=[64],[8,8]", "a=range(8,33,8)",
-            "b=int(interval(1,9))", "c=interval(0.0,0.5)", "d=tag(log,interval(1e-4,1))", "e=range(0.0,1.0,0.25)",
+            "b=int(interval(1,9))", "c=interval(0.0,0.5)",
+            "d=tag(log,interval(1e-4,1))", "e=range(0.0,1.0,0.25)",
         )  # fmt: skip
         assert {p.key: p.distribution for p in parameters} == {
             "model": CategoricalDistribution(["mlp", "convnet"]),
