@@ -50,8 +50,8 @@ def _main(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["show"]:
         if not arguments[1:]:
             raise ConfigError("whose runs? Write scaledtrain ablate show FOLDER")
-        for folder in arguments[1:]:
-            _tell(Plan.load(Path(folder)))
+        for shown in arguments[1:]:
+            _tell(Plan.load(Path(shown)))
         return
     arguments = [quoted(argument) for argument in arguments]
     if read_command_line(with_accelerate(arguments), "ablate", _PROG) is None:

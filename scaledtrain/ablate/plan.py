@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from scaledtrain.ablate.components import components_in
 from scaledtrain.checkpoint.tensor_file import replace_file
@@ -26,7 +25,7 @@ FULL = "full"
 """The name of the training with all components."""
 
 _PLAN = "ablation.json"
-_SET_FOR_EACH = ("seed", "run_dir", "resume", "console", "name")
+_SET_FOR_EACH = {"name": "ablation", "seed": 0, "run_dir": None, "resume": None, "console": False}
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,10 @@ def _compose(arguments: Sequence[str]) -> DictConfig:
 def _text(name: str, config: DictConfig) -> str:
     """What a run of it reads."""
     config = config.copy()
-    for key in _SET_FOR_EACH:
-        config.pop(key, None)
-    whole: Any = {**OmegaConf.to_container(config), "name": "ablation", "run_dir": None, "seed": 0}
+    for key, value in _SET_FOR_EACH.items():
+        config[key] = value
     try:
-        return to_yaml(check(OmegaConf.create({**whole, "console": False})))
+        return to_yaml(check(config))
     except ConfigError as error:
         raise ConfigError(
             f"there is no training without {name}: {error}; leave it out by ablate.only, or take "
