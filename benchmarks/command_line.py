@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from benchmarks.harness import Report
+from benchmarks.harness import Report, environment
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def _some_of(option: str, known: Mapping[str, T]) -> Callable[[str], list[T]]:
     return parse
 
 
-def add_count(parser: argparse.ArgumentParser, option: str, default: int, told: str) -> None:
+def add_count(parser: argparse.ArgumentParser, option: str, default: int | None, told: str) -> None:
     """An option that counts something."""
 
     def parse(text: str) -> int:
@@ -73,15 +73,53 @@ def add_count(parser: argparse.ArgumentParser, option: str, default: int, told: 
             raise argparse.ArgumentTypeError(f"--{option} {text}: it is a whole number, at least 1")
         return int(text)
 
-    told = f"{told} (default {default})"
+    if default is not None:
+        told = f"{told} (default {default})"
     parser.add_argument(f"--{option}", type=parse, default=default, help=told)
 
 
-def shown(options: argparse.Namespace, report: Report) -> int | None:
-    """Do what --check or --table ask for; the exit status, None: neither is asked for."""
+def carry_out(
+    options: argparse.Namespace,
+    report: Report,
+    packages: Sequence[str],
+    settings: Mapping[str, Any],
+    measure: Callable[[Sequence[Any], bool], Iterable[Any]],
+) -> int:
+    """Do what a command asks for.
+
+    That is --check or --table; with --quick a little is measured and shown; without them
+    everything is measured and stored, record by record, and README.md's table is made from it.
+
+    Args:
+        options: what `command_line`'s parser read.
+        report: of the benchmark.
+        packages: whose versions matter.
+        settings: what is measured, as far as no option says it; stored with the results.
+        measure: (the records that are stored already, whether to be quick) -> new records.
+
+    Returns:
+        The exit status.
+    """
     if options.check:
         return report.check()
     if options.table:
         report.write()
         return 0
-    return None
+    where = environment(packages, settings)
+    if options.quick:
+        print(report.render(list(measure([], True)), where))
+        return 0
+    folder = report.open(where, _resolved(options))
+    for record in measure(folder.read(report.kind), False):
+        folder.add(record)
+    report.write()
+    return 0
+
+
+def _resolved(options: argparse.Namespace) -> dict[str, Any]:
+    """What each option came to, also those that were not given; not what a command does."""
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("quick", "table", "check") and name.partition("_")[0] != "work"
+    }

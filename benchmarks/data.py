@@ -27,11 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     Report,
     Spread,
-    environment,
     provenance,
     python_module,
     rotated,
@@ -380,9 +379,10 @@ REPORT = Report("data", Reading, render)
 
 
 def rounds(
-    cases: Sequence[str], count: int, before: Sequence[Reading], n_bytes: int, folder: str | None
+    cases: Sequence[str], count: int, folder: str | None, before: Sequence[Reading], is_quick: bool
 ) -> Iterator[Reading]:
     """Case after case, again and again; a later command adds rounds."""
+    count, n_bytes = (1, 32 * MIB) if is_quick else (count, N_BYTES)
     first = {c: max((r.round for r in before if r.case == c), default=-1) + 1 for c in cases}
     for number in range(count):
         for case in cases:
@@ -404,18 +404,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.work:
         _work(*options.work)
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        readings = list(rounds(options.only, 1, [], 32 * MIB, options.folder))
-        print(render(readings, environment(PACKAGES, SETTINGS)))
-    else:
-        folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        before = folder.read(Reading)
-        for reading in rounds(options.only, options.rounds, before, N_BYTES, options.folder):
-            folder.add(reading)
-        REPORT.write()
-    return 0
+        return 0
+    measure = partial(rounds, options.only, options.rounds, options.folder)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command_line import add_count, command_line, shown
+from benchmarks.command_line import add_count, carry_out, command_line
 from benchmarks.fault_run import KINDS, STEPS, Outcome, Plan, Supervisor, judge
-from benchmarks.harness import Report, environment, provenance
+from benchmarks.harness import Report, provenance
 
 RECOVERY_SECONDS = 10.0
 PACKAGES = ("torch", "numpy")
@@ -149,8 +150,10 @@ REPORT = Report("faults", Run, render)
 # --- The command ------------------------------------------------------------------------------
 
 
-def campaign(seeds: Sequence[int]) -> Iterator[Run]:
+def campaign(seeds: Sequence[int], before: Sequence[Run], is_quick: bool) -> Iterator[Run]:
     """Make the runs of these seeds, and tell of each."""
+    if is_quick:
+        seeds = seeds[:4]
     made = Campaign(Path(tempfile.gettempdir()) / "scaledtrain-faults")
     for seed in seeds:
         run = made.run(Plan.of(seed))
@@ -173,17 +176,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    if (status := shown(options, REPORT)) is not None:
-        return status
-    seeds = range(options.first, options.first + (4 if options.quick else options.runs))
-    if options.quick:
-        print(render(list(campaign(seeds)), environment(PACKAGES, SETTINGS)))
-        return 0
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    for run in campaign(seeds):
-        folder.add(run)
-    REPORT.write()
-    return 0
+    seeds = range(options.first, options.first + options.runs)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, partial(campaign, seeds))
 
 
 if __name__ == "__main__":

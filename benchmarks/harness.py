@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import pty
+import shlex
 import socket
 import statistics
 import struct
@@ -198,9 +199,10 @@ def cores() -> list[int]:
 
 
 class ResultsFolder:
-    """``<date>-<commit>/`` with command.txt, environment.json, raw.jsonl and table.md.
+    """``<date>-<commit>/`` with command.txt, config.jsonl, environment.json, raw.jsonl, table.md.
 
-    A line of raw.jsonl is one dataclass: what a benchmark writes down of each of its runs.
+    A line of command.txt is a command, and that of config.jsonl what its options came to. A line of
+    raw.jsonl is one dataclass: what a benchmark writes down of each of its runs.
 
     A later run on the same day, commit and environment is added to the same folder.
 
@@ -238,9 +240,12 @@ class ResultsFolder:
         where: dict[str, Any] = json.loads((self.path / "environment.json").read_text("utf-8"))
         return where
 
-    def add_command(self, command: str) -> None:
+    def add_command(self, command: str, options: Mapping[str, Any]) -> None:
+        """Note a command and its options, with those that were not given."""
         with (self.path / "command.txt").open("a", encoding="utf-8") as file:
             file.write(command + "\n")
+        with (self.path / "config.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**self.environment()["settings"], **options}) + "\n")
 
     def add(self, record: DataclassInstance) -> None:
         """Write one down at once: a run that is cut short keeps what it has."""
@@ -283,10 +288,16 @@ class Report:
     results: Path = RESULTS
     readme: Path = README
 
-    def open(self, where: Mapping[str, Any]) -> ResultsFolder:
-        """The folder that a run in this environment writes to; it notes the command."""
+    def open(self, where: Mapping[str, Any], options: Mapping[str, Any]) -> ResultsFolder:
+        """The folder that a run in this environment writes to; it notes the command.
+
+        Args:
+            where: what `environment` returned.
+            options: of the command, with those that were not given.
+        """
         folder = ResultsFolder(self.results / self.name, where)
-        folder.add_command(" ".join([f"python -m benchmarks.{self.name}", *sys.argv[1:]]))
+        command = shlex.join(["python", "-m", f"benchmarks.{self.name}", *sys.argv[1:]])
+        folder.add_command(command, options)
         return folder
 
     def text(self) -> str:

@@ -12,6 +12,7 @@ measured on the way (at steps that are 25% apart).
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -26,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from benchmarks.command_line import add_count, add_some, command_line, shown
-from benchmarks.harness import Report, environment, provenance
-from scaledtrain import ConfigError
+from benchmarks.command_line import add_count, add_some, carry_out, command_line
+from benchmarks.harness import Report, provenance
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT, MLP, next_token_loss
 from scaledtrain.optim import (
     LAMB,
@@ -321,25 +322,23 @@ def draw(runs: Sequence[Trained], file: Path) -> None:
 REPORT = Report("large_batch", Trained, render, draw)
 
 
+def runs(
+    names: Sequence[str], seeds: int, before: Sequence[Trained], is_quick: bool
+) -> Iterator[Trained]:
+    """Seed by seed, every workload, rule and batch size."""
+    batches = BATCHES
+    if is_quick:
+        names, seeds, batches = ["digits"], 1, BATCHES[2:]
+    for seed, name, rule, batch in itertools.product(range(seeds), names, RULES, batches):
+        run = train(name, rule, batch, seed)
+        print(f"{name:7} {rule:7} {batch:5} seed {seed}  {run.steps} {run.why}", flush=True)
+        yield run
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    if (status := shown(options, REPORT)) is not None:
-        return status
-    where = environment(PACKAGES, SETTINGS)
-    if options.quick:
-        quick = [train("digits", rule, b, 0) for rule in RULES for b in (64, 256, 1024)]
-        print(render(quick, where))
-        return 0
-    folder = REPORT.open(where)
-    for seed in range(options.seeds):
-        for name in options.only:
-            for rule in RULES:
-                for batch in BATCHES:
-                    run = train(name, rule, batch, seed)
-                    print(f"{name:7} {rule:7} {batch:5} seed {seed}  {run.steps} {run.why}")
-                    folder.add(run)
-    REPORT.write()
-    return 0
+    measure = partial(runs, options.only, options.seeds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -30,12 +30,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     Measurement,
     Report,
     Spread,
-    environment,
     next_round,
     provenance,
     python_module,
@@ -51,8 +50,16 @@ from scaledtrain.parallel import DeepSpeed, FullyShard, Pipeline
 from scaledtrain.parallel.pipeline import pipeline_order, simulate
 
 PACKAGES = ("torch", "deepspeed", "numpy")
-SETTINGS = {"threads_per_rank": 1, "cores_per_rank": 1, "pinned": True, "optimizer": "AdamW"}
 VOCABULARY, LENGTH, SAMPLES = 256, 64, 4  # of a microbatch
+MODEL = {"n_layers": 8, "n_heads": 4, "d_model": 192, "tied_embedding": False}
+SETTINGS = {
+    "threads_per_rank": 1,
+    "cores_per_rank": 1,
+    "pinned": True,
+    "optimizer": "AdamW, lr 1e-3",
+    "model": {"vocab_size": VOCABULARY, "length": LENGTH, **MODEL},
+    "microbatch_size": SAMPLES,
+}
 SCHEDULES = {
     "1F1B": "Schedule1F1B",
     "Interleaved1F1B": "ScheduleInterleaved1F1B",
@@ -64,7 +71,7 @@ adamw = partial(torch.optim.AdamW, lr=1e-3, fused=True)
 def model() -> GPT:
     """Eight blocks; small ends, so that stages can be equal."""
     torch.manual_seed(0)
-    return GPT(VOCABULARY, LENGTH, n_layers=8, n_heads=4, d_model=192, tied_embedding=False)
+    return GPT(VOCABULARY, LENGTH, **MODEL)
 
 
 @dataclass(frozen=True)
@@ -347,6 +354,7 @@ def rounds(
     cases: Sequence[Case], count: int, before: Sequence[Measurement], is_quick: bool
 ) -> Iterator[Measurement]:
     """Case after case, again and again; a later command adds rounds."""
+    count = 1 if is_quick else count
     for number in range(count):
         for case in cases:
             turn = number + (next_round(before, (case.name, 2)) if before else 0)
@@ -374,22 +382,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         contender, case, folder = options.work
         _work(contender, case, options.quick, Path(folder))
         return 0
-    if (status := shown(options, REPORT)) is not None:
-        return status
     wanted = (*options.microbatches, 2)
     cases = [
         case
         for case in CASES.values()
         if (case.schedule or "shard") in options.only and case.microbatches in wanted
     ]
-    if options.quick:
-        print(render(list(rounds(cases, 1, [], True)), environment(PACKAGES, SETTINGS)))
-        return 0
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    for measurement in rounds(cases, options.rounds, folder.read(Measurement), False):
-        folder.add(measurement)
-    REPORT.write()
-    return 0
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, partial(rounds, cases, options.rounds))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.command_line import add_some, command_line, shown
-from benchmarks.harness import Report, Spread, environment, provenance, rotated
+from benchmarks.command_line import add_some, carry_out, command_line
+from benchmarks.harness import Report, Spread, provenance, rotated
 from scaledtrain.models import GPT, GPT_10M, ConvNet
 from scaledtrain.optim import LAMB, LARS
 
@@ -124,19 +124,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    if (status := shown(options, REPORT)) is not None:
-        return status
-    where = environment(PACKAGES, SETTINGS)
-    if options.quick:
-        records = [r for model in options.only for r in measure(model, 1, 2)]
-        print(render(records, where))
-        return 0
-    folder = REPORT.open(where)
-    for model in options.only:
-        for record in measure(model, options.rounds):
-            folder.add(record)
-    REPORT.write()
-    return 0
+
+    def measure_all(before: Sequence[Timed], is_quick: bool) -> Iterator[Timed]:
+        for model in options.only:
+            yield from measure(model, 1, 2) if is_quick else measure(model, options.rounds)
+
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure_all)
 
 
 if __name__ == "__main__":

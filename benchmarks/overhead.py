@@ -3,7 +3,7 @@
 python -m benchmarks.overhead                 everything, 5 rounds; results/overhead/ and README.md
 python -m benchmarks.overhead --only tiny     one workload (or some contenders: --only ours,careful)
 python -m benchmarks.overhead --allreduce     shared memory beside gloo, by size
-python -m benchmarks.overhead --quick         does it run? A few steps, nothing is stored
+python -m benchmarks.overhead --quick         does it run? A few steps of the tiny model
 python -m benchmarks.overhead --table         write README.md's table anew from the newest results
 python -m benchmarks.overhead --check         fail if README.md is not what --table would write
 """
@@ -29,14 +29,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     BenchmarkError,
     Measurement,
     Report,
     check_losses,
     differences,
-    environment,
     next_round,
     provenance,
     python_module,
@@ -49,14 +48,6 @@ from scaledtrain import Trainer, connect
 from scaledtrain.models import GPT, GPT_10M, MLP, next_token_loss
 
 PACKAGES = ("torch", "accelerate", "lightning", "tensorboard", "tqdm", "numpy")
-SETTINGS = {
-    "threads_per_rank": 1,
-    "cores_per_rank": 1,
-    "pinned": True,
-    "terminal": True,
-    "optimizer": "AdamW, lr 1e-3",
-}
-
 Batch = tuple[Tensor, Tensor]
 fused_adamw = partial(torch.optim.AdamW, lr=1e-3, fused=True)
 
@@ -119,6 +110,24 @@ WORKLOADS = {
         log_every=2,
         checked_step=5,
     ),
+}
+
+
+def told(workloads: Mapping[str, Workload]) -> dict[str, str]:
+    """What is trained, in words, for the settings that are stored."""
+    return {
+        name: f"{w.title}; {w.blocks} blocks of {w.steps_per_block} steps after {w.warmup_steps}"
+        for name, w in workloads.items()
+    }
+
+
+SETTINGS = {
+    "threads_per_rank": 1,
+    "cores_per_rank": 1,
+    "pinned": True,
+    "terminal": True,
+    "optimizer": "AdamW, lr 1e-3",
+    "workloads": told(WORKLOADS),
 }
 
 
@@ -572,21 +581,6 @@ REPORT = Report("overhead", Measurement, render)
 # --- The command ------------------------------------------------------------------------------
 
 
-def run(cases: Sequence[tuple[str, int]], contenders: Sequence[str], rounds: int) -> None:
-    """Measure, store, and write the tables."""
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    for measurement in _rounds(cases, contenders, rounds, folder.read(Measurement), False):
-        folder.add(measurement)
-        check_losses(folder.read(Measurement))
-    REPORT.write()
-
-
-def try_out(cases: Sequence[tuple[str, int]], contenders: Sequence[str]) -> None:
-    """One short round; shows the tables and stores nothing. The times mean nothing."""
-    measurements = list(_rounds(cases, contenders, 1, [], True))
-    print(render(measurements, environment(PACKAGES, SETTINGS)))
-
-
 def _rounds(
     cases: Sequence[tuple[str, int]],
     contenders: Sequence[str],
@@ -594,6 +588,7 @@ def _rounds(
     before: Sequence[Measurement],
     is_quick: bool,
 ) -> Iterator[Measurement]:
+    rounds, found = 1 if is_quick else rounds, [*before]
     first = {
         case: next_round(before, case if case[0] in WORKLOADS else reduce_case(SIZES[0]))
         for case in cases
@@ -613,11 +608,13 @@ def _rounds(
                     f"{m.contender:14} {m.seconds * 1e3:10.4f} ms",
                     flush=True,
                 )
+                found.append(m)
+                check_losses(found)
                 yield m
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line("overhead", __doc__, "a few steps", rounds=5)
+    parser = command_line("overhead", __doc__, "a few steps of one workload", rounds=5)
     add_some(parser, "ranks", {"1": 1, "2": 2})
     add_some(parser, "only", [*WORKLOADS, *CONTENDERS])
     parser.add_argument("--allreduce", action="store_true", help="only the all-reduce by itself")
@@ -631,21 +628,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.work:
         contender, workload, folder = options.work
         work(contender, workload, options.quick, Path(folder))
-    elif options.work_all_reduce:
+        return 0
+    if options.work_all_reduce:
         work_all_reduce(options.quick, Path(options.work_all_reduce))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    else:
-        workloads = [w for w in WORKLOADS if w in options.only] or list(WORKLOADS)
-        contenders = [c for c in CONTENDERS if c in options.only] or list(CONTENDERS)
-        cases = [(w, n) for w in workloads for n in options.ranks]
-        if options.allreduce:
-            cases = [("all_reduce", 2)]
-        if options.quick:
-            try_out(cases, contenders)
-        else:
-            run(cases, contenders, options.rounds)
-    return 0
+        return 0
+    workloads = [w for w in WORKLOADS if w in options.only] or list(WORKLOADS)
+    if options.quick:
+        workloads = workloads[:1]
+    contenders = [c for c in CONTENDERS if c in options.only] or list(CONTENDERS)
+    cases = [(w, n) for w in workloads for n in options.ranks]
+    if options.allreduce:
+        cases = [("all_reduce", 2)]
+    measure = partial(_rounds, cases, contenders, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 if __name__ == "__main__":

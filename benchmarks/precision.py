@@ -27,13 +27,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     BenchmarkError,
     Measurement,
     Report,
     check_losses,
-    environment,
     next_round,
     provenance,
     python_module,
@@ -42,18 +41,20 @@ from benchmarks.harness import (
     run_group,
     times,
 )
-from benchmarks.overhead import WORKLOADS, CheckedLoss, Task, TimedBatches, Workload, fused_adamw
+from benchmarks.overhead import (
+    WORKLOADS,
+    CheckedLoss,
+    Task,
+    TimedBatches,
+    Workload,
+    fused_adamw,
+    told,
+)
 from benchmarks.overhead import quick as fewer_steps
 from scaledtrain import Precision, Trainer
 from scaledtrain.models import GPT, MLP
 
 PACKAGES = ("torch", "accelerate", "lightning", "numpy", "matplotlib")
-SETTINGS = {
-    "threads_per_rank": 1,
-    "cores_per_rank": 1,
-    "pinned": True,
-    "optimizer": "AdamW, lr 1e-3; fused where it does not say otherwise",
-}
 
 
 def _small_batch(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,6 +75,13 @@ CASES = {
         log_every=2,
         checked_step=1,
     ),
+}
+SETTINGS = {
+    "threads_per_rank": 1,
+    "cores_per_rank": 1,
+    "pinned": True,
+    "optimizer": "AdamW, lr 1e-3; fused where it does not say otherwise",
+    "workloads": told(CASES),
 }
 QUICK = replace(
     fewer_steps(CASES["gpt"]),
@@ -351,18 +359,10 @@ Job = tuple[str, str]
 """Workload and contender."""
 
 
-def run(jobs: Sequence[Job], rounds: int) -> None:
-    """Measure, store, and write the table."""
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    for measured in _rounds(jobs, rounds, folder.read(Run), False):
-        folder.add(measured)
-        check_losses(folder.read(Run), relative=0.02)
-    REPORT.write()
-
-
 def _rounds(
     jobs: Sequence[Job], rounds: int, before: Sequence[Run], is_quick: bool
 ) -> Iterator[Run]:
+    rounds, found = 1 if is_quick else rounds, [*before]
     first = max(next_round(before, (name, 1)) for name, _ in jobs)
     for number in range(first, first + rounds):
         for name, contender in rotated(jobs, number):
@@ -372,6 +372,8 @@ def _rounds(
                 f"{measured.seconds * 1e3:10.2f} ms  {measured.peak_bytes / 2**20:6.0f} MiB",
                 flush=True,
             )
+            found.append(measured)
+            check_losses(found, relative=0.02)
             yield measured
 
 
@@ -391,17 +393,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             work(contender, name, options.quick, Path(folder))
         return 0
-    if (status := shown(options, REPORT)) is not None:
-        return status
     cases = [name for name in CASES if name in options.only] or list(CASES)
     contenders = [name for name in CONTENDERS if name in options.only] or list(CONTENDERS)
+    if options.quick:
+        cases = cases[:1]  # of which only the name matters
     jobs = [(name, contender) for name in cases for contender in contenders]
     jobs += [(MATMUL[0], name) for name in MATMULS if name in options.only]
-    if options.quick:
-        print(render(list(_rounds(jobs, 1, [], True)), environment(PACKAGES, SETTINGS)))
-    else:
-        run(jobs, options.rounds)
-    return 0
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, partial(_rounds, jobs, options.rounds))
 
 
 if __name__ == "__main__":

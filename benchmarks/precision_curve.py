@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.command_line import add_count, command_line, shown
-from benchmarks.harness import Report, environment, provenance
+from benchmarks.command_line import add_count, carry_out, command_line
+from benchmarks.harness import Report, provenance
 from scaledtrain import Precision, Trainer
 from scaledtrain.data import digits
 from scaledtrain.models import MLP
 
 PACKAGES = ("torch", "numpy", "matplotlib")
-SETTINGS = {"optimizer": "AdamW"}
 LEARNING_RATE = 2e-4
 """Of AdamW, and so about the size of an update: too small for bfloat16 numbers above 1/16."""
+STEPS = 2000
 CURVES = {
     "fp32": Precision("fp32"),
     "bf16-mixed": Precision("bf16-mixed"),
@@ -36,6 +36,13 @@ CURVES = {
     "bf16-true, stochastic": Precision("bf16-true", "stochastic"),
     "bf16-true, kahan": Precision("bf16-true", "kahan"),
     "bf16-true, master": Precision("bf16-true", "master"),
+}
+SETTINGS = {
+    "optimizer": "AdamW",
+    "learning_rate": LEARNING_RATE,
+    "model": "MLP 64-64-10 on digits",
+    "batch_size": 64,
+    "steps": STEPS,
 }
 
 
@@ -112,8 +119,9 @@ def draw_curve(curves: Sequence[Curve], file: Path) -> None:
     figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
-def run_curves(seeds: int, steps: int, every: int) -> Iterator[Curve]:
+def run_curves(seeds: int, before: Sequence[Curve], is_quick: bool) -> Iterator[Curve]:
     """Train with every precision."""
+    seeds, steps, every = (1, 20, 10) if is_quick else (seeds, STEPS, 100)
     for seed in range(seeds):
         for name in CURVES:
             curve = train_curve(name, seed, steps, every)
@@ -132,17 +140,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    if (status := shown(options, REPORT)) is not None:
-        return status
-    where = environment(PACKAGES, SETTINGS)
-    if options.quick:
-        print(render_curve(list(run_curves(seeds=1, steps=20, every=10)), where))
-        return 0
-    folder = REPORT.open(where)
-    for curve in run_curves(options.seeds, steps=2000, every=100):
-        folder.add(curve)
-    REPORT.write()
-    return 0
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, partial(run_curves, options.seeds))
 
 
 if __name__ == "__main__":

@@ -31,30 +31,20 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     Report,
     Spread,
-    environment,
     provenance,
     python_module,
     rotated,
     run_group,
 )
 from benchmarks.workers import CONDITIONS, GAMMA_SHAPE, SLOW, WORKLOADS, slowdown
-from scaledtrain import (
-    Callback,
-    LocalSGD,
-    ParameterServer,
-    Slowdown,
-    Strategy,
-    Sync,
-    Trainer,
-    connect,
-)
+from scaledtrain import Callback, LocalSGD, ParameterServer, Strategy, Sync, Trainer, connect
 from scaledtrain.comm.protocols import Link
 from scaledtrain.report.runs import read_run
-from scaledtrain.schedule import Pace
+from scaledtrain.schedule import Pace, Slowdown
 from scaledtrain.server import StaleSynchronous
 from scaledtrain.sim import Cluster, Topology, Wire, simulate
 
@@ -428,9 +418,10 @@ def rounds(
     workers: Sequence[int],
     count: int,
     before: Sequence[Prediction],
-    scale: float,
+    is_quick: bool,
 ) -> Iterator[Prediction]:
     """Each round calibrates anew, and begins with another strategy; a later command adds rounds."""
+    count, scale = (1, 0.2) if is_quick else (count, 1.0)
     first = max((p.round for p in before), default=-1) + 1
     for number in range(first, first + count):
         for n in workers:
@@ -463,18 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         what, condition, number, seconds, folder = options.work
         work(what, condition, int(number), float(seconds), Path(folder))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        made = list(rounds(options.only, options.workers, 1, [], 0.2))
-        print(render(made, environment(PACKAGES, SETTINGS)))
-    else:
-        folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        before = folder.read(Prediction)
-        for made in rounds(options.only, options.workers, options.rounds, before, 1.0):
-            folder.add(made)
-        REPORT.write()
-    return 0
+        return 0
+    measure = partial(rounds, options.only, options.workers, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 if __name__ == "__main__":

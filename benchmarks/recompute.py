@@ -30,17 +30,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     ROOT,
     Report,
     Spread,
-    environment,
     provenance,
     python_module,
     rotated,
 )
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.models.gpt import GPT
 from scaledtrain.recompute import MemoryBudget, checkpoint_activations
 from scaledtrain.recompute.live_bytes import LiveBytes
@@ -420,6 +419,17 @@ REPORT = Report("recompute", Point, render)
 # --- The command ------------------------------------------------------------------------------
 
 
+def rounds(
+    chains: Sequence[str], count: int, before: Sequence[Point], is_quick: bool
+) -> Iterator[Point]:
+    """Chain after chain, again and again, each in a fresh process unless it is quick."""
+    for number in range(1 if is_quick else count):
+        for chain in chains:
+            for point in a_round(chain, 0, True) if is_quick else in_a_process(chain, number):
+                print(f"round {number + 1}  {chain:8} {point.contender:40} {point.peak_bytes}")
+                yield point
+
+
 def in_a_process(chain: str, number: int) -> Iterator[Point]:
     """One round in a fresh one."""
     command = python_module("benchmarks.recompute", "--work", chain, str(number))
@@ -442,20 +452,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(THREADS)
         for point in a_round(options.work[0], int(options.work[1]), False):
             print(json.dumps(asdict(point)), flush=True)
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        points = [p for chain in options.only for p in a_round(chain, 0, True)]
-        print(render(points, environment(PACKAGES, SETTINGS)))
-    else:
-        folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        for number in range(options.rounds):
-            for chain in options.only:
-                for point in in_a_process(chain, number):
-                    folder.add(point)
-                    print(f"round {number + 1}  {chain:8} {point.contender:40} {point.peak_bytes}")
-        REPORT.write()
-    return 0
+        return 0
+    measure_all = partial(rounds, options.only, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure_all)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     Report,
     Spread,
-    environment,
     provenance,
     python_module,
     run_group,
@@ -207,20 +206,13 @@ def rounds(
 ) -> Iterator[Saving]:
     """Case after case, again and again; a later command adds rounds."""
     first = {c: max((s.round for s in before if s.case == c), default=-1) + 1 for c in cases}
+    count = 1 if is_quick else count
     for number in range(count):
         for case in cases:
             for saving in measure(case, number + first[case], is_quick):
                 seconds = "  ".join(f"{s * 1e3:.0f}" for s in saving.seconds)
                 print(f"round {number + 1}/{count}  {case:13} {saving.contender:6} {seconds} ms")
                 yield saving
-
-
-def run(cases: Sequence[str], count: int) -> None:
-    """Measure, store, and write the tables."""
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    for saving in rounds(cases, count, folder.read(Saving), False):
-        folder.add(saving)
-    REPORT.write()
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -236,13 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         case, width, layers, folder = options.work
         work(case, int(width), int(layers), Path(folder))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        print(render(list(rounds(options.only, 1, [], True)), environment(PACKAGES, SETTINGS)))
-    else:
-        run(options.only, options.rounds)
-    return 0
+        return 0
+    measure_all = partial(rounds, options.only, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure_all)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.command_line import add_count, add_some, command_line, shown
-from benchmarks.harness import Report, environment, provenance
+from benchmarks.command_line import add_count, add_some, carry_out, command_line
+from benchmarks.harness import Report, provenance
 from scaledtrain.data import digits
 from scaledtrain.data.sharded import Order
 from scaledtrain.data.sharded.columns import Array
@@ -299,6 +299,18 @@ def plan(ways: Sequence[str]) -> list[tuple[str, float]]:
     return [(w, share) for w in ways for share in (SHARES if WAYS[w].buffered else (0.0,))]
 
 
+def runs(
+    rows: Sequence[tuple[str, float]], seeds: int, before: Sequence[Run], is_quick: bool
+) -> Iterator[Run]:
+    """Those that are not stored yet, seed by seed."""
+    stored = {(run.way, run.share, run.seed) for run in before}
+    for seed in range(1 if is_quick else seeds):
+        for row in rows:
+            if (*row, seed) not in stored:
+                yield measure(*row, seed, epochs=2 if is_quick else EPOCHS)
+        print(f"seed {seed}", flush=True)
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("shuffle", __doc__, "one seed, two epochs")
     add_some(parser, "only", list(WAYS))
@@ -309,21 +321,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     torch.set_num_threads(1)
-    if (status := shown(options, REPORT)) is not None:
-        return status
-    where = environment(PACKAGES, SETTINGS)
-    if options.quick:
-        print(render([measure(*row, seed=0, epochs=2) for row in plan(options.only)], where))
-        return 0
-    folder = REPORT.open(where)
-    stored = {(run.way, run.share, run.seed) for run in folder.read(Run)}
-    for seed in range(options.seeds):
-        for row in plan(options.only):
-            if (*row, seed) not in stored:
-                folder.add(measure(*row, seed))
-        print(f"seed {seed}", flush=True)
-    REPORT.write()
-    return 0
+    measure_all = partial(runs, plan(options.only), options.seeds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure_all)
 
 
 if __name__ == "__main__":

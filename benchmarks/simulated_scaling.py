@@ -26,20 +26,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.command_line import add_some, command_line, shown
-from benchmarks.harness import ROOT, Report, environment, provenance, python_module
+from benchmarks.command_line import add_some, carry_out, command_line
+from benchmarks.harness import ROOT, Report, provenance, python_module
 from scaledtrain import (
     Callback,
     DiLoCo,
     LocalSGD,
-    NonFiniteLossError,
     ParameterServer,
     StopAtTarget,
     Strategy,
@@ -49,6 +48,7 @@ from scaledtrain import (
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import config_folder
 from scaledtrain.data import digits
+from scaledtrain.errors import NonFiniteLossError
 from scaledtrain.models import MLP
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.server import (
@@ -137,6 +137,13 @@ class Size:
 
 LARGE = (Size(4096, 50, "real", 300.0, 4.0), Size(100_000, 100, "none", 120.0, None))
 
+
+def cluster_config(name: str) -> DictConfig:
+    """Of a file in configs/cluster, with what is changed in it."""
+    loaded = OmegaConf.load(config_folder() / "cluster" / f"{name}.yaml")
+    return cast(DictConfig, OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(PRESETS[name]))))
+
+
 PACKAGES = ("torch", "scikit-learn", "numpy")
 SETTINGS = {
     "parameter_bytes": PARAMETER_BYTES,
@@ -145,6 +152,8 @@ SETTINGS = {
     "target_loss": TARGET,
     "model": f"MLP 64-{HIDDEN}-10",
     "batch_size": BATCH_SIZE,
+    "learning_rates": RATES,
+    "clusters": {name: OmegaConf.to_container(cluster_config(name)) for name in PRESETS},
 }
 
 
@@ -185,11 +194,7 @@ def outcome(
 
 def preset(name: str) -> Cluster:
     """A cluster from configs/cluster, for any number of workers."""
-    node = OmegaConf.merge(
-        OmegaConf.load(config_folder() / "cluster" / f"{name}.yaml"),
-        OmegaConf.from_dotlist(list(PRESETS[name])),
-    )
-    made = make(parse("cluster", OmegaConf.to_container(node), Node))
+    made = make(parse("cluster", OmegaConf.to_container(cluster_config(name)), Node))
     assert isinstance(made, Cluster)
     return made
 
@@ -349,8 +354,20 @@ def large(workers: int) -> Outcome:
     return outcome("size", "hosts_16x100g", "async", workers, None, lambda: asgd_of_many(size))
 
 
-def run(parts: Sequence[str], sizes: Sequence[int], is_quick: bool) -> Iterator[Outcome]:
+def run(
+    parts: Sequence[str], sizes: Sequence[int], before: Sequence[Outcome], is_quick: bool
+) -> Iterator[Outcome]:
     """All simulations, one after another."""
+    for made in _outcomes(parts, SIZES[:2] if is_quick else sizes, is_quick):
+        print(
+            f"{made.part:10} {made.cluster:14} {made.strategy:16} {made.workers:5} "
+            f"{made.learning_rate or '':>5} {made.value} in {made.cpu_seconds:.1f} s",
+            flush=True,
+        )
+        yield made
+
+
+def _outcomes(parts: Sequence[str], sizes: Sequence[int], is_quick: bool) -> Iterator[Outcome]:
     if "target" in parts:
         for name in (FASTEST, "sync") if is_quick else (FASTEST, *STRATEGIES):
             for learning_rate in RATES[2:3] if is_quick else RATES:
@@ -515,21 +532,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     if options.large:
         print(json.dumps(asdict(large(options.large))))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        print(render(list(run(options.parts, SIZES[:2], True)), environment(PACKAGES, SETTINGS)))
-    else:
-        folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        for made in run(options.parts, options.workers, False):
-            print(
-                f"{made.part:10} {made.cluster:14} {made.strategy:16} {made.workers:5} "
-                f"{made.learning_rate or '':>5} {made.value} in {made.cpu_seconds:.1f} s",
-                flush=True,
-            )
-            folder.add(made)
-        REPORT.write()
-    return 0
+        return 0
+    measure = partial(run, options.parts, options.workers)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     BenchmarkError,
     Report,
     Spread,
-    environment,
     provenance,
     python_module,
     rotated,
@@ -408,6 +408,7 @@ def rounds(
     is_quick: bool,
 ) -> Iterator[Race]:
     """Each round begins with another contender; a later command adds rounds."""
+    count = 1 if is_quick else count
     first = {
         (case, c): max((r.round for r in before if (r.case, r.condition) == (case, c)), default=-1)
         + 1
@@ -430,19 +431,6 @@ def rounds(
                     yield race
 
 
-def run(
-    cases: Sequence[tuple[str, int]],
-    conditions: Sequence[str],
-    contenders: Sequence[str],
-    count: int,
-) -> None:
-    """Measure, store, and write table and picture."""
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    for race in rounds(cases, conditions, contenders, count, folder.read(Race), False):
-        folder.add(race)
-    REPORT.write()
-
-
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("ssgd_vs_asgd", __doc__, "a second each", rounds=3)
     add_some(parser, "only", (*OURS, *PEERS))
@@ -458,16 +446,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         contender, workload, condition, number, folder = options.work
         work(contender, workload, condition, int(number), options.quick, Path(folder))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    else:
-        contenders = [*options.only, *REFERENCES]
-        if options.quick:
-            races = list(rounds(options.cases, options.conditions, contenders, 1, [], True))
-            print(render(races, environment(PACKAGES, SETTINGS)))
-        else:
-            run(options.cases, options.conditions, contenders, options.rounds)
-    return 0
+        return 0
+    contenders = [*options.only, *REFERENCES]
+    measure_all = partial(rounds, options.cases, options.conditions, contenders, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure_all)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.command_line import add_count, add_some, command_line, shown
-from benchmarks.harness import Report, environment, provenance
+from benchmarks.command_line import add_count, add_some, carry_out, command_line
+from benchmarks.harness import Report, provenance
 from scaledtrain import Replica
 from scaledtrain.data import digits
 from scaledtrain.models import MLP
@@ -421,16 +421,17 @@ def plan(
     ]
 
 
-def run(todo: Sequence[tuple[str, int, float, int]]) -> None:
-    """Train what is not stored yet, store it, and write table and picture."""
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    stored = {(r.rule, r.workers, r.rate, r.seed) for r in folder.read(Run)}
+def runs(
+    rules: Sequence[str], workers: Sequence[int], seeds: int, before: Sequence[Run], is_quick: bool
+) -> Iterator[Run]:
+    """Train what is not stored yet."""
+    todo = plan(rules, workers, range(1 if is_quick else seeds))
+    stored = {(r.rule, r.workers, r.rate, r.seed) for r in before}
     for number, each in enumerate(todo, start=1):
         if each not in stored:
-            folder.add(train(*each, GRADIENTS))
+            yield train(*each, 90 if is_quick else GRADIENTS)
         if number % 100 == 0 or number == len(todo):
             print(f"{number}/{len(todo)} runs", flush=True)
-    REPORT.write()
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -444,15 +445,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     torch.set_num_threads(1)
-    if (status := shown(options, REPORT)) is not None:
-        return status
-    if options.quick:
-        todo = plan(options.only, options.workers, [0])
-        runs = [train(*each, n_gradients=90) for each in todo]
-        print(render(runs, environment(PACKAGES, SETTINGS)))
-    else:
-        run(plan(options.only, options.workers, range(options.seeds)))
-    return 0
+    measure = partial(runs, options.only, options.workers, options.seeds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 if __name__ == "__main__":

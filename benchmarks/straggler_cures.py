@@ -1,8 +1,9 @@
 """Which cure fits which kind of straggler: rates on a virtual cluster.
 
-python -m benchmarks.straggler_cures            the rows of the table in README.md
-python -m benchmarks.straggler_cures --check    fail if README.md is not up to date
+python -m benchmarks.straggler_cures            everything; results/ and README.md
+python -m benchmarks.straggler_cures --quick    does it run? One straggler, nothing is stored
 python -m benchmarks.straggler_cures --table    write README.md's table anew
+python -m benchmarks.straggler_cures --check    fail if README.md is not up to date
 
 Eight workers compute for a second per step on an even share of the samples, except where they are
 slowed; communication costs nothing. It is a simulation, so that rows are the same on every host.
@@ -10,7 +11,6 @@ slowed; communication costs nothing. It is a simulation, so that rows are the sa
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.harness import README, replace_between
+from benchmarks.command_line import carry_out, command_line
+from benchmarks.harness import Report, provenance
 from benchmarks.unequal_workers import rate_of
 from scaledtrain import DropCompute, LocalSGD, ParameterServer, Trainer, simulate
 from scaledtrain.balance import Auto
@@ -48,6 +49,14 @@ LOCAL_BATCH = 16
 SECONDS = 240.0
 WARMUP_SECONDS = 60.0  # not counted; the balance is found in it
 SLOW = 4.0
+PACKAGES = ("torch", "numpy")
+SETTINGS = {
+    "workers": WORKERS,
+    "local_batch_size": LOCAL_BATCH,
+    "virtual_seconds": SECONDS,
+    "warmup_seconds": WARMUP_SECONDS,
+    "slow": SLOW,
+}
 HOST = Topology(ranks_per_host=WORKERS, hosts=1, port=Wire(0.0, float("inf")))
 
 
@@ -111,6 +120,16 @@ def together(straggler: str) -> float:
     return LOCAL_BATCH * steps / (SECONDS - WARMUP_SECONDS)
 
 
+@dataclass(frozen=True)
+class Use:
+    """How much of what the workers compute went into the parameters."""
+
+    straggler: str
+    cure: str
+    share: float
+    """Of the sum of the workers' rates."""
+
+
 def used(cure: str, straggler: str, folder: Path) -> float:
     """Samples per virtual second that went into the parameters, after the warm-up."""
     generator = torch.Generator().manual_seed(0)
@@ -148,40 +167,34 @@ def used(cure: str, straggler: str, folder: Path) -> float:
     return sum(rate_of(records, WARMUP_SECONDS) for records in of_ranks)
 
 
-def render() -> str:
-    """The table, in Markdown: shares of the sum of the workers' rates."""
-    lines = ["| | " + " | ".join(CURES) + " |", "|---|" + "--:|" * len(CURES)]
-    for straggler in STRAGGLERS:
-        row = [straggler]
+def measure(before: Sequence[Use], is_quick: bool) -> Iterator[Use]:
+    """Every cure of every straggler."""
+    for straggler in list(STRAGGLERS)[: 1 if is_quick else None]:
         for cure in CURES:
             with tempfile.TemporaryDirectory() as folder:
                 share = used(cure, straggler, Path(folder)) / together(straggler)
-            row.append(f"{100 * share:.0f} %")
-            print(f"{straggler}: {cure} {row[-1]}", file=sys.stderr, flush=True)
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+            print(f"{straggler}: {cure} {share:.0%}", flush=True)
+            yield Use(straggler, cure, share)
+
+
+def render(uses: Sequence[Use], where: Mapping[str, Any]) -> str:
+    """The table, in Markdown."""
+    shares = {(use.straggler, use.cure): f"{100 * use.share:.0f} %" for use in uses}
+    lines = ["| | " + " | ".join(CURES) + " |", "|---|" + "--:|" * len(CURES)]
+    for straggler in dict.fromkeys(use.straggler for use in uses):
+        row = [shares.get((straggler, cure), "") for cure in CURES]
+        lines.append(f"| {straggler} | {' | '.join(row)} |")
+    return "\n\n".join([provenance(where), "\n".join(lines)]) + "\n"
+
+
+REPORT = Report("straggler_cures", Use, render)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.straggler_cures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--table", action="store_true", help="write README.md's table anew")
-    parser.add_argument("--check", action="store_true", help="see that README.md's table is right")
+    parser = command_line("straggler_cures", __doc__, "one straggler")
     options = parser.parse_args(arguments)
-    rows = render()
-    text = README.read_text(encoding="utf-8")
-    made = replace_between(text, "straggler_cures", rows)
-    if options.table:
-        README.write_text(made, encoding="utf-8")
-    elif options.check and made != text:
-        print("benchmarks/README.md differs: run python -m benchmarks.straggler_cures --table")
-        return 1
-    print(rows)
-    return 0
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 if __name__ == "__main__":

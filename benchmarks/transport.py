@@ -31,11 +31,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     Report,
     Spread,
-    environment,
     provenance,
     python_module,
     rotated,
@@ -373,6 +372,7 @@ def rounds(
 ) -> Iterator[Exchange]:
     """Case after case, again and again; a later command adds rounds."""
     first = {c: max((e.round for e in before if e.case == c), default=-1) + 1 for c in cases}
+    count = 1 if is_quick else count
     for number in range(count):
         for case in cases:
             for exchange in measure(case, number + first[case], is_quick):
@@ -383,14 +383,6 @@ def rounds(
                 )
                 print(f"round {number + 1}/{count}  {case:14} {exchange.contender:18} {shown}")
                 yield exchange
-
-
-def run(cases: Sequence[str], count: int) -> None:
-    """Measure, store, and write the tables."""
-    folder = REPORT.open(environment(PACKAGES, SETTINGS))
-    for exchange in rounds(cases, count, folder.read(Exchange), False):
-        folder.add(exchange)
-    REPORT.write()
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -408,14 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work = work_timed if options.work_timed else work_balance
         what, n_bytes, count, folder = options.work_timed or options.work_balance
         work(what, int(n_bytes), int(count), Path(folder))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        exchanges = list(rounds(options.only, 1, [], True))
-        print(render(exchanges, environment(PACKAGES, SETTINGS)))
-    else:
-        run(options.only, options.rounds)
-    return 0
+        return 0
+    measure_all = partial(rounds, options.only, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure_all)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.command_line import add_some, command_line, shown
-from benchmarks.harness import Report, environment, provenance, python_module, rotated, run_group
-from scaledtrain import DropCompute, ParameterServer, Slowdown, Trainer, connect
+from benchmarks.command_line import add_some, carry_out, command_line
+from benchmarks.harness import Report, provenance, python_module, rotated, run_group
+from scaledtrain import DropCompute, ParameterServer, Trainer, connect
 from scaledtrain.balance import Auto, Fixed
 from scaledtrain.data import digits
 from scaledtrain.models import MLP
+from scaledtrain.schedule import Slowdown
 
 FACTORS = {2: 2.0, 3: 4.0}
 RANKS = 4
@@ -191,9 +192,10 @@ REPORT = Report("unequal_workers", Rate, render)
 
 
 def rounds(
-    contenders: Sequence[str], count: int, before: Sequence[Rate], scale: float
+    contenders: Sequence[str], count: int, before: Sequence[Rate], is_quick: bool
 ) -> Iterator[Rate]:
     """Each round measures the ranks alone, and begins with another contender."""
+    count, scale = (1, 0.5) if is_quick else (count, 1.0)
     first = max((rate.round for rate in before), default=-1) + 1
     for number in range(first, first + count):
         load = os.getloadavg()[0]
@@ -225,18 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         contender, factor_of, number, seconds, folder = options.work
         work(contender, int(factor_of), int(number), float(seconds), Path(folder))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        made = list(rounds(options.only, 1, [], 0.5))
-        print(render(made, environment(PACKAGES, SETTINGS)))
-    else:
-        folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        before = folder.read(Rate)
-        for rate in rounds(options.only, options.rounds, before, 1.0):
-            folder.add(rate)
-        REPORT.write()
-    return 0
+        return 0
+    measure_all = partial(rounds, options.only, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure_all)
 
 
 if __name__ == "__main__":

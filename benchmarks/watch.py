@@ -17,18 +17,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.command_line import add_some, command_line, shown
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     Measurement,
     Report,
     check_losses,
-    environment,
     next_round,
     provenance,
     python_module,
@@ -41,7 +41,6 @@ from benchmarks.overhead import WORKLOADS, fused_adamw
 from scaledtrain import Callback, Trainer, Watch, connect
 
 PACKAGES = ("torch", "numpy")
-SETTINGS = {"threads_per_rank": 1, "cores_per_rank": 1, "pinned": True, "optimizer": "AdamW"}
 LIMIT = 1.01  # on / off
 WATCHES: Mapping[str, Watch | None] = {
     "off": None,
@@ -51,6 +50,14 @@ WATCHES: Mapping[str, Watch | None] = {
     "on": Watch(
         step_seconds=600.0, step_times=20.0, ranks_every=2, on_nonfinite="skip", on_spike="skip"
     ),
+}
+SETTINGS = {
+    "threads_per_rank": 1,
+    "cores_per_rank": 1,
+    "pinned": True,
+    "optimizer": "AdamW, lr 1e-3",
+    "workload": WORKLOADS["gpt"].title,
+    "watches": {name: str(watch) for name, watch in WATCHES.items()},
 }
 
 
@@ -176,8 +183,10 @@ REPORT = Report("watch", Measurement, render)
 
 
 def _rounds(
-    cases: Sequence[tuple[str, int]], rounds: int, before: Sequence[Measurement], is_quick: bool
+    ranks: Sequence[int], rounds: int, before: Sequence[Measurement], is_quick: bool
 ) -> Iterator[Measurement]:
+    cases = [("tiny" if is_quick else "gpt", n) for n in ranks]
+    rounds = 1 if is_quick else rounds
     for number, case in itertools.product(range(rounds), cases):
         for m in measure(case, number + next_round(before, case), is_quick):
             print(
@@ -198,18 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.work:
         workload, number, folder = options.work
         work(workload, int(number), options.quick, Path(folder))
-    elif (status := shown(options, REPORT)) is not None:
-        return status
-    elif options.quick:
-        measured = list(_rounds([("tiny", n) for n in options.ranks], 1, [], True))
-        print(render(measured, environment(PACKAGES, SETTINGS)))
-    else:
-        folder = REPORT.open(environment(PACKAGES, SETTINGS))
-        cases = [("gpt", n) for n in options.ranks]
-        for m in _rounds(cases, options.rounds, folder.read(Measurement), False):
-            folder.add(m)
-        REPORT.write()
-    return 0
+        return 0
+    measure = partial(_rounds, options.ranks, options.rounds)
+    return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from scaledtrain import (
     LocalSGD,
     ParameterServer,
     Precision,
-    Slowdown,
     Strategy,
     Sync,
     Trainer,
@@ -34,7 +33,7 @@ from scaledtrain.comm.compress import TopK
 from scaledtrain.data import digits
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.models import MLP
-from scaledtrain.schedule import MicrobatchLoop, Schedule
+from scaledtrain.schedule import MicrobatchLoop, Schedule, Slowdown
 from scaledtrain.server import (
     Admission,
     Asynchronous,

@@ -15,7 +15,22 @@ __all__ = ["Callback", "StopAtTarget"]
 
 
 class Callback:
-    """Override what you need; every rank calls its own. ``trainer.stop()`` ends the run."""
+    """Override what you need; every rank calls its own. ``trainer.stop()`` ends the run.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from scaledtrain import Trainer
+        >>> class StopAt(Callback):
+        ...     def on_step_end(self, trainer):
+        ...         if trainer.step_count == 3:
+        ...             trainer.stop()
+        >>> data = [(torch.ones(4, 2), torch.ones(4, 1))] * 10
+        >>> trainer = Trainer(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss,
+        ...                   partial(torch.optim.SGD, lr=0.1), console=False, callbacks=[StopAt()])
+        >>> trainer.fit(data, max_epochs=1).step
+        3
+    """
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Called before the first step."""
@@ -68,6 +83,17 @@ class StopAtTarget(Callback):
 
     Raises:
         ConfigError: not exactly one bound; or (at the first evaluation) no such metric.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from scaledtrain import Trainer
+        >>> data = [(torch.ones(4, 2), torch.ones(4, 1))] * 10
+        >>> trainer = Trainer(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss,
+        ...                   partial(torch.optim.SGD, lr=0.1), console=False,
+        ...                   callbacks=[StopAtTarget("loss", at_most=0.01)])
+        >>> trainer.fit(data, max_epochs=9, eval=data, eval_every=1).stopped_by
+        'callback'
     """
 
     def __init__(

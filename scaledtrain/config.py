@@ -127,7 +127,7 @@ class TrainConfig:
     model: Annotated[Node, Kind(incomplete=True)]
     data: Annotated[Node, Kind(besides=BatchSizes)]
     optimizer: Annotated[Node, Kind(n_given=1)]
-    lr_schedule: Annotated[Node, Kind(n_given=1, incomplete=True)] | None
+    lr_scheduler: Annotated[Node, Kind(n_given=1, incomplete=True)] | None
     precision: Precision
     activation_checkpointing: Node | None
     mesh: Mesh

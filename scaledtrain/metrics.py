@@ -106,8 +106,7 @@ class Metrics:
         self._bytes_sent = bytes_sent or (lambda: 0)
         self._data_ranks = data_ranks
         self._more = more or dict
-        self._show = console and rank == 0
-        self._console = Console(None, False)
+        self._console = Console(console and rank == 0)
         self._traced_begin: float | None = None
         self._records = Records(run_dir, rank, tensorboard and rank == 0)
         self._begin = timeline.now()
@@ -148,9 +147,9 @@ class Metrics:
         self._first_step -= left - step
         self.forget_after(step)
 
-    def start(self, step: int, total: int | None) -> None:
-        """A fit begins at this step."""
-        self._console = Console(total, self._show)
+    def start(self, step: int, total: int | None, max_seconds: float | None = None) -> None:
+        """A fit begins at this step; it will end at that one, or after that time, if known."""
+        self._console.start(step, total, max_seconds)
         self._begin = self._timeline.now()
         self._timeline.drain()
         self._forget(step, self._begin)
@@ -226,16 +225,14 @@ class Metrics:
         self._write("step", step, values, **counts, staleness_counts=self._staleness)
         if rows := [*spans, *self._timeline.drain_named()]:
             self._write_trace([[n, s - self._begin, e - self._begin] for n, s, e in rows])
-        text = (
-            f"loss {values.get('loss', math.nan):.4f}  {values['samples_per_second']:.0f} samples/s"
-        )
+        text = f"{values['samples_per_second']:.0f} samples/s"
         if self._staleness:
             text += f"  staleness {values['staleness_mean']:.1f}"
         if values.get("overflows"):
             text += f"  {values['overflows']:.0f} overflows"
         if "noise_scale" in values:
             text += f"  noise scale {values['noise_scale']:.0f}, batch {values['batch_size']:.0f}"
-        self._console.show(step, text)
+        self._console.show(step, f"loss {values.get('loss', math.nan):.4f}", text)
         self._forget(step, now)
 
     def _finite_mean_loss(self, step: int) -> float | None:
@@ -258,14 +255,11 @@ class Metrics:
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Write down an evaluation."""
         self._write("evaluation", step, values)
-        self._console.say(
-            f"step {step}  {self.seconds:.1f} s  evaluation: "
-            + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        )
+        self._console.evaluated(step, self.seconds, values)
 
     def say(self, text: str) -> None:
         """Show a line on rank 0."""
-        Console(None, self._show).say(text)
+        self._console.say(text)
 
     def note(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         """Write down something else than a record or an evaluation; only into the file."""

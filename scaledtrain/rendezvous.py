@@ -426,6 +426,9 @@ def connect(
             as in shared memory, so that a run has the same bits wherever it is made.
         timeout_seconds: the longest that any rank waits for another, now and later.
 
+    Returns:
+        The link; close it at the end, or use it in a ``with`` statement.
+
     Raises:
         RendezvousError: ranks are missing, or the port is in use.
         ConfigError: the environment's variables contradict each other, or the transport is

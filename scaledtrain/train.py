@@ -364,7 +364,7 @@ def _assemble(
 
     def make_scheduler(optimizer: Optimizer) -> LRScheduler:
         """Called once the strategy is attached, and so knows how many gradients make an update."""
-        assert config.lr_schedule is not None
+        assert config.lr_scheduler is not None
         steps = ReplicaLoader(
             train,
             replicas=data_ranks,
@@ -388,18 +388,19 @@ def _assemble(
             known["updates_per_epoch"] = in_epoch
         if limits:
             known |= dict.fromkeys(_NAMES_OF_TOTAL, int(min(limits)))
-            unit = config.lr_schedule.get("unit", "steps")
+            unit = config.lr_scheduler.get("unit", "steps")
             known["total"] = min(limits) * units_per_update(unit, in_epoch, per_update)
-        node, lacking = complete(config.lr_schedule, known, n_given=1)
+        node, lacking = complete(config.lr_scheduler, known, n_given=1)
         if lacking:
             raise ConfigError(
-                f"lr_schedule {_class(node)} needs {' and '.join(lacking)}, the number of updates, "
-                f"which follows from {'max_steps' if is_adascale else 'max_steps or max_epochs'}; "
-                f"set {'it' if is_adascale else 'one'}, or lr_schedule.{lacking[0]}"
+                f"lr_scheduler {_class(node)} needs {' and '.join(lacking)}, the number of "
+                "updates, which follows from "
+                f"{'max_steps' if is_adascale else 'max_steps or max_epochs'}; "
+                f"set {'it' if is_adascale else 'one'}, or lr_scheduler.{lacking[0]}"
             )
-        return cast(LRScheduler, make_of("lr_schedule", node, optimizer))
+        return cast(LRScheduler, make_of("lr_scheduler", node, optimizer))
 
-    make_schedule = make_scheduler if config.lr_schedule is not None else None
+    make_schedule = make_scheduler if config.lr_scheduler is not None else None
 
     def make_adascale(optimizer: Optimizer) -> LRScheduler:
         total, reference = config.max_steps, scaling.reference_batch

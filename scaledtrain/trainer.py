@@ -491,7 +491,7 @@ class Trainer:
             with self.watcher.watching(loader), stop_request:
                 # All begin at once, so times of different ranks are seconds since the same moment.
                 self.strategy.start(max_steps)
-                self.metrics.start(self.step_count, total)
+                self.metrics.start(self.step_count, total, max_seconds)
                 if self._saver is not None:
                     self._saver.start(max_steps)
                 self._call("on_fit_start")

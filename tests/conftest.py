@@ -1,5 +1,6 @@
 """What holds for every test: it computes with one thread and leaves nothing behind."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch
@@ -23,6 +24,11 @@ def _nothing_left_behind() -> Iterator[None]:
             yield
     except Leak as leak:
         pytest.fail(str(leak), pytrace=False)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # else each collection, of which there are many, would go through all modules
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

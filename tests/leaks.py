@@ -130,10 +130,11 @@ def _processes() -> set[int]:
 def _describe_process(pid: int) -> str:
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
         return "" if Path("/proc/self").exists() else f"process {pid}"
-    if not command or any(helper in command for helper in HELPER_PROCESSES):
-        return ""  # a process that has ended, and waits to be noticed, has no command line
+    if state == "Z" or any(helper in command for helper in HELPER_PROCESSES):
+        return ""  # Z: it has ended, and waits to be noticed
     return f"process {pid} ({command.replace(bytes(1), b' ').decode(errors='replace').strip()})"
 
 
@@ -162,18 +163,32 @@ def _describe_shared_file(name: str) -> str:
 
 
 def _belongs_to_another_process(file: Path) -> bool:
-    """Whether someone else's program, that happens to run at the same time, uses the file."""
+    """Whether someone else's program, that happens to run at the same time, uses the file.
+
+    By its inode: a semaphore has been mapped under another name than that it has since.
+    """
     try:
-        if file.stat().st_uid != os.getuid():
-            return True
+        found = file.stat()
     except FileNotFoundError:
+        return True
+    if found.st_uid != os.getuid():
         return True
     for process in Path("/proc").glob("[0-9]*"):
         if int(process.name) == os.getpid():
             continue
         with suppress(OSError):
-            if f"{file}\n" in (process / "maps").read_text(errors="replace"):
+            maps = (process / "maps").read_text(errors="replace")
+            if any(_is_of(line, found.st_ino) for line in maps.splitlines()):
                 return True
-            if any(os.readlink(fd) == str(file) for fd in (process / "fd").iterdir()):
-                return True
+            for descriptor in (process / "fd").iterdir():
+                with suppress(OSError):
+                    opened = descriptor.stat()
+                    if (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino):
+                        return True
     return False
+
+
+def _is_of(line: str, inode: int) -> bool:
+    """Whether a line of /proc/PID/maps is of that file in /dev/shm."""
+    fields = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, name
+    return len(fields) == 6 and fields[4] == str(inode) and fields[5].startswith(f"{SHARED_MEMORY}")

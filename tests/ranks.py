@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,28 +68,62 @@ def run_ranks(
         RankFailed: a rank was killed, or ended without returning.
         TimeoutError: some ranks had not finished; says which, and where they were.
     """
-    if "<" in function.__qualname__ or function.__module__ == "__main__":
-        raise ValueError(
-            f"run_ranks cannot import {function.__module__}.{function.__qualname__} in another "
-            "process. Define it at the top of a module."
-        )
     processes: list[Process] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "task").write_bytes(pickle.dumps((function, args)))
-        (folder / "warnings").write_bytes(pickle.dumps(warnings.filters))
+        _write_task(folder, function, args)
         port = free_port()
         try:
             for rank in range(world_size):
-                processes.append(_start(rank, world_size, port, folder, fresh))
+                environment = {
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+                processes.append(_start(rank, environment, folder, fresh))
             _wait(processes, folder, timeout_seconds, killed)
         finally:
             for process in processes:
-                _end(process)
+                end_rank(process)
         files = [folder / f"value-{r}" for r in range(world_size)]
         return [
             None if r in killed else pickle.loads(file.read_bytes()) for r, file in enumerate(files)
         ]
+
+
+def start_rank(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, folder: Path, *args: Any
+) -> Process:
+    """Start one of several ranks by itself, so that it may die and come back; use `end_rank`, too.
+
+    Args:
+        function: as for `run_ranks`; what it returns is lost.
+        rank: of the process.
+        world_size: of the job.
+        port: where its ranks meet.
+        folder: of this process alone; it is made.
+        args: of the function.
+    """
+    folder.mkdir()
+    _write_task(folder, function, args)
+    environment = {
+        "SCALEDTRAIN_RANK": str(rank),
+        "SCALEDTRAIN_WORLD_SIZE": str(world_size),
+        "SCALEDTRAIN_MASTER_ADDR": "127.0.0.1",
+        "SCALEDTRAIN_MASTER_PORT": str(port),
+    }
+    return _start(rank, environment, folder, FRESH)
+
+
+def end_rank(process: Process) -> None:
+    """Kill a rank, with all that it has started."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS: the latter for the dead
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
 
 
 def free_port() -> int:
@@ -111,19 +145,20 @@ def drop_connections(port: int) -> None:
                 own.shutdown(socket.SHUT_RDWR)
 
 
-def _start(rank: int, world_size: int, port: int, folder: Path, fresh: bool) -> Process:
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+def _write_task(folder: Path, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    if "<" in function.__qualname__ or function.__module__ == "__main__":
+        raise ValueError(
+            f"run_ranks cannot import {function.__module__}.{function.__qualname__} in another "
+            "process. Define it at the top of a module."
+        )
+    (folder / "task").write_bytes(pickle.dumps((function, args)))
+    (folder / "warnings").write_bytes(pickle.dumps(warnings.filters))
+
+
+def _start(rank: int, environment: Mapping[str, str], folder: Path, fresh: bool) -> Process:
+    environment = {**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1", **environment}
     if not fresh:
-        return _server(rank % HASH_SEEDS).fork(environment, str(folder))
+        return fork_server(rank % HASH_SEEDS).fork(environment, str(folder))
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; from tests.ranks import main; main(sys.argv[1])"
     )
@@ -138,18 +173,11 @@ def _start(rank: int, world_size: int, port: int, folder: Path, fresh: bool) -> 
 _servers: dict[int, ForkServer] = {}
 
 
-def _server(number: int) -> ForkServer:
+def fork_server(number: int) -> ForkServer:
+    """One of those that this process has; it is started first, if it has to be."""
     if number not in _servers or not _servers[number].is_alive():
         _servers[number] = ForkServer()
     return _servers[number]
-
-
-def _end(process: Process) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # macOS: the latter for the dead
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin:
-        process.stdin.close()
 
 
 def _wait(

@@ -54,9 +54,9 @@ class Component:
 
 
 COMPONENTS = [
-    Component("warmup", "lr_schedule.warmup=0"),
-    Component("warmup", "lr_schedule.pct_start=0.0"),
-    Component("lr_schedule", "lr_schedule=null"),
+    Component("warmup", "lr_scheduler.warmup=0"),
+    Component("warmup", "lr_scheduler.pct_start=0.0"),
+    Component("lr_scheduler", "lr_scheduler=null"),
     Component("lr_scaling", "lr_scaling.rule=none"),
     Component("lars", "optimizer=sgd", "optimizer._target_=scaledtrain.optim.LARS"),
     Component("lamb", "optimizer=adamw", "optimizer._target_=scaledtrain.optim.LAMB"),

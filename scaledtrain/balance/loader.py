@@ -175,7 +175,7 @@ class BalancedLoader:
         """This rank's part of a step with so many, if that is not known from the batch size."""
         full = (self.batch_size or 0) * self._window or samples
         shares = self._balancer.begin(full, self.multiple)
-        most = self._balancer.balance.max_local_batch or self.batch_size
+        most = self._balancer.balance.max_local_batch_size or self.batch_size
         at_least = self._accumulation * self.multiple
         return Division(shares, self._replica, self._piece, at_least, most)
 

@@ -21,7 +21,7 @@ class Balance(Protocol):
         """Whether every replica simply takes batches of the loader."""
 
     @property
-    def max_local_batch(self) -> int | None:
+    def max_local_batch_size(self) -> int | None:
         """The most samples that a replica's rank computes at once; None: the loader's batch."""
 
     @property
@@ -72,7 +72,7 @@ class Even(_Settled):
     """
 
     is_even = True
-    max_local_batch = None
+    max_local_batch_size = None
 
     def first(self, replicas: int, total: int) -> list[int]:
         """Equal ones."""
@@ -89,9 +89,9 @@ class Fixed(_Settled):
     Args:
         shares: of each replica, > 0: samples, or any other numbers of which only the ratios matter.
             ``[1, 1, 0.25]``: the third computes four times slower.
-        max_local_batch: the most samples that a rank computes at once: a larger share is cut into
-            more microbatches. None: as many as the loader's batch has, so that no rank needs more
-            memory than with even shares.
+        max_local_batch_size: the most samples that a rank computes at once: a larger share is cut
+            into more microbatches. None: as many as the loader's batch has, so that no rank needs
+            more memory than with even shares.
 
     Raises:
         ConfigError: a share that is not positive and finite; (in ``fit``) not one for each replica.
@@ -102,7 +102,7 @@ class Fixed(_Settled):
     """
 
     shares: Sequence[float]
-    max_local_batch: int | None = None
+    max_local_batch_size: int | None = None
 
     is_even = False
 
@@ -112,7 +112,7 @@ class Fixed(_Settled):
                 f"balance.shares is {list(self.shares)}; it has a number > 0 for each replica, in "
                 "the proportions of their speeds, such as [1, 1, 0.25]"
             )
-        _check_at_least(1, max_local_batch=self.max_local_batch)
+        _check_at_least(1, max_local_batch_size=self.max_local_batch_size)
 
     def first(self, replicas: int, total: int) -> list[int]:
         """In these proportions, at least one sample each."""
@@ -152,7 +152,7 @@ class Auto:
         damping: how far to go towards n*, in (0, 1].
         min_gain: the part of a step's time that must be won, in [0, 1).
         least: samples that a replica has in any case.
-        max_local_batch: as in `Fixed`.
+        max_local_batch_size: as in `Fixed`.
 
     Raises:
         ConfigError: a number out of its range.
@@ -169,13 +169,16 @@ class Auto:
     damping: float = 0.75
     min_gain: float = 0.02
     least: int = 1
-    max_local_batch: int | None = None
+    max_local_batch_size: int | None = None
 
     is_even = False
 
     def __post_init__(self) -> None:
         _check_at_least(
-            1, every=self.every, measured=self.measured, max_local_batch=self.max_local_batch
+            1,
+            every=self.every,
+            measured=self.measured,
+            max_local_batch_size=self.max_local_batch_size,
         )
         _check_at_least(0, least=self.least)
         if self.measured > self.every:

@@ -20,6 +20,9 @@ _SAME_SECONDS = 2.0  # what comes so soon after the first is the same wish, told
 class Preempted(SystemExit):
     """A signal ended the run after it had been saved; the process ends with exit code 75.
 
+    Args:
+        step: that was saved.
+
     Attributes:
         step: that was saved.
     """

@@ -20,6 +20,9 @@ def _aligned(nbytes: int) -> int:
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of the tensors' values, without what lies between them.
 
+    Args:
+        tensors: of any shapes and dtypes.
+
     Example:
         >>> bytes_of([torch.zeros(3), torch.zeros(2, dtype=torch.int8)])  # 3 x 4 + 2 x 1
         14

@@ -41,6 +41,12 @@ class StdlibText(Dataset[tuple[Tensor, Tensor]]):
         DataLoader(dataset, sampler=BatchSampler(RandomSampler(dataset), 32, drop_last=False),
                    batch_size=None)
 
+    Args:
+        text: of the split.
+        files: that it is from, in order.
+        sequence_length: tokens in a window.
+        tokenizer: from text to ids, and back.
+
     Attributes:
         vocab_size: Number of token ids.
         sequence_length: Tokens in a window.

@@ -52,7 +52,9 @@ class MemoryEstimate:
     batch_size: int
     """Samples in each batch of a replica."""
     parameters: int
+    """Of all parameters of a replica, or of a rank's part."""
     buffers: int
+    """Of all buffers, as the parameters."""
     batch: int
     """Inputs and targets."""
     gradients: int

@@ -13,6 +13,8 @@ from scaledtrain.optim.layerwise import Adapt, LayerwiseOptimizer, Piece
 
 __all__ = ["LARS"]
 
+_SMALL = 2.0**-26  # 1 - (1 - factor) is a larger one to a relative 2^-27, less than float32 rounds
+
 
 class LARS(LayerwiseOptimizer):
     r"""Layer-wise adaptive rate scaling: SGD for batches of many thousand samples.
@@ -139,6 +141,9 @@ class LARS(LayerwiseOptimizer):
 
 
 def _update_one(w: Tensor, g: Tensor, v: Tensor, factor: float, group: dict[str, Any]) -> None:
+    if _is_plain_momentum(w, factor, group):
+        _update_in_one_pass(w, g, v, factor, group)
+        return
     v.mul_(group["momentum"]).add_(g, alpha=factor)
     decay = factor * _sign(group) * group["weight_decay"]
     if decay:
@@ -150,6 +155,34 @@ def _update_one(w: Tensor, g: Tensor, v: Tensor, factor: float, group: dict[str,
     # w -= rate (m v + factor (g + beta w)), beginning with the term that has w.
     w.mul_(1.0 - rate * decay).sub_(g, alpha=rate * factor)
     w.sub_(v, alpha=rate * group["momentum"])
+
+
+def _is_plain_momentum(w: Tensor, factor: float, group: dict[str, Any]) -> bool:
+    return (
+        w.is_cpu
+        and w.dtype == torch.float32
+        and factor > _SMALL
+        and group["momentum"] > 0.0
+        and not group["nesterov"]
+    )
+
+
+def _update_in_one_pass(
+    w: Tensor, g: Tensor, v: Tensor, factor: float, group: dict[str, Any]
+) -> None:
+    """What SGD's fused kernel does: v <- m v + (1 - dampening) (g + beta w), w <- w - lr v."""
+    torch._fused_sgd_(
+        [w],
+        [g],
+        [v],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=float(group["lr"]) if group["momentum_correction"] else 1.0,
+        dampening=1.0 - factor,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def _update_together(piece: Piece, factors: list[float]) -> None:

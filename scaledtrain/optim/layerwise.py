@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scaledtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 __all__ = ["Adapt", "LayerwiseOptimizer", "Piece", "SumSquares", "needs_whole_tensors"]
 
@@ -87,7 +91,7 @@ class LayerwiseOptimizer(Optimizer):
     @property
     def is_sharded(self) -> bool:
         """Whether norms are added up over ranks."""
-        return self._sum_shards is not None or any(isinstance(p, DTensor) for p in self._all())
+        return self._sum_shards is not None or any(map(_is_divided, self._all()))
 
     @property
     def couples_tensors(self) -> bool:
@@ -225,8 +229,14 @@ def _is_adapted(parameter: Tensor, group: dict[str, Any]) -> bool:
     return bool(group["adapt"] == "all" or group["weight_decay"])
 
 
+def _is_divided(tensor: Tensor) -> TypeIs[DTensor]:
+    """Whether it is a DTensor; who has one has imported them, which takes half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _local(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
+    if not _is_divided(tensor):
         return tensor
     local: Tensor = tensor.to_local()
     return local
@@ -241,7 +251,7 @@ def _sum_dtensors(squares: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """
     divided: dict[Any, list[int]] = defaultdict(list)
     for index, parameter in enumerate(parameters):
-        if isinstance(parameter, DTensor):
+        if _is_divided(parameter):
             for dim, placement in enumerate(parameter.placements):
                 if placement.is_shard():
                     divided[parameter.device_mesh.get_group(dim)].append(index)

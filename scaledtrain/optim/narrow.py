@@ -110,6 +110,9 @@ class KahanCompensation(Rounding):
         w = float32(p) + float32(c) + update,  p <- nearest(w),  c <- nearest(w - p)
 
     so about twice the significant bits of p. bfloat16 with AdamW: 4 + 2 + 2 bytes per parameter.
+
+    Args:
+        seed: of random numbers.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -148,6 +151,9 @@ class MasterWeights(Rounding):
 
     An entry of p that somebody else has changed since, say a mean over replicas, is taken over into
     m; the others keep what p does not show. AdamW: 2 + 4 + 4 + 4 bytes per parameter.
+
+    Args:
+        seed: of random numbers.
     """
 
     narrow_state = False

@@ -30,7 +30,7 @@ def units_per_update(
         ConfigError: it is not known.
     """
     if unit not in ("steps", "epochs", "samples"):
-        raise ConfigError(f"lr_schedule.unit is {unit!r}; it is steps, epochs or samples")
+        raise ConfigError(f"lr_scheduler.unit is {unit!r}; it is steps, epochs or samples")
     if unit == "steps":
         return 1.0
     of = {
@@ -40,7 +40,7 @@ def units_per_update(
     name, value = of[unit]
     if value is None or not value > 0:
         raise ConfigError(
-            f"lr_schedule.unit is {unit}, but {name} is {value}; it follows from data of known "
+            f"lr_scheduler.unit is {unit}, but {name} is {value}; it follows from data of known "
             "length, or give it (> 0)"
         )
     return 1.0 / value if unit == "epochs" else value
@@ -111,19 +111,19 @@ class WarmupDecay(LRScheduler):
     ) -> None:
         if decay not in ("cosine", "linear", "milestones", "constant"):
             raise ConfigError(
-                f"lr_schedule.decay is {decay!r}; it is cosine, linear, milestones or constant"
+                f"lr_scheduler.decay is {decay!r}; it is cosine, linear, milestones or constant"
             )
         self._rate = units_per_update(unit, updates_per_epoch, samples_per_update)
         if not warmup >= 0.0:
-            raise ConfigError(f"lr_schedule.warmup is {warmup}; it counts {unit}, >= 0")
+            raise ConfigError(f"lr_scheduler.warmup is {warmup}; it counts {unit}, >= 0")
         if decay in ("cosine", "linear") and (total is None or not total > warmup):
             raise ConfigError(
-                f"lr_schedule: decay {decay} ends after {total} {unit}, which is not after the "
+                f"lr_scheduler: decay {decay} ends after {total} {unit}, which is not after the "
                 f"warmup's {warmup:g}; shorten the warmup, or give another total"
             )
         if (decay == "milestones") != bool(milestones) or list(milestones) != sorted(milestones):
             raise ConfigError(
-                f"lr_schedule.milestones are {list(milestones)} with decay {decay}; they are "
+                f"lr_scheduler.milestones are {list(milestones)} with decay {decay}; they are "
                 "numbers in rising order with decay milestones, and none with others"
             )
         self._total, self._warmup, self._start = total, warmup, start_factor

@@ -336,6 +336,9 @@ def lay_out(
         engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
         pipeline: what runs the stages where ``mesh.pipe`` is above 1; default 1F1B.
 
+    Returns:
+        What this rank has, and how it computes with the others.
+
     Raises:
         ConfigError: the mesh does not fit the job, or the model cannot be divided so.
     """

@@ -59,6 +59,9 @@ def replay(run_dir: str | Path, on_push: Callable[[Push], bool] | None = None) -
         run_dir: the folder of a real or simulated run.
         on_push: called with each push when it has happened; returns whether to go on.
 
+    Returns:
+        The parameters at the end, how many events there were, and whether bits are equal.
+
     Raises:
         ConfigError: it is no such run, the log is damaged, or the config or the data were changed.
         ReplayError: a worker does something else than what the log says.

@@ -24,6 +24,7 @@ class Push:
     seconds: float
     """In the run, since its log was begun."""
     worker: int
+    """Its rank."""
     step: int
     """Which of the worker's pushes it is, from 1."""
     version: int
@@ -31,6 +32,7 @@ class Push:
     staleness: int
     """Updates that had been made since."""
     accepted: bool
+    """Whether the server used it."""
     gradient: Sequence[Tensor]
     """As the server received it."""
     before: Sequence[Tensor]
@@ -69,6 +71,7 @@ class Replayed:
     parameters: Mapping[str, Tensor]
     """The server's, by name, after the last event that was replayed."""
     workers: int
+    """Ranks that took part."""
     events: int
     """That were replayed."""
     pushes: int

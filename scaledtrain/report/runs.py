@@ -95,10 +95,12 @@ class WorkerLog:
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run, read from its folder; ``workers`` in the order of their ranks."""
+    """A run, read from its folder."""
 
     folder: Path
+    """Which it was read from."""
     workers: tuple[WorkerLog, ...]
+    """In the order of their ranks."""
 
     @property
     def samples_per_second(self) -> float:
@@ -130,6 +132,9 @@ def read_run(folder: str | Path) -> RunLog:
 
     Args:
         folder: ``run_dir`` of the `Trainer` that made the run.
+
+    Returns:
+        What each rank recorded, in the order of ranks.
 
     Raises:
         ConfigError: there are no metrics, those of a rank are missing or hold no step, or a line

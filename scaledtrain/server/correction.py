@@ -52,10 +52,13 @@ class Context:
     """The server as a correction sees it, and the tensors that the correction keeps there."""
 
     parameters: Sequence[nn.Parameter]
+    """Of the server, as they are now."""
     optimizer: Optimizer
+    """That updates them."""
     n_members: int
     """Workers taking part."""
     gradients_per_update: int
+    """Of which an update takes the mean."""
     shared: dict[str, list[Tensor]] = field(default_factory=dict)
     """By name, one tensor for each parameter; saved with the server."""
     of_worker: dict[int, list[Tensor]] = field(default_factory=dict)

@@ -59,7 +59,11 @@ class Queue:
 
 
 def bottleneck(path: Sequence[Queue]) -> Queue:
-    """The queue of a path that a message spends most time in; the first, if several do."""
+    """The queue of a path that a message spends most time in; the first, if several do.
+
+    Args:
+        path: the queues that a message goes through; not empty.
+    """
     return min(path, key=lambda queue: queue.bytes_per_second)
 
 
@@ -67,6 +71,10 @@ def seconds_alone(path: Sequence[Queue], n_bytes: float) -> float:
     """What a message takes on a path where nothing else is under way.
 
     Sum of the latencies + n_bytes / the least bandwidth; 0 on the empty path.
+
+    Args:
+        path: the queues that a message goes through.
+        n_bytes: of the message.
     """
     if not path:
         return 0.0

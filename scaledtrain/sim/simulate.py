@@ -67,6 +67,9 @@ def simulate(
         own_generators: give each rank random generators of its own; False saves time for programs
             that draw nothing.
 
+    Returns:
+        What the program returned on each rank, and the virtual seconds.
+
     Raises:
         ConfigError: the cluster has no room for so many workers.
         DeadlockError: ranks wait for each other, and nothing will ever end it.

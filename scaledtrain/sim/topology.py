@@ -168,7 +168,13 @@ class Topology:
 
 
 class Placement:
-    """Which host and site each rank is on; see `Topology`."""
+    """Which host and site each rank is on; see `Topology`.
+
+    Args:
+        n_ranks: of the job.
+        sites: among which they are divided evenly, in their order.
+        ranks_per_host: at most.
+    """
 
     def __init__(self, n_ranks: int, sites: int, ranks_per_host: int) -> None:
         self._n_ranks = n_ranks

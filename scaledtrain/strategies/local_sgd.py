@@ -83,7 +83,7 @@ class LocalSGD(Periodic):
         if self.local_after == "lr_drop" and not self._updater.has_schedule:
             _logger.warning(
                 "local_after is 'lr_drop', but the learning rate has no schedule, so it never "
-                "drops and replicas average after every step; give one (lr_schedule=cosine, "
+                "drops and replicas average after every step; give one (lr_scheduler=cosine, "
                 "Trainer(lr_scheduler=...)), or a number of steps"
             )
         self._highest = self.learning_rate

@@ -43,6 +43,19 @@ class Strategy(ABC):
         makes_equal_steps: no replica begins a step before all have ended the last one, although
             they are not in lockstep.
         pushes_gradients: a gradient of the whole replica is handed over to somebody else.
+
+    Example:
+        Replicas that tell each other nothing:
+
+        >>> from functools import partial
+        >>> from scaledtrain import Trainer
+        >>> class Silent(Strategy):
+        ...     gradients_per_step = 1
+        >>> data = [(torch.ones(4, 2), torch.ones(4, 1))] * 10
+        >>> trainer = Trainer(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss,
+        ...                   partial(torch.optim.SGD, lr=0.1), console=False, strategy=Silent())
+        >>> trainer.fit(data, max_steps=2).step
+        2
     """
 
     staleness: int | None = None

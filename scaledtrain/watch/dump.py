@@ -50,6 +50,12 @@ def save_batch(path: Path, batch: BadBatch) -> None:
 def load_batch(path: str | Path) -> BadBatch:
     """Read a batch that a run with ``Watch(dump=True)`` has written.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        The microbatches, and what was known of the step.
+
     Raises:
         CheckpointError: it is missing, damaged, or another kind of file.
 

@@ -80,6 +80,9 @@ def find_nonfinite(
         loss_fn: as the Trainer has it.
         precision: of the run; None: fp32.
 
+    Returns:
+        What was not finite, if anything was.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> with torch.no_grad():

@@ -25,9 +25,9 @@ from tests.contract.training import ADAMW, data, flat
 from tests.ranks import run_ranks
 
 RANKS = 2
-SAMPLES = 4 * 2 * 7 + 2  # 15 batches: 8 steps of two replicas, or 15 of single ones
+SAMPLES = 4 * 2 * 5 + 2  # 11 batches: 6 steps of two replicas, or 11 of single ones
 EPOCHS = 2
-AT = 7  # in the first epoch, inside a period of three, after the learning rate's first drop
+AT = 5  # in the first epoch, inside a period of three, after the learning rate's first drop
 
 
 class Outcome(NamedTuple):
@@ -128,7 +128,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
             assert torch.equal(outcome.resumed, outcome.straight)
             assert outcome.saved == (AT, AT)
             assert outcome.place == (0, AT)
-            assert outcome.steps == (EPOCHS * 8, EPOCHS * 8)
+            assert outcome.steps == (EPOCHS * 6, EPOCHS * 6)
     assert zero.saved[0] == zero.saved[1] >= AT
 
 
@@ -140,12 +140,12 @@ EVERY_GRADIENT_ONCE = ["server_asynchronous", "server_stale_synchronous", "serve
 def test_no_gradient_is_lost_nor_made_twice(
     name: str, world: World, outcomes: dict[World, list[dict[str, Outcome]]]
 ) -> None:
-    """15 batches twice make 30 updates, also if the run was saved and resumed among them.
+    """11 batches twice make 22 updates, also if the run was saved and resumed among them.
 
-    Of the first epoch's batches the first replica has 8, of the second's 7; the other one 7 and 8.
+    Of the first epoch's batches the first replica has 6, of the second's 5; the other one 5 and 6.
     """
     zero, one = (rank[name] for rank in outcomes[world])
-    assert zero.steps == one.steps == (30, 30)
+    assert zero.steps == one.steps == (22, 22)
     # What the server had at the checkpoint is what the workers had given it.
-    made = [0, 8, 15][zero.place[0]] + zero.place[1] + [0, 7, 15][one.place[0]] + one.place[1]
+    made = [0, 6, 11][zero.place[0]] + zero.place[1] + [0, 5, 11][one.place[0]] + one.place[1]
     assert made == zero.saved[0]

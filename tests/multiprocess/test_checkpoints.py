@@ -16,12 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from scaledtrain import Callback, Checkpointing, Mesh, PeerLostError, Preempted, Trainer, connect
+from scaledtrain import Callback, Checkpointing, Mesh, Trainer, connect
+from scaledtrain.checkpoint import Preempted
 from scaledtrain.checkpoint.export import model_state
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
 from scaledtrain.checkpoint.tensor_file import Written, write_tensors
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import PeerLostError
 from scaledtrain.parallel import Pipeline
 from tests.contract.training import data
 from tests.ranks import run_ranks

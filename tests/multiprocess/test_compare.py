@@ -20,6 +20,7 @@ def run_command(arguments: list[str]) -> None:
     compare.main()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_sync_keeps_the_pace_of_the_slowest_and_async_does_not(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import Callback, Slowdown, Strategy, Trainer, connect
+from scaledtrain import Callback, Strategy, Trainer, connect
 from scaledtrain.rendezvous import Transport
+from scaledtrain.schedule import Slowdown
 from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, Hogwild, PushSum
 from tests.ranks import run_ranks
 
@@ -86,7 +87,7 @@ def everything_rank(transport: Transport) -> dict[str, dict[str, Any]]:
             stopped = t.fit(loader, max_seconds=60)
             slowed = Trainer(
                 net(), F.cross_entropy, SGD, strategy=strategies()[name], callbacks=[Count()],
-                slowdown=Slowdown({1: 4.0}, min_compute_seconds=0.005), **options,
+                slowdown=Slowdown({1: 4.0}, min_compute_seconds=0.02), **options,
             )  # fmt: skip
             slowed.fit(loader, max_seconds=0.5)
             results[name] = {
@@ -106,7 +107,7 @@ def test_all_train_end_equal_and_do_not_wait(transport: Transport) -> None:
 
     A rank counts its own steps, under Hogwild those of all: 160, and 180 or at most 2 more.
 
-    Rank 1, where it is slowed, needs 20 ms for a step and the others 5. In lockstep all would make
+    Rank 1, where it is slowed, needs 80 ms for a step and the others 20. In lockstep all would make
     the same number of them; here it is nearly 4 times as many. At least 2 leaves room for a machine
     that does other things, too.
     """

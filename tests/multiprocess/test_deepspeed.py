@@ -6,7 +6,6 @@ import importlib.util
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from scaledtrain.strategies import Gossip, Strategy
 from tests.ranks import run_ranks
 
 pytestmark = [
-    pytest.mark.timeout(200),  # each rank imports DeepSpeed, which takes seconds of a core
+    pytest.mark.timeout(300),  # each rank imports DeepSpeed, which takes seconds of a core
     pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
     ),
@@ -89,11 +88,6 @@ def run(link: Any, strategy: str, local: int, **options: Any) -> tuple[Tensor, f
         return whole(t.model), result.evaluation.get("loss", 0.0), norm, result.step
 
 
-def plain_rank(options: dict[str, Any]) -> Any:
-    with connect(transport="torch", timeout_seconds=60) as link:
-        return run(link, "sync", 8, **options)
-
-
 ENGINES = [
     DeepSpeed(zero_stage=1),
     DeepSpeed(zero_stage=2),
@@ -103,27 +97,45 @@ ENGINES = [
 ]
 
 
-def zero_rank(options: dict[str, Any]) -> list[Any]:
+TOLERANCES = {"fp32": 1e-6, "bf16-mixed": 5e-3}
+
+
+def one_replica(folder: str) -> dict[str, Any]:
+    """All that is asked of two ranks with one replica, which so import DeepSpeed once."""
     with connect(transport="torch", timeout_seconds=60) as link:
-        return [
-            run(link, "sync", 4, mesh=Mesh(shard=2), engine=engine, **options) for engine in ENGINES
-        ]
+        options = {"local": 4, "mesh": Mesh(shard=2)}
+        trained = {
+            precision: [
+                run(link, "sync", precision=precision, engine=engine, **options)
+                for engine in ENGINES
+            ]
+            for precision in TOLERANCES
+        }
+        return {"trained": trained, "details": details(link, folder)}
 
 
-@pytest.mark.parametrize(
-    ("options", "tolerance"),
-    [({}, 1e-6), ({"precision": "bf16-mixed"}, 5e-3)],
-    ids=["fp32", "bf16"],
-)
-def test_every_stage_trains_as_one_process_does(options: dict[str, Any], tolerance: float) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("files")
+    for name, content in FILES.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return run_ranks(one_replica, 2, str(folder), timeout_seconds=280)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_every_stage_trains_as_one_process_does(
+    precision: str, two_ranks: list[dict[str, Any]]
+) -> None:
     """Two ranks with half of each batch; accumulation, clipping, a schedule, an uneven end.
 
     float32: sums in another order, 2^-24 relative each, in 6 steps: below 1e-6. bfloat16 has 2^-9,
     of which AdamW at lr 0.01 makes at most a few tenths of its step.
     """
-    ((expected, loss, norm, step),) = run_ranks(plain_rank, 1, options)
-    for of_rank in run_ranks(zero_rank, 2, options, timeout_seconds=180):
-        for found in of_rank:
+    with connect() as link:
+        expected, loss, norm, step = run(link, "sync", 8, precision=precision)
+    tolerance = TOLERANCES[precision]
+    for of_rank in two_ranks:
+        for found in of_rank["trained"][precision]:
             torch.testing.assert_close(found[0], expected, atol=tolerance, rtol=0.0)
             assert found[1] == pytest.approx(loss, abs=tolerance)
             assert found[2] == pytest.approx(norm, abs=10 * tolerance)
@@ -157,66 +169,63 @@ def test_strategies_keep_replicas_of_two_ranks_together() -> None:
                 ]
 
 
-def details_rank(folder: str) -> dict[str, Any]:
+FILES = {
+    "batch": {"train_micro_batch_size_per_gpu": 16},
+    "optimizer": {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},
+    "fits": {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.999]}},
+        "bf16": {"enabled": "auto"},
+    },
+}
+
+
+def details(link: Any, folder: str) -> dict[str, Any]:
     told: dict[str, Any] = {}
-    with connect(transport="torch", timeout_seconds=60) as link:
-        loader = DataLoader(data(32), batch_size=4)
-        mesh = Mesh(shard=2)
+    loader = DataLoader(data(32), batch_size=4)
+    mesh = Mesh(shard=2)
 
-        def fit(t: Trainer, steps: int) -> Tensor:
-            t.fit(loader, max_steps=steps)
-            return whole(t.model)
+    def fit(t: Trainer, steps: int) -> Tensor:
+        t.fit(loader, max_steps=steps)
+        return whole(t.model)
 
-        for stage in (2, 3):
-            options = {"mesh": mesh, "engine": DeepSpeed(zero_stage=stage), "lr_scheduler": step_lr}
-            with trainer(link, "sync", **options) as t:
-                fit(t, 3)
-                state = t.state_dict()
-                straight = fit(t, 8)
-            with trainer(link, "sync", **options) as t:
-                t.load_state_dict(state)
-                told[f"resumed {stage}"] = (fit(t, 8), straight)
+    for stage in (2, 3):
+        options = {"mesh": mesh, "engine": DeepSpeed(zero_stage=stage), "lr_scheduler": step_lr}
+        with trainer(link, "sync", **options) as t:
+            fit(t, 3)
+            state = t.state_dict()
+            straight = fit(t, 8)
+        with trainer(link, "sync", **options) as t:
+            t.load_state_dict(state)
+            told[f"resumed {stage}"] = (fit(t, 8), straight)
 
-        master = Precision("bf16-true", update="master")
-        with trainer(
-            link, "sync", mesh=mesh, engine=DeepSpeed(zero_stage=3), precision=master
-        ) as t:
-            told["bf16-true"] = fit(t, 8)
-        with trainer(link, "sync") as t:
-            told["plain"] = fit(t, 8)
+    master = Precision("bf16-true", update="master")
+    with trainer(link, "sync", mesh=mesh, engine=DeepSpeed(zero_stage=3), precision=master) as t:
+        told["bf16-true"] = fit(t, 8)
+    with trainer(link, "sync") as t:
+        told["plain"] = fit(t, 8)
 
-        def refused(**options: Any) -> str:
-            options = {"strategy": "sync", "mesh": mesh, "engine": DeepSpeed(), **options}
-            with pytest.raises(ConfigError) as caught, trainer(link, **options) as t:
-                t.fit(loader, max_steps=1)
-            return str(caught.value)
+    def refused(**options: Any) -> str:
+        options = {"strategy": "sync", "mesh": mesh, "engine": DeepSpeed(), **options}
+        with pytest.raises(ConfigError) as caught, trainer(link, **options) as t:
+            t.fit(loader, max_steps=1)
+        return str(caught.value)
 
-        told["server"] = refused(strategy="server", mesh=Mesh(shard=2))
-        told["gossip"] = refused(strategy="gossip")
-        told["fp16"] = refused(precision=Precision("fp16-true"))
-        told["batch"] = refused(engine=DeepSpeed(config=f"{folder}/batch.json"))
-        told["optimizer"] = refused(engine=DeepSpeed(config=f"{folder}/optimizer.json"))
-        with trainer(link, "sync", mesh=mesh, engine=DeepSpeed(config=f"{folder}/fits.json")) as t:
-            told["file"] = fit(t, 8)
-            assert t.layout.called.zero_optimization_stage() == 3
+    told["server"] = refused(strategy="server", mesh=Mesh(shard=2))
+    told["gossip"] = refused(strategy="gossip")
+    told["fp16"] = refused(precision=Precision("fp16-true"))
+    told["batch"] = refused(engine=DeepSpeed(config=f"{folder}/batch.json"))
+    told["optimizer"] = refused(engine=DeepSpeed(config=f"{folder}/optimizer.json"))
+    with trainer(link, "sync", mesh=mesh, engine=DeepSpeed(config=f"{folder}/fits.json")) as t:
+        told["file"] = fit(t, 8)
+        assert t.layout.called.zero_optimization_stage() == 3
     return told
 
 
-def test_state_files_and_refusals(tmp_path: Path) -> None:
-    files = {
-        "batch": {"train_micro_batch_size_per_gpu": 16},
-        "optimizer": {"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}},
-        "fits": {
-            "train_batch_size": 8,
-            "train_micro_batch_size_per_gpu": "auto",
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.999]}},
-            "bf16": {"enabled": "auto"},
-        },
-    }
-    for name, content in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    for told in run_ranks(details_rank, 2, str(tmp_path), timeout_seconds=180):
+def test_state_files_and_refusals(two_ranks: list[dict[str, Any]]) -> None:
+    for told in (of_rank["details"] for of_rank in two_ranks):
         for stage in (2, 3):
             resumed, straight = told[f"resumed {stage}"]
             assert torch.equal(resumed, straight)

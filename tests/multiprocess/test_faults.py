@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -14,19 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from scaledtrain import (
-    ClusterError,
-    ConfigError,
-    DiLoCo,
-    ParameterServer,
-    Slowdown,
-    Strategy,
-    Sync,
-    Trainer,
-    connect,
-)
+from scaledtrain import DiLoCo, ParameterServer, Strategy, Sync, Trainer, connect
+from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Transport
+from scaledtrain.schedule import Slowdown
 from tests.ranks import run_ranks
 
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]
@@ -84,13 +77,15 @@ def test_killed_rank_is_noticed_and_named(name: str, transport: Transport, victi
 
 def wait_for_one_that_never_comes(transport: Transport) -> str:
     link = connect(transport=transport, timeout_seconds=3)
+    assert link.store is not None
     message = ""
     if link.group.rank == 0:
         with pytest.raises(ClusterError) as caught:
             link.group.all_reduce([torch.zeros(3)]).wait()
         message = str(caught.value)
+        link.store.set("waited", "1")
     else:
-        time.sleep(6)
+        link.store.wait(["waited"], timedelta(seconds=30))
     link.abandon()
     return message
 

@@ -20,7 +20,8 @@ COMMAND = ["max_steps=12", "model.hidden=[32]", "console=false", "eval_every=100
 
 
 def namespaces_are_permitted() -> bool:
-    probe = "ip netns add st-probe && ip netns delete st-probe && unshare --mount --pid --fork true"
+    name = f"st-probe-{os.getpid()}"  # several processes of pytest may ask at once
+    probe = f"ip netns add {name} && ip netns delete {name} && unshare --mount --pid --fork true"
     try:
         return subprocess.run(["sh", "-c", probe], capture_output=True, check=False).returncode == 0
     except OSError:

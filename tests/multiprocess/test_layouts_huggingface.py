@@ -16,19 +16,19 @@ from tests.ranks import run_ranks
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {"vocab_size": 19, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2}
+SMALL = {"vocab_size": 19, "hidden_size": 12, "num_attention_heads": 2}
 NAMES = ("gpt2", "llama", "bert")
 BLOCKS = {"gpt2": "GPT2Block", "llama": "LlamaDecoderLayer", "bert": "BertLayer"}
 
 
-def make(name: str) -> nn.Module:
+def make(name: str, n_layers: int) -> nn.Module:
     torch.manual_seed(1)
     if name == "gpt2":  # the embedding is the head, too
         config = transformers.GPT2Config(
             vocab_size=19,
             n_positions=8,
             n_embd=12,
-            n_layer=3,
+            n_layer=n_layers,
             n_head=2,
             use_cache=False,
             bos_token_id=0,
@@ -38,11 +38,16 @@ def make(name: str) -> nn.Module:
         return transformers.GPT2LMHeadModel(config)
     if name == "llama":
         config = transformers.LlamaConfig(
-            **SMALL, intermediate_size=24, max_position_embeddings=8, use_cache=False
+            **SMALL,
+            num_hidden_layers=n_layers,
+            intermediate_size=24,
+            max_position_embeddings=8,
+            use_cache=False,
         )
         return transformers.LlamaForCausalLM(config)
     config = transformers.BertConfig(
         **SMALL,
+        num_hidden_layers=n_layers,
         intermediate_size=24,
         max_position_embeddings=8,
         hidden_dropout_prob=0.0,
@@ -61,13 +66,13 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def train(
-    runs: list[tuple[str, Mesh, dict[str, Any]]],
+    runs: list[tuple[str, Mesh, dict[str, Any]]], n_layers: int = 3
 ) -> list[tuple[dict[str, Tensor], float, int]]:
     found = []
     with connect(transport="torch", timeout_seconds=100) as link:
         for name, mesh, options in runs:
             with Trainer(
-                make(name),
+                make(name, n_layers),
                 None,
                 partial(torch.optim.SGD, lr=0.1, momentum=0.9),
                 mesh=mesh,
@@ -101,7 +106,7 @@ def test_a_sharded_model_is_trained_as_a_plain_one() -> None:
     for place, name in enumerate(NAMES):
         (expected, loss, steps), *others = first[5 * place : 5 * place + 5]
         assert steps == 6  # 3 of each epoch
-        untrained = make(name).state_dict()
+        untrained = make(name, 3).state_dict()
         assert list(expected) == list(untrained)
         assert any((expected[key] - untrained[key]).abs().max() > 1e-3 for key in expected)
         for whole, own_loss, own_steps in others:
@@ -124,10 +129,10 @@ def test_a_sharded_model_is_trained_as_a_plain_one() -> None:
 @pytest.mark.timeout(300)
 def test_a_traced_model_in_stages_is_trained_as_a_plain_one() -> None:
     """GPT-2's embedding is in the first stage and, as the head, in the last."""
-    (plain,) = run_ranks(train, 1, [(name, Mesh(), {}) for name in NAMES], timeout_seconds=100)
+    plain = train([(name, Mesh(), {}) for name in NAMES], 2)
     options = {"pipeline": Pipeline("1F1B", n_microbatches=2, example=batches()[0])}
     staged = [(name, Mesh(pipe=2), options) for name in NAMES]
-    stages = run_ranks(train, 2, staged, timeout_seconds=240)
+    stages = run_ranks(train, 2, staged, 2, timeout_seconds=240)
     for place, (expected, loss, steps) in enumerate(plain):
         names: set[str] = set()
         for own, own_loss, own_steps in (rank[place] for rank in stages):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ConfigError, Mesh, Trainer, connect
+from scaledtrain import Mesh, Trainer, connect
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT
 from scaledtrain.models.gpt import next_token_loss
 from scaledtrain.parallel import FullyShard, Pipeline

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ConfigError, Mesh, ParameterServer, Strategy, Trainer, connect
+from scaledtrain import Mesh, ParameterServer, Strategy, Trainer, connect
 from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.comm.compress import TopK
 from scaledtrain.comm.protocols import Link
 from scaledtrain.comm.serving.event_log import read_events
+from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Transport
 from scaledtrain.replica import Updater
@@ -201,9 +202,9 @@ ENDS: dict[str, tuple[Callable[[], Strategy], list[Callback], dict[str, Any]]] =
     "callback of EASGD": (partial(EASGD, sync_every=2), [StopOn(1)], {}),
     "target": (ParameterServer, [StopAtTarget("loss", at_most=1e9)], {"eval_every": 3}),
     "seconds": (ParameterServer, [], {"max_seconds": 0.1}),
-    "local steps": (partial(AsyncLocalSGD, 4, proportional_steps=True), [], {"max_steps": 30}),
-    "gossip": (Gossip, [], {"max_steps": 30}),
-    "push-sum": (PushSum, [], {"max_steps": 30}),
+    "local steps": (partial(AsyncLocalSGD, 4, proportional_steps=True), [], {"max_steps": 14}),
+    "gossip": (Gossip, [], {"max_steps": 14}),
+    "push-sum": (PushSum, [], {"max_steps": 14}),
 }
 
 
@@ -248,7 +249,7 @@ def test_what_one_rank_wants_ends_the_run_of_all(transport: Transport) -> None:
     assert "max_seconds" in stopped_by["seconds"]
     assert stopped_by["local steps"] == ("max_steps", "max_steps")
     for name in ("local steps", "gossip", "push-sum"):
-        assert [rank[name][1:] for rank in ranks] == [(30, 30)] * 4
+        assert [rank[name][1:] for rank in ranks] == [(14, 14)] * 4
 
 
 REFUSED: dict[str, tuple[Callable[[], Strategy], str]] = {

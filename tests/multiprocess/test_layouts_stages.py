@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import Callback, ConfigError, Mesh, ParameterServer, Sync, Trainer, connect
+from scaledtrain import Callback, Mesh, ParameterServer, Sync, Trainer, connect
 from scaledtrain.comm.compress import PowerSGD, TopK
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT
 from scaledtrain.models.gpt import next_token_loss
 from scaledtrain.parallel import Pipeline

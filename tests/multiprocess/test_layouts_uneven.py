@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ConfigError, Mesh, Trainer, connect
+from scaledtrain import Mesh, Trainer, connect
+from scaledtrain.errors import ConfigError
 from scaledtrain.optim import LAMB, LARS
 from scaledtrain.parallel import FullyShard
 from tests.ranks import run_ranks

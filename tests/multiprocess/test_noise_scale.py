@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import BatchGrowth, ConfigError, Mesh, NoiseScale, Sync, Trainer, connect
+from scaledtrain import Mesh, NoiseScale, Sync, Trainer, connect
+from scaledtrain.batch_growth import BatchGrowth
+from scaledtrain.errors import ConfigError
 from scaledtrain.parallel import Pipeline
 from tests.ranks import run_ranks
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from scaledtrain import ConfigError, Precision
+from scaledtrain import Precision
 from scaledtrain.data.replica_loader import StepBatch
-from scaledtrain.errors import PeerLostError, WaitTimeoutError
+from scaledtrain.errors import ConfigError, PeerLostError, WaitTimeoutError
 from scaledtrain.loss_scale import DynamicScaler, LossScale
 from scaledtrain.parallel.pipeline import (
     SCHEDULES,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from scaledtrain.replay import Replayed, replay
 from scaledtrain.server.operations import Kind
 from scaledtrain.tasks import Task, accuracy
 from scaledtrain.train import run
-from tests.ranks import free_port, run_ranks
+from tests.ranks import Process, end_rank, free_port, run_ranks, start_rank
 
 
 class Net(nn.Sequential):
@@ -57,10 +55,10 @@ OWN = "model=tests.multiprocess.test_replay.Net"
 DATA = ["data=tests.multiprocess.test_replay.largest", "data.local_batch_size=32", "console=false"]
 CASES = {
     # An epoch is 29 batches, so that one worker has one less than the others.
-    "asgd": ["strategy=async", OWN, "max_steps=120", "data.local_batch_size=50"],
+    "asgd": ["strategy=async", OWN, "max_steps=60", "data.local_batch_size=50"],
     "everything": [
         "strategy=async", "strategy/correction=dc_asgd_adaptive", "optimizer=adamw",
-        "strategy.shards=2", "strategy.overlap=true", OWN, "max_steps=90",
+        "strategy.shards=2", "strategy.overlap=true", OWN, "max_steps=60",
     ],
     "time": [  # ends when one worker has trained for long enough
         "strategy=async", "strategy/admission=stale_synchronous", "strategy.overlap=true",
@@ -109,8 +107,8 @@ def test_runs_of_three_processes_are_made_again_bit_for_bit(tmp_path: Path) -> N
         replayed[name] = replay(tmp_path / name)
         assert replayed[name].equal, name
         assert replayed[name].workers == 3
-    assert replayed["asgd"].accepted == 120
-    assert replayed["everything"].accepted == 90
+    assert replayed["asgd"].accepted == 60
+    assert replayed["everything"].accepted == 60
     assert replayed["backup"].accepted == 2 * 40
     # 42 steps of each are 8 rounds of 5, and one of 2 that ends with the run.
     assert replayed["local"].accepted == 3 * 9
@@ -147,27 +145,15 @@ def train_until_told(folder: str) -> None:
         run(compose(overrides), link, Path(folder, "run"), callbacks=[stop])
 
 
-def launch(folder: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
-    code = f"from tests.multiprocess.test_replay import train_until_told as f; f({str(folder)!r})"
-    environment = {
-        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-        "SCALEDTRAIN_RANK": str(rank),
-        "SCALEDTRAIN_WORLD_SIZE": "3",
-        "SCALEDTRAIN_MASTER_ADDR": "127.0.0.1",
-        "SCALEDTRAIN_MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    with (folder / f"rank-{rank}").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stderr=output, stdout=output
-        )
-
-
 def test_a_run_in_which_one_worker_was_killed_and_came_back_and_one_died(tmp_path: Path) -> None:
-    port = free_port()
-    ranks = [launch(tmp_path, rank, port) for rank in range(3)]
+    port, numbers = free_port(), itertools.count()
     log = tmp_path / "run" / "events.bin"
+
+    def launch(rank: int) -> Process:
+        folder = tmp_path / f"process-{next(numbers)}"
+        return start_rank(train_until_told, rank, 3, port, folder, str(tmp_path))
+
+    ranks = [launch(rank) for rank in range(3)]
 
     def has_pushed(worker: int, attempt: int) -> bool:
         """Whether the worker's process of that number has."""
@@ -188,9 +174,8 @@ def test_a_run_in_which_one_worker_was_killed_and_came_back_and_one_died(tmp_pat
 
     try:
         wait_until_pushed(2, 0)
-        ranks[2].send_signal(signal.SIGKILL)
-        ranks[2].wait()
-        ranks[2] = launch(tmp_path, 2, port)
+        end_rank(ranks[2])
+        ranks[2] = launch(2)
         wait_until_pushed(2, 1)
         ranks[1].send_signal(signal.SIGKILL)
         ranks[1].wait()
@@ -198,7 +183,5 @@ def test_a_run_in_which_one_worker_was_killed_and_came_back_and_one_died(tmp_pat
         assert [rank.wait(60) for rank in ranks] == [0, -signal.SIGKILL, 0]
     finally:
         for rank in ranks:
-            rank.kill()
-            rank.wait()
-    replayed = replay(tmp_path / "run")
-    assert replayed.equal, (tmp_path / "rank-0").read_text()
+            end_rank(rank)
+    assert replay(tmp_path / "run").equal

@@ -23,12 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scaledtrain
-from scaledtrain import Asynchronous, ConfigError, ParameterServer, Replica, connect
+from scaledtrain import ParameterServer, Replica, connect
 from scaledtrain.comm.protocols import Store
 from scaledtrain.comm.serving.event_log import Event, read_events
+from scaledtrain.command_line import compose
+from scaledtrain.config import check
+from scaledtrain.errors import ConfigError
 from scaledtrain.rendezvous import Transport
 from scaledtrain.server import (
     AdaptiveDelayCompensated,
+    Asynchronous,
     BackupWorkers,
     Dana,
     Ringmaster,
@@ -38,7 +42,8 @@ from scaledtrain.server import (
     Synchronous,
 )
 from scaledtrain.server.operations import Kind, apply
-from tests.ranks import free_port, run_ranks
+from scaledtrain.train import choose_run_dir, join, run
+from tests.ranks import end_rank, free_port, run_ranks, start_rank
 
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -172,7 +177,7 @@ def outlive_all(transport: Transport, name: str, seed: int) -> dict[str, Any]:
     victims = [3, 1] if shards == 2 else [3, 2, 1]
     if rank in victims:
         Fuse(seed + rank, 0.3 * victims.index(rank), 0.3 * victims.index(rank) + 0.6)
-    end = time.monotonic() + 2.5
+    end = time.monotonic() + 1.8
     while time.monotonic() < end:
         assert strategy.before_forward()
         x = torch.randn(8, 20)
@@ -287,7 +292,7 @@ def stop_old_work(transport: Transport) -> dict[str, Any]:
             F.mse_loss,
             PLAIN,
             strategy=ParameterServer(Ringmaster(delay_threshold=2, stop=True)),
-            slowdown=scaledtrain.Slowdown({1: 50.0}, min_compute_seconds=0.02),
+            slowdown=scaledtrain.schedule.Slowdown({1: 50.0}, min_compute_seconds=0.02),
             console=False,
             link=link,
         )
@@ -313,7 +318,34 @@ def test_overlap_is_refused_where_it_could_not_work() -> None:
         ParameterServer(shards=2).attach(Replica(net(), SGD), link)
 
 
-def launch(folder: Path, rank: int, port: int, *command: str) -> subprocess.Popen[bytes]:
+def asynchronous(folder: Path) -> list[str]:
+    """Arguments of the training command."""
+    return [
+        "data=tests.tasks.signs", "data.local_batch_size=32", "strategy=async", "max_steps=null",
+        "max_seconds=100", "slowdown.min_compute_seconds=0.01", "log_every=5", "console=false",
+        f"run_dir={folder / 'run'}", "timeout_seconds=30",
+    ]  # fmt: skip
+
+
+class StopWhenTold(scaledtrain.Callback):
+    """End the run as soon as there is a file of that name."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def on_step_end(self, trainer: scaledtrain.Trainer) -> None:
+        if self._file.exists():
+            trainer.stop()
+
+
+def train_until_told(folder: Path) -> None:
+    logging.basicConfig(level=logging.WARNING)
+    config = check(compose(asynchronous(folder)))
+    with join(config) as link:
+        run(config, link, choose_run_dir(config, link), callbacks=[StopWhenTold(folder / "end")])
+
+
+def launch_torchrun(folder: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
     environment = {
         **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
         "SCALEDTRAIN_RANK": str(rank),
@@ -323,16 +355,11 @@ def launch(folder: Path, rank: int, port: int, *command: str) -> subprocess.Pope
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    arguments = [
-        "-m", "scaledtrain.train", "data=tests.tasks.signs", "data.local_batch_size=32",
-        "strategy=async", "max_steps=null", "max_seconds=14",
-        "slowdown.min_compute_seconds=0.01", "log_every=5", "console=false",
-        f"run_dir={folder / 'run'}", "timeout_seconds=30",
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--max-restarts",
+        "2", "--master-port", str(free_port()), "-m", "scaledtrain.train", *asynchronous(folder),
     ]  # fmt: skip
-    with (folder / f"rank-{rank}").open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, *command, *arguments], env=environment, stderr=output, stdout=output
-        )
+    return subprocess.Popen(command, env=environment)
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
@@ -343,35 +370,34 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) 
 
 
 @pytest.mark.slow
-def test_a_killed_worker_comes_back_under_its_own_torchrun(tmp_path: Path) -> None:
+def test_a_killed_worker_comes_back_under_its_own_torchrun(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Three ranks launched one by one; torchrun starts the killed one again."""
     port = free_port()
-    torchrun = [
-        "-m", "torch.distributed.run", "--nproc-per-node", "1", "--max-restarts", "2",
-        "--master-port", str(free_port()),
-    ]  # fmt: skip
-    ranks = [launch(tmp_path, rank, port) for rank in (0, 1)]
-    ranks.append(launch(tmp_path, 2, port, *torchrun))
+    torchrun = launch_torchrun(tmp_path, 2, port)
+    ranks = [
+        start_rank(train_until_told, rank, 3, port, tmp_path / f"rank-{rank}", tmp_path)
+        for rank in (0, 1)
+    ]
     metrics = tmp_path / "run" / "metrics-rank2.jsonl"
     try:
         wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "rank 2 began")
-        (child,) = [
-            int(pid)
-            for pid in Path(f"/proc/{ranks[2].pid}/task/{ranks[2].pid}/children")
-            .read_text()
-            .split()
-        ]
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text()
+        (child,) = map(int, children.split())
         os.kill(child, signal.SIGKILL)
         first_life = metrics.read_text().count("\n")
-        assert [rank.wait(90) for rank in ranks] == [0, 0, 0]
+        wait_until(lambda: metrics.read_text().count("\n") > first_life, "rank 2 came back")
+        (tmp_path / "end").touch()
+        assert [process.wait(90) for process in (*ranks, torchrun)] == [0, 0, 0]
     finally:
+        torchrun.kill()
+        torchrun.wait()
         for rank in ranks:
-            rank.kill()
-            rank.wait()
-    told = (tmp_path / "rank-0").read_text()
+            end_rank(rank)
+    told = capfd.readouterr().err
     assert "worker 2 is lost, and the other 2 go on without it" in told
     assert "worker 2 is back" in told
-    assert metrics.read_text().count("\n") > first_life
     events = list(read_events(tmp_path / "run" / "events.bin"))
     of_two = [e.operation.kind for e in events if e.operation.worker == 2]
     back = of_two.index(Kind.ADD)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import ConfigError, Trainer, connect
+from scaledtrain import Trainer, connect
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data import Column, Mixture, ShardedDataset, ShardedLoader, ShardWriter
+from scaledtrain.errors import ConfigError
 from scaledtrain.sim import Cluster, Constant, Nic, Topology, Wire, simulate
 from tests.ranks import run_ranks
 

@@ -432,6 +432,7 @@ def test_every_rank_gets_the_sum_in_the_order_of_ranks(world_size: int, n_rounds
     assert max(result["seconds"] for result in ranks) < 0.3 * n_rounds
 
 
+@pytest.mark.alone
 def test_a_late_rank_is_seen_as_waiting_by_the_others() -> None:
     punctual, late = run_ranks(time_spent, 2)
     assert punctual["waiting"] > 0.25

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ClusterError, ConfigError, DropCompute, Replica, Sync, Trainer, connect
+from scaledtrain import DropCompute, Replica, Sync, Trainer, connect
 from scaledtrain.comm.compress import (
     BF16,
     FP16,
@@ -23,6 +23,7 @@ from scaledtrain.comm.compress import (
     TopK,
     compressed,
 )
+from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Connection, Transport
 from tests.ranks import run_ranks

@@ -51,9 +51,9 @@ class TestInterval:
 CLIPPED = ["max_grad_norm=1.0"]
 SHARDED = ["data=sharded", "data.path=x"]
 HAVING = {
-    "lr_schedule.warmup=0": ["lr_schedule=gradual_warmup"],
-    "lr_schedule.pct_start=0.0": ["lr_schedule=warmup_cosine"],
-    "lr_schedule=null": ["lr_schedule=cosine"],
+    "lr_scheduler.warmup=0": ["lr_scheduler=gradual_warmup"],
+    "lr_scheduler.pct_start=0.0": ["lr_scheduler=warmup_cosine"],
+    "lr_scheduler=null": ["lr_scheduler=cosine"],
     "lr_scaling.rule=none": ["lr_scaling.rule=linear"],
     "optimizer=sgd": ["optimizer=lars", "optimizer.lr=8.0", "optimizer.trust_coefficient=0.002"],
     "optimizer=adamw": ["optimizer=lamb"],
@@ -104,10 +104,10 @@ class TestComponents:
         ("experiment", "names"),
         [
             ("digits_mlp", ["momentum"]),
-            ("digits_convnet", ["lr_schedule", "weight_decay"]),
-            ("digits_large_batch", ["warmup", "lr_schedule", "lr_scaling", "momentum",
+            ("digits_convnet", ["lr_scheduler", "weight_decay"]),
+            ("digits_large_batch", ["warmup", "lr_scheduler", "lr_scaling", "momentum",
                                     "weight_decay", "decay_of_matrices_only", "zero_gamma"]),
-            ("stdlib_gpt", ["warmup", "lr_schedule", "weight_decay", "clipping",
+            ("stdlib_gpt", ["warmup", "lr_scheduler", "weight_decay", "clipping",
                             "tied_embedding"]),
         ],
     )  # fmt: skip

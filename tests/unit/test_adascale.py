@@ -11,16 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import (
-    BatchGrowth,
-    Callback,
-    ConfigError,
-    LocalSGD,
-    NoiseScale,
-    Strategy,
-    Trainer,
-)
+from scaledtrain import Callback, LocalSGD, NoiseScale, Strategy, Trainer
+from scaledtrain.batch_growth import BatchGrowth
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
 from scaledtrain.optim import AdaScale, GradientNoise, WarmupDecay, adascale_gain
 from scaledtrain.sim import Cluster, Constant, Nic, Topology, Wire, simulate
 from tests.worlds import World

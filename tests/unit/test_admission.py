@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Updater
 from scaledtrain.server import (
     Admission,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from scaledtrain import ConfigError, Trainer, connect
+from scaledtrain import Trainer, connect
 from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.errors import ConfigError
 from scaledtrain.strategies import AsyncLocalSGD
 from scaledtrain.strategies.round import Round
 from tests.worlds import Value, Worker, World

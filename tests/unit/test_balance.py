@@ -16,21 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import (
-    Callback,
-    ConfigError,
-    LocalSGD,
-    ParameterServer,
-    Slowdown,
-    Strategy,
-    Sync,
-    Trainer,
-    simulate,
-)
+from scaledtrain import Callback, LocalSGD, ParameterServer, Strategy, Sync, Trainer, simulate
 from scaledtrain.balance import Auto, Balance, Even, Fixed
 from scaledtrain.balance.agree import OnBoard
 from scaledtrain.balance.shares import Cost
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
+from scaledtrain.schedule import Slowdown
 from scaledtrain.server import Synchronous
 from scaledtrain.sim import Cluster, Constant, SlowWorkers, Topology, Wire
 from scaledtrain.strategies import AsyncLocalSGD, DiLoCo

@@ -18,13 +18,13 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from scaledtrain import ConfigError
 from scaledtrain.balance import Balance, Fixed
 from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.data import Column, Ragged, ShardedDataset, ShardedLoader, ShardWriter
 from scaledtrain.data.cut import cut, join
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.errors import ConfigError
 from scaledtrain.timeline import Timeline
 
 N = 46  # samples, in batches of 4: 12, the last of 2; a step of 3 ranks has 12, the last 10
@@ -187,9 +187,9 @@ def test_accumulation_pieces_and_limits() -> None:
     ]
     assert [x for step in firsts for x in samples(step)] == list(range(32))
     assert [step.sizes for step in firsts] == [[4, 4, 4], [4, 4, 4], [2, 2], [2, 2]]
-    limited = BalancedLoader(loader, balancer(Fixed([3, 1], max_local_batch=2), 2))
+    limited = BalancedLoader(loader, balancer(Fixed([3, 1], max_local_batch_size=2), 2))
     assert next(limited.epoch(0)).sizes == [2, 2, 2]  # 6 of 8
-    wide = BalancedLoader(loader, balancer(Fixed([3, 1], max_local_batch=64), 2))
+    wide = BalancedLoader(loader, balancer(Fixed([3, 1], max_local_batch_size=64), 2))
     assert next(wide.epoch(0)).sizes == [6]
 
 

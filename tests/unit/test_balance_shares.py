@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaledtrain import ConfigError
 from scaledtrain.balance import Auto, Even, Fixed
 from scaledtrain.balance.shares import Cost, apportion, even, quickest, step_seconds
+from scaledtrain.errors import ConfigError
 
 COSTS = st.lists(
     st.builds(Cost, st.floats(0.0, 10.0), st.floats(0.01, 10.0)), min_size=1, max_size=8
@@ -111,7 +111,7 @@ def test_a_gain_that_is_too_small_changes_nothing() -> None:
         (lambda: Fixed([1.0, 0.0]), r"\[1.0, 0.0\]; it has a number > 0"),
         (lambda: Fixed([1.0, float("nan")]), "a number > 0"),
         (lambda: Fixed([1, 2, 3]).first(2, 8), "3 numbers .* but there are 2 replicas"),
-        (lambda: Fixed([1], max_local_batch=0), "max_local_batch is 0"),
+        (lambda: Fixed([1], max_local_batch_size=0), "max_local_batch_size is 0"),
         (lambda: Auto(every=0), "every is 0"),
         (lambda: Auto(every=5), "measured is 10, but there are only 5 steps"),
         (lambda: Auto(damping=0.0), r"damping is 0.0; it is in \(0, 1\]"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import overhead
+from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     README,
     RESULTS,
@@ -42,7 +45,7 @@ WHERE: dict[str, Any] = {
     "system": "Linux x86_64",
     "python": "3.12.0",
     "versions": {"torch": "2.13.0", "missing": None},
-    "settings": {},
+    "settings": {"threads": 1},
 }
 
 
@@ -140,12 +143,14 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path, WHERE)
     for measurement in three_rounds():
         folder.add(measurement)
-    folder.add_command("python -m benchmarks.overhead")
+    folder.add_command("python -m benchmarks.overhead", {"rounds": 5})
     assert folder.path.name == "2026-01-02-abc1234"
     assert folder.read(Measurement) == three_rounds()
     assert folder.environment() == WHERE
+    assert (folder.path / "config.jsonl").read_text() == '{"threads": 1, "rounds": 5}\n'
     assert sorted(f.name for f in folder.path.iterdir()) == [
         "command.txt",
+        "config.jsonl",
         "environment.json",
         "raw.jsonl",
     ]
@@ -221,7 +226,7 @@ def test_readme_is_regenerated_from_the_newest_results_and_checked(
     assert "No results are stored yet." in readme.read_text()
     assert report.check() == 0
 
-    folder = report.open(WHERE)
+    folder = report.open(WHERE, {})
     for measurement in three_rounds():
         folder.add(measurement)
     assert report.check() == 1
@@ -231,6 +236,46 @@ def test_readme_is_regenerated_from_the_newest_results_and_checked(
     assert report.check() == 0
 
 
+def test_a_command_stores_its_records_with_what_its_options_came_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- overhead:begin -->\n<!-- overhead:end -->\n")
+    report = replace(overhead.REPORT, readme=readme, results=tmp_path / "results")
+    asked: list[tuple[int, bool]] = []
+
+    def measure(before: Sequence[Measurement], is_quick: bool) -> list[Measurement]:
+        asked.append((len(before), is_quick))
+        return three_rounds()
+
+    def command(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["overhead", *arguments])
+        parser = command_line("overhead", "", "little", rounds=3)
+        add_some(parser, "workers", {"1": 1, "2": 2})
+        parser.add_argument("--work", help=argparse.SUPPRESS)
+        options = parser.parse_args(arguments)
+        return carry_out(options, report, ("torch",), {"threads": 1}, measure)
+
+    assert command("--quick") == 0
+    assert "| ours | 0.250 |" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+    assert command("--check") == 1  # not even "No results are stored yet."
+    assert command() == command("--rounds", "2") == 0
+    assert asked == [(0, True), (0, False), (6, False)]
+    (folder,) = (tmp_path / "results" / "overhead").iterdir()
+    assert (folder / "command.txt").read_text().splitlines() == [
+        "python -m benchmarks.overhead",
+        "python -m benchmarks.overhead --rounds 2",
+    ]
+    configs = [json.loads(line) for line in (folder / "config.jsonl").read_text().splitlines()]
+    both = {"threads": 1, "workers": [1, 2]}
+    assert configs == [{**both, "rounds": 3}, {**both, "rounds": 2}]
+    where = json.loads((folder / "environment.json").read_text())
+    assert where["versions"] == {"torch": torch.__version__}
+    assert where["cpu"]
+    assert command("--check") == 0
+
+
 def test_a_picture_lies_beside_the_results_and_is_shown(tmp_path: Path) -> None:
     def draw(records: Sequence[Measurement], path: Path) -> None:
         path.write_text(f"a picture of {len(records)}")
@@ -238,7 +283,7 @@ def test_a_picture_lies_beside_the_results_and_is_shown(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- overhead:begin -->\n<!-- overhead:end -->\n")
     report = replace(overhead.REPORT, readme=readme, results=tmp_path / "results", draw=draw)
-    folder = report.open(WHERE)
+    folder = report.open(WHERE, {})
     folder.add(measured("careful", 1.0))
     report.write()
     assert "![overhead](results/overhead/2026-01-02-abc1234/picture.png)" in readme.read_text()

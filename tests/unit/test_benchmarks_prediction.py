@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import prediction as bench
 from benchmarks.prediction import MESSAGE_BYTES, Machine, Prediction, durations, error, rate, render
-from scaledtrain import Slowdown
+from scaledtrain.schedule import Slowdown
 from tests.unit.test_benchmarks import WHERE
 
 

@@ -27,7 +27,7 @@ from benchmarks.workers import (
     rates,
     slowdown,
 )
-from scaledtrain import Slowdown
+from scaledtrain.schedule import Slowdown
 from tests.unit.test_benchmarks import WHERE
 
 SLEPT = ("slept", 2)

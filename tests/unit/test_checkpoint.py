@@ -23,11 +23,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from scaledtrain import Callback, Checkpointing, ConfigError, Preempted, Trainer
+from scaledtrain import Callback, Checkpointing, Trainer
+from scaledtrain.checkpoint import Preempted
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, load_rank
 from scaledtrain.checkpoint.tensor_file import DTYPES, write_tensors
 from scaledtrain.checkpoint.tree import flatten, restore
+from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted
 from tests.checkpoints import ADAMW, data, fit, loader, steps, trainer
 

@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import pytest
 
-from scaledtrain import CheckpointError, Checkpointing
+from scaledtrain import Checkpointing
 from scaledtrain.checkpoint.folder import MANIFEST, Manifest, clean, prune, saved_steps
+from scaledtrain.errors import CheckpointError
 from tests.checkpoints import fit, loader, steps, trainer
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from scaledtrain import Checkpointing, ConfigError, Trainer
+from scaledtrain import Checkpointing, Trainer
 from scaledtrain.checkpoint.export import export, model_state, newest_intact
 from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, files_of
@@ -24,6 +24,7 @@ from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.checkpoints import run
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.errors import ConfigError
 from scaledtrain.rendezvous import connect
 from scaledtrain.train import run as train
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from scaledtrain import ConfigError, Slowdown, compare, connect
+from scaledtrain import compare, connect
 from scaledtrain.config import Target
+from scaledtrain.errors import ConfigError
 from scaledtrain.report.comparison import Comparison, conclusion, expectation, main, report, table
 from scaledtrain.report.runs import RunLog, read_run
 from scaledtrain.report.summary import Goal, Summary, equally_spaced, summarise
+from scaledtrain.schedule import Slowdown
 from tests.run_folders import evaluation, step_record, write
 
 

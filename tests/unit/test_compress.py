@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scaledtrain import ConfigError
 from scaledtrain.comm.compress import (
     BF16,
     FP16,
@@ -26,6 +25,7 @@ from scaledtrain.comm.compress import (
 )
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Handle, ReduceOp
+from scaledtrain.errors import ConfigError
 
 CODECS: list[Codec] = [FP16(), BF16(), TopK(0.3), TopK(1.0), Sign()]
 WITH_FEEDBACK: list[Codec] = [TopK(0.01), TopK(0.3), Sign()]

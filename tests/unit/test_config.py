@@ -49,7 +49,8 @@ from pathlib import Path
 
 import torch
 
-from scaledtrain import Asynchronous, Sync
+from scaledtrain.server import Asynchronous
+from scaledtrain import Sync
 from scaledtrain.tasks import Task
 
 
@@ -233,7 +234,7 @@ def test_a_value_that_needs_quotes_is_told_how() -> None:
         ),
         (["optimizer.lr=-1"], ["optimizer SGD: Invalid learning rate: -1"]),
         (["strategy=streaming_diloco", "strategy.fragments=9"], ["fragments is 9", "only 4 "]),
-        (["lr_schedule=cosine", "max_steps=null"], ["needs T_max", "set one"]),
+        (["lr_scheduler=cosine", "max_steps=null"], ["needs T_max", "set one"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )
@@ -472,7 +473,7 @@ class TestOwnClasses:
 def test_the_learning_rate_follows_the_run_also_when_it_is_given_in_epochs(
     link: Connection,
 ) -> None:
-    overrides = ["lr_schedule=cosine", "max_epochs=2", "data.local_batch_size=512", *SMALL]
+    overrides = ["lr_scheduler=cosine", "max_epochs=2", "data.local_batch_size=512", *SMALL]
     trainer, train, _ = build(compose(overrides), link)
     assert trainer.fit(train, max_epochs=1).step == 3  # 1,437 samples / 512
     assert trainer.strategy.learning_rate == pytest.approx(0.05)  # half of 6 updates: half of 0.1

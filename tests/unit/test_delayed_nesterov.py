@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.optim import DelayedNesterov
 
 

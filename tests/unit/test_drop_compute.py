@@ -12,21 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import (
-    ConfigError,
-    DropCompute,
-    ParameterServer,
-    Precision,
-    Slowdown,
-    Strategy,
-    Sync,
-    Trainer,
-    choose_threshold,
-)
+from scaledtrain import DropCompute, ParameterServer, Precision, Strategy, Sync, Trainer
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
 from scaledtrain.data.replica_loader import StepBatch
-from scaledtrain.schedule import Computed, MicrobatchLoop, Pace
+from scaledtrain.drop_compute import choose_threshold
+from scaledtrain.errors import ConfigError
+from scaledtrain.schedule import Computed, MicrobatchLoop, Pace, Slowdown
 
 
 class Clock:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import Checkpointing, ConfigError, LocalSGD, Mesh, Trainer
+from scaledtrain import Checkpointing, LocalSGD, Mesh, Trainer
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import compose
 from scaledtrain.config import BatchSizes, check
 from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.batches import share_out
 from scaledtrain.ranks import RankInfo, meet
 from scaledtrain.sim import Cluster, Gamma, Topology, Wire, simulate

@@ -196,7 +196,7 @@ def test_what_deepspeed_cannot_do_is_refused(options: dict[str, Any], message: s
         ({"gradient_clipping": 1.0}, {"max_grad_norm": 0.5}, "says 1.0 .* max_grad_norm=0.5"),
         ({"zero_optimization": {"stage": 1}}, {"zero_stage": 3}, "says 1 .* engine.zero_stage=3"),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled=True .* precision=fp32"),
-        ({"scheduler": {"type": "WarmupLR"}}, {}, "lr_schedule"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "lr_scheduler"),
         ({"zero_optimisation": {}}, {}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"mics_shard_size": 2}}, {}, "say mesh.shard"),
         (

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from scaledtrain import Callback, ConfigError, ParameterServer, Strategy, Trainer
+from scaledtrain import Callback, ParameterServer, Strategy, Trainer
+from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
 
 BATCHES = [(torch.ones(4, 2), torch.ones(4, 1))] * 2

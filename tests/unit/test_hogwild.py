@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from scaledtrain import Callback, ConfigError, Trainer, connect
+from scaledtrain import Callback, Trainer, connect
 from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.errors import ConfigError
 from scaledtrain.strategies import Hogwild
 from tests.worlds import Value, Worker, World
 

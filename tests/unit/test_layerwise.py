@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.optim import LAMB, LARS, KahanCompensation, MasterWeights, WideStep, layerwise
 from tests.worlds import World
 
@@ -144,20 +144,26 @@ def trained(
     return [p.detach() for p in parameters]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("foreach", [None, True])
 @pytest.mark.parametrize(("make", "oracle", "options"), CASES)
 def test_steps_are_those_of_the_formula(
-    make: Make, oracle: Callable[..., Arrays], options: dict[str, Any], foreach: bool | None
+    make: Make,
+    oracle: Callable[..., Arrays],
+    options: dict[str, Any],
+    foreach: bool | None,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
-    weights, gradients = data()
+    weights, gradients = data(dtype)
     got = trained(make, weights, gradients, foreach=foreach, **options)
     expected = oracle(
-        [w.numpy().copy() for w in weights],
-        [[g.numpy() for g in gs] for gs in gradients],
+        [w.double().numpy() for w in weights],
+        [[g.double().numpy() for g in gs] for gs in gradients],
         **options,
     )
     for ours, theirs in zip(got, expected, strict=True):
-        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_two_steps_of_lars_by_hand() -> None:

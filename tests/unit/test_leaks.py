@@ -76,6 +76,27 @@ def test_a_file_in_shared_memory_is_a_leak_unless_another_process_uses_it() -> N
         print(file=other.stdin, flush=True)
 
 
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no /dev/shm here")
+def test_a_semaphore_of_another_process_is_no_leak_of_this_one() -> None:
+    code = (
+        "import multiprocessing; input(); "
+        "s = multiprocessing.get_context('spawn').Semaphore(); print(s._semlock.name); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdin
+        assert other.stdout
+        with nothing_left_behind(0.1):
+            print(file=other.stdin, flush=True)
+            name = other.stdout.readline().strip().removeprefix("/")
+            assert (SHARED_MEMORY / f"sem.{name}").exists()
+        print(file=other.stdin, flush=True)
+
+
 def test_a_process_group_is_a_leak_and_is_destroyed(tmp_path: Path) -> None:
     with pytest.raises(Leak, match=r"torch\.distributed"), nothing_left_behind():
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)

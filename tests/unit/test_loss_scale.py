@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from scaledtrain import ConfigError, NonFiniteLossError, Replica
+from scaledtrain import Replica
+from scaledtrain.errors import ConfigError, NonFiniteLossError
 from scaledtrain.loss_scale import DynamicScaler, LossScale
 
 

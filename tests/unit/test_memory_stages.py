@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import ConfigError, Mesh, Sync, estimate_memory
+from scaledtrain import Mesh, Sync, estimate_memory
+from scaledtrain.errors import ConfigError
 from scaledtrain.memory.budget import SmallestBudget
 from scaledtrain.memory.estimate import MemoryEstimate
 from scaledtrain.parallel import Pipeline

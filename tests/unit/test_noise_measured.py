@@ -17,19 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import (
-    BatchGrowth,
-    Callback,
-    ConfigError,
-    LocalSGD,
-    NoiseScale,
-    ParameterServer,
-    Strategy,
-    Sync,
-    Trainer,
-)
+from scaledtrain import Callback, LocalSGD, NoiseScale, ParameterServer, Strategy, Sync, Trainer
 from scaledtrain.balance import Fixed
+from scaledtrain.batch_growth import BatchGrowth
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import ConfigError
 from scaledtrain.optim import LearningRateScaling
 from scaledtrain.replica import Updater
 from scaledtrain.sim import Cluster, Constant, Nic, Topology, Wire, simulate

@@ -1,30 +1,55 @@
 """The wheel holds what an installation needs: the package, its types, the configs, the extras."""
 
+import json
+import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
+
+import scaledtrain
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
 
+TEMPLATES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "scaledtrain").rglob("*.html")}
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
+    """What ``python -m build`` makes: the source distribution, and the wheel out of that."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    assert len(list(folder.glob("scaledtrain-*.tar.gz"))) == 1
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh one with the wheel; the packages that it needs are those of the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    install = ["install", "--no-index", "--no-deps", "--quiet", wheel]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", folder / "bin/python", *install],
+        check=True,
+        timeout=100,
+    )
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A folder in a .pth file is searched, but .pth files therein are not read: a checkout that is
+    # installed for development is not found.
+    paths = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (site / "needed.pth").write_text("\n".join(paths))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +76,7 @@ def test_the_wheel_holds_every_config_inside_the_package(files: set[str]) -> Non
 
 def test_the_wheel_holds_every_module_and_the_marker_of_typed_packages(files: set[str]) -> None:
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "scaledtrain").rglob("*.py")}
-    assert modules | {"scaledtrain/py.typed", "scaledtrain/report/timeline.html"} <= files
+    assert modules | {*TEMPLATES, "scaledtrain/py.typed"} <= files
 
 
 def test_the_wheel_holds_nothing_but_the_package_and_its_metadata(files: set[str]) -> None:
@@ -85,16 +110,40 @@ def test_the_core_needs_few_other_packages(metadata: Message) -> None:
     }
 
 
-def test_an_installed_package_finds_its_configs_beside_itself(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import importlib.resources, scaledtrain\n"
-        "configs = importlib.resources.files(scaledtrain) / 'configs'\n"
-        "print(scaledtrain.__file__, configs.is_dir())"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    assert shown.stdout.split() == [str(tmp_path / "scaledtrain/__init__.py"), str(bool(CONFIGS))]
+def test_the_citation_names_what_the_package_is(metadata: Message) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"]
+    assert citation["title"] == metadata["Name"]
+    assert citation["version"] == metadata["Version"] == scaledtrain.__version__
+    assert citation["license"] == metadata["License-Expression"]
+    assert citation["authors"] == [{"name": metadata["Author"]}]
+    assert f"## [{metadata['Version']}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_main_job_runs_where_it_is_installed_outside_of_the_checkout(
+    environment: Path, tmp_path: Path
+) -> None:
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str) -> str:
+        ran = subprocess.run(
+            [environment / "bin" / command[0], *command[1:]],
+            cwd=tmp_path,
+            env=own,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    said = run("python", "-c", "import scaledtrain; print(scaledtrain.__file__)")
+    assert Path(said.strip()).is_relative_to(environment)
+    options = ["workers=2", "max_steps=20", "strategy=async", "trace=true", "run_dir=run"]
+    assert "ended at step 20" in run("scaledtrain", "train", *options)
+    told = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert told["environment"]["world_size"] == 2
+    assert told["environment"]["commit"] is None
+    run("scaledtrain", "report", "run")
+    assert (tmp_path / "run" / "report.html").stat().st_size > 100_000  # with Bokeh's script

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import ConfigError, DiLoCo, LocalSGD, Replica, connect
+from scaledtrain import DiLoCo, LocalSGD, Replica, connect
+from scaledtrain.errors import ConfigError
 from scaledtrain.strategies import SlowMo
 from scaledtrain.strategies.outer import split_by_bytes
 

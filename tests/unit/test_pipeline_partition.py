@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT, next_token_loss
 from scaledtrain.parallel.pipeline import (
     Cut,

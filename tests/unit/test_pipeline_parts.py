@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT, MLP, ConvNet, next_token_loss
 from scaledtrain.parallel.pipeline import (
     Cut,

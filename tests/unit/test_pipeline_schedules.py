@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from scaledtrain import ConfigError
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline import (
     SCHEDULES,
     Action,

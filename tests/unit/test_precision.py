@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaledtrain import ConfigError, Precision, Replica, Trainer
+from scaledtrain import Precision, Replica, Trainer
+from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.loss_scale import LossScale
 from tests.contract.training import (

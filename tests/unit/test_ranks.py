@@ -276,14 +276,14 @@ def test_a_fork_server_that_was_killed_says_so_and_is_replaced(
 ) -> None:
     monkeypatch.setattr(ranks, "ForkServer", partial(ForkServer, []))
     monkeypatch.setitem(ranks._servers, 0, server)
-    assert ranks._server(0) is server
+    assert ranks.fork_server(0) is server
     os.kill(server._process.pid, signal.SIGKILL)
     with pytest.raises(ConnectionError):
         server.fork({}, "")
     assert not server.is_alive()
     run_ranks(prints, 1)
-    assert ranks._server(0) is not server
-    ranks._server(0).close()
+    assert ranks.fork_server(0) is not server
+    ranks.fork_server(0).close()
 
 
 def test_an_answer_that_nobody_waited_for_is_not_taken_for_another(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaledtrain import ConfigError, Precision, Trainer
+from scaledtrain import Precision, Trainer
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT
 from scaledtrain.recompute import (
     CheckpointEvery,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.recompute import (
     CheckpointEvery,
     CheckpointPolicy,

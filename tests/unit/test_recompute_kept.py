@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.recompute import MemoryBudget, checkpoint_activations
 from scaledtrain.recompute.apart import peak_bytes
 from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results

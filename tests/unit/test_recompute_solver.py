@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.chain import Block, Chain, Way
 from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, every
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes

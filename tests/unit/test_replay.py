@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from scaledtrain import ConfigError, Replica, cli, connect
+from scaledtrain import Replica, cli, connect
 from scaledtrain.comm.serving.event_log import Event, EventLog, read_events
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
-from scaledtrain.errors import ReplayError
+from scaledtrain.errors import ConfigError, ReplayError
 from scaledtrain.replay import Push, replay
 from scaledtrain.replay.command import HEADER, Prompt, ReplayConfig, Table, row, verdict
 from scaledtrain.replay.history import History
@@ -205,7 +205,7 @@ class TestSimulated:
             ["strategy/admission=ringmaster", "strategy.admission.stop=true",
              "strategy.admission.delay_threshold=2"],
             ["strategy/correction=dana", "optimizer=plain_sgd", "strategy/admission=softsync"],
-            ["strategy/admission=synchronous", "lr_schedule=cosine"],
+            ["strategy/admission=synchronous", "lr_scheduler=cosine"],
         ],
     )  # fmt: skip
     def test_they_are_replayed_like_real_ones(self, tmp_path: Path, overrides: list[str]) -> None:

@@ -17,8 +17,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from scaledtrain import ConfigError
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, count_samples
+from scaledtrain.errors import ConfigError
 
 
 def numbers(n: int) -> TensorDataset:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.report.command import main
 from scaledtrain.report.differences import differences, read_config
 from scaledtrain.report.findings import findings, rank_rows

@@ -14,20 +14,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from scaledtrain import (
-    Callback,
-    CheckpointError,
-    Checkpointing,
-    ConfigError,
-    LocalSGD,
-    ParameterServer,
-    Trainer,
-)
+from scaledtrain import Callback, Checkpointing, LocalSGD, ParameterServer, Trainer
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.memory import neighbours
 from scaledtrain.comm.serving.event_log import read_events
 from scaledtrain.command_line import compose
 from scaledtrain.config import check, to_yaml
+from scaledtrain.errors import CheckpointError, ConfigError
 from scaledtrain.run_config import write_config
 from tests.checkpoints import data, fit, loader, steps, trainer
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from scaledtrain import WaitTimeoutError
 from scaledtrain.comm.local import LocalBoard
+from scaledtrain.errors import WaitTimeoutError
 from scaledtrain.strategies.roster import Roster
 from tests.worlds import World
 

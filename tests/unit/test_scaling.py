@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from scaledtrain import Callback, ConfigError
+from scaledtrain import Callback
 from scaledtrain.command_line import compose
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import MLP, ConvNet
 from scaledtrain.optim import LearningRateScaling, WarmupDecay, zero_gamma
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
@@ -111,7 +112,7 @@ OF_RUN = [
     "gradient_accumulation_steps=2",
     "optimizer.lr=0.1",
     "lr_scaling={rule: linear, reference_batch: 32}",
-    "lr_schedule=gradual_warmup",
+    "lr_scheduler=gradual_warmup",
     "console=false",
 ]
 
@@ -139,7 +140,7 @@ class Note(Callback):
         self._found.append(trainer.strategy.learning_rate)
 
 
-SAMPLES = ["lr_schedule.unit=samples", "lr_schedule.warmup=256", "lr_schedule.decay=constant"]
+SAMPLES = ["lr_scheduler.unit=samples", "lr_scheduler.warmup=256", "lr_scheduler.decay=constant"]
 
 
 def test_two_replicas_advance_a_schedule_once_per_update() -> None:
@@ -161,7 +162,7 @@ def test_a_servers_schedule_counts_its_updates() -> None:
     With sqrt from a reference of 8: 0.1 * 2 = 0.2, from 0.1, over 128 samples: 4 updates, of both
     workers together; a worker sees the rate of the next update when it pulls.
     """
-    steps = ["strategy=async", "max_steps=6", "lr_schedule.warmup=128", *SAMPLES[::2]]
+    steps = ["strategy=async", "max_steps=6", "lr_scheduler.warmup=128", *SAMPLES[::2]]
     flat = trained_rates(2, *steps)
     assert set(flat[0] + flat[1]) == {0.1}
     scaled = trained_rates(2, *steps, "lr_scaling={rule: sqrt, reference_batch: 8}")
@@ -174,7 +175,7 @@ ADASCALE = ["lr_scaling={rule: adascale, reference_batch: 16}", "batch=measured"
 
 def test_adascale_multiplies_by_at_most_the_batch_over_the_reference_one() -> None:
     """Steps of 64 samples: gains from 1 to 4 of lr 0.1, or of what is left of it after 40 x."""
-    decay = ["lr_schedule.unit=steps", "lr_schedule.warmup=0", "lr_schedule.decay=linear"]
+    decay = ["lr_scheduler.unit=steps", "lr_scheduler.warmup=0", "lr_scheduler.decay=linear"]
     zero, one = trained_rates(2, *ADASCALE, *decay, "max_steps=40", "log_every=1")
     assert zero == one
     assert 0.1 < max(zero) <= 0.4

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaledtrain import ConfigError, Server
+from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Updater
 from scaledtrain.server import (
     DelayCompensated,
     GapAware,
     Pushed,
     Ringmaster,
+    Server,
     SoftSync,
     StaleSynchronous,
     Synchronous,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from scaledtrain import ConfigError
 from scaledtrain.command_line import config_folder
+from scaledtrain.errors import ConfigError
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.sim import (
     Cluster,

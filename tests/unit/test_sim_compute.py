@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.sim import (
     ComputeModel,
     Constant,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from scaledtrain import ConfigError
+from scaledtrain.errors import ConfigError
 from scaledtrain.sim import Network, Nic, Queue, Topology, Wire, bottleneck, seconds_alone
 
 MB = 1e6

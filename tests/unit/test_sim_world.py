@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaledtrain import Callback, ParameterServer, PeerLostError, Strategy, Sync, Trainer
+from scaledtrain import Callback, ParameterServer, Strategy, Sync, Trainer
 from scaledtrain.comm.protocols import Link
-from scaledtrain.errors import ClusterError, DeadlockError
+from scaledtrain.errors import ClusterError, DeadlockError, PeerLostError
 from scaledtrain.seeding import seed_everything
 from scaledtrain.server import Admission, ServerView
 from scaledtrain.sim import (

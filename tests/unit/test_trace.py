@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from scaledtrain import ConfigError
 from scaledtrain.comm.serving.event_log import EventLog
+from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline import planned_and_measured
 from scaledtrain.report.chrome import trace_events, write_chrome_trace
 from scaledtrain.report.gantt import draw_gantt, readable_window

@@ -21,18 +21,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import (
     Callback,
-    ClusterError,
-    ConfigError,
     Mesh,
-    NonFiniteLossError,
     ParameterServer,
     Precision,
-    Slowdown,
     StopAtTarget,
     Strategy,
     Sync,
     Trainer,
 )
+from scaledtrain.errors import ClusterError, ConfigError, NonFiniteLossError
+from scaledtrain.schedule import Slowdown
 
 STRATEGIES = [Sync, ParameterServer]
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -19,12 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import (
     Callback,
-    CheckpointError,
     Checkpointing,
-    ConfigError,
     LocalSGD,
-    LossSpikeError,
-    NonFiniteLossError,
     ParameterServer,
     Precision,
     Strategy,
@@ -34,6 +30,7 @@ from scaledtrain import (
     simulate,
 )
 from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import CheckpointError, ConfigError, LossSpikeError, NonFiniteLossError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.loss_scale import LossScale
 from scaledtrain.sim import Cluster, Constant, Nic, Topology, Wire

@@ -21,14 +21,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ParameterServer, Slowdown, Strategy, Sync, Trainer, Watch
+from scaledtrain import ParameterServer, Strategy, Sync, Trainer, Watch
 from scaledtrain.comm.notes import Notes
 from scaledtrain.comm.protocols import Link
 from scaledtrain.faults import FaultInjector
+from scaledtrain.schedule import Slowdown
 from scaledtrain.watch import watchdog
 from scaledtrain.watch.messenger import Messenger
 from scaledtrain.watch.paces import Table
-from scaledtrain.watch.position import Position
+from scaledtrain.watch.position import Position, Stage
 from scaledtrain.watch.watchdog import Watchdog
 from tests.ranks import drop_connections
 from tests.worlds import World
@@ -90,16 +91,22 @@ def test_what_is_in_time_is_left_alone(ended: list[int]) -> None:
 
 
 class Ranks:
-    """Watchdogs of several ranks over one store, without training."""
+    """Watchdogs of several ranks over one store, without training.
 
-    def __init__(self, size: int, folder: Path, lockstep: bool = True) -> None:
-        store = dist.HashStore()
-        self.positions = [Position(lambda: (7, 1)) for _ in range(size)]
+    On a busy machine they may raise the alarm before this has returned: where the ranks are is
+    told before, by ``stages``.
+    """
+
+    def __init__(self, folder: Path, *stages: Stage, lockstep: bool = True) -> None:
+        store, size = dist.HashStore(), len(stages)
+        self.positions = [Position(lambda: (7, 1)) for _ in stages]
         options = Watch(step_seconds=0.4)
         self.watchdogs = []
         self.messengers: list[Messenger | None] = []
-        for rank, position in enumerate(self.positions):
+        for position, stage in zip(self.positions, stages, strict=True):
             position.enter("data")
+            position.enter(stage)
+        for rank, position in enumerate(self.positions):
             notes = Notes(store, rank, size)
             dog = Watchdog(options, position, notes, folder, lockstep)
             self.watchdogs.append(dog)
@@ -126,10 +133,8 @@ class Ranks:
 
 def test_all_ranks_tell_where_they_are_and_end(tmp_path: Path, ended: list[int]) -> None:
     """Rank 2 reads data; the others wait in the reduction of the same step."""
-    ranks = Ranks(3, tmp_path)
-    ranks.positions[0].enter("reduce")
-    ranks.positions[1].enter("reduce")
-    wait_until(lambda: len(ended) == 3)
+    ranks = Ranks(tmp_path, "reduce", "reduce", "data")
+    wait_until(lambda: len(ended) == 3 and reports(tmp_path))  # a busy disk takes its time
     ranks.close()
     assert ended == [70] * 3
     (report,) = reports(tmp_path)
@@ -140,8 +145,9 @@ def test_all_ranks_tell_where_they_are_and_end(tmp_path: Path, ended: list[int])
         assert f"--- rank {rank} ---" in report
 
 
+@pytest.mark.alone
 def test_a_silent_rank_is_named_by_the_others(tmp_path: Path, ended: list[int]) -> None:
-    ranks = Ranks(3, tmp_path)
+    ranks = Ranks(tmp_path, "data", "data", "data")
     ranks.stop(1)
 
     def others_ended() -> bool:
@@ -157,10 +163,11 @@ def test_a_silent_rank_is_named_by_the_others(tmp_path: Path, ended: list[int]) 
     assert "--- rank 1 does not answer: stopped, dead, or held in C code ---" in report
 
 
+@pytest.mark.alone
 def test_without_lockstep_a_silent_rank_is_only_warned_of(
     tmp_path: Path, ended: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ranks = Ranks(2, tmp_path, lockstep=False)
+    ranks = Ranks(tmp_path, "data", "data", lockstep=False)
     ranks.stop(1)
 
     def warned() -> bool:
@@ -269,6 +276,7 @@ def straggling(link: Link, make: Callable[[], Strategy], run_dir: Path) -> None:
     trainer.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("make", [Sync, ParameterServer])
 def test_a_straggler_is_named(
     make: Callable[[], Strategy], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import ConfigError, ParameterServer, Trainer
+from scaledtrain import ParameterServer, Trainer
 from scaledtrain.comm.serving.partition import Piece
+from scaledtrain.errors import ConfigError
 from scaledtrain.optim import LAMB, LARS
 from scaledtrain.parallel.whole_tensors import check_elementwise, for_shards, for_stages
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate

@@ -25,7 +25,7 @@ def require_pyarrow(what: str) -> Any:
     """
     try:
         import pyarrow
-        import pyarrow.compute
+        import pyarrow.compute  # noqa: F401 - a part that pyarrow does not load by itself
     except ImportError as error:
         raise ConfigError(
             f"{what} is read with pyarrow, which cannot be imported here: "

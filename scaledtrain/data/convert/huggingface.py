@@ -35,6 +35,11 @@ def require_datasets() -> Any:
 def load_huggingface(name: str, split: str, config: str | None = None) -> Any:
     """A split of a data set of the hub, or of a folder that ``save_to_disk`` wrote.
 
+    Args:
+        name: of the data set, or the path of the folder.
+        split: which part of it, e.g. ``"train"``.
+        config: which of its variants; None: the only one, or the default.
+
     Raises:
         ConfigError: there is no such data set or split, or the package is not installed.
     """

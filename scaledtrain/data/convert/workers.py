@@ -42,7 +42,7 @@ def read_parts(source: Source, first: int, workers: int, timeout_seconds: float)
         workers: processes; 1: read in this one.
         timeout_seconds: for a worker's next batch.
 
-    Returns:
+    Yields:
         (part, batch) for all its batches, then (part, None).
 
     Raises:

@@ -51,7 +51,7 @@ class ShardedDataset(Dataset[Any]):
 
     Tensors have memory of their own and may be written to. Opening reads the manifest alone; a
     shard is opened when it is first needed, and everything is checked against its checksum when it
-    is first read by a process, in pieces of 16 KiB. A copy in another process, as in the workers of
+    is first read by a process, in pieces of 64 KiB. A copy in another process, as in the workers of
     a ``DataLoader``, opens its files anew.
 
     A file that is cut short by another program while it is read ends the process with SIGBUS, as

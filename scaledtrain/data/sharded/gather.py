@@ -21,6 +21,7 @@ Values = Tensor | Ragged
 
 LARGE_ROW_BYTES = 4_096  # copying such a row takes longer than a turn of a Python loop
 LONG_RUN_ROWS = 8
+PICKED_BYTES = 2**18  # of small rows at once: a core's cache holds them between their two copies
 
 
 class Piece(NamedTuple):
@@ -91,18 +92,22 @@ def _fixed(parts: Parts, samples: int, name: str, column: Column, memory: Memory
 
 def _copy(source: Array, rows: Array, batch: Array, places: Array, row_bytes: int) -> None:
     """``batch[places] = source[rows]``, with as few copies and turns as can be."""
-    source, batch = _as_items(source, row_bytes), _as_items(batch, row_bytes)
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     if len(rows) >= LONG_RUN_ROWS * (len(breaks) + 1):
+        source, batch = _as_items(source, row_bytes), _as_items(batch, row_bytes)
         edges = [0, *breaks.tolist(), len(rows)]
         for low, high in pairwise(edges):
             first = int(rows[low])
             batch[places[low:high]] = source[first : first + high - low]
     elif row_bytes >= LARGE_ROW_BYTES:
+        source, batch = _as_words(source, row_bytes), _as_words(batch, row_bytes)
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
             batch[place] = source[row]
     else:
-        batch[places] = source[rows]
+        source, batch = _as_items(source, row_bytes), _as_items(batch, row_bytes)
+        few = max(1, PICKED_BYTES // max(1, row_bytes))
+        for low in range(0, len(rows), few):
+            batch[places[low : low + few]] = source[rows[low : low + few]]
 
 
 def _as_items(rows: Array, row_bytes: int) -> Array:
@@ -110,6 +115,11 @@ def _as_items(rows: Array, row_bytes: int) -> Array:
     if not rows.size or rows.ndim == 1:
         return rows
     return rows.reshape(len(rows), -1).view(f"V{row_bytes}")[:, 0]
+
+
+def _as_words(rows: Array, row_bytes: int) -> Array:
+    """Each row as numbers, since NumPy copies those, unlike an item, without holding the GIL."""
+    return rows.reshape(len(rows), -1).view(np.uint64 if row_bytes % 8 == 0 else np.uint8)
 
 
 def _ragged(parts: Parts, samples: int, name: str, column: Column, memory: Memory) -> Ragged:

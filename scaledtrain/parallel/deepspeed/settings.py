@@ -59,7 +59,7 @@ def read_file(path: Path) -> dict[str, Any]:
             )
     if read.get("scheduler"):
         raise ConfigError(
-            f"{path} has a scheduler, but learning rates follow lr_schedule here (Trainer("
+            f"{path} has a scheduler, but learning rates follow lr_scheduler here (Trainer("
             "lr_scheduler=...)), which advances once per update; say it there, and remove it"
         )
     return read

@@ -33,7 +33,9 @@ class PartCost:
     """Of one part of a model, for one microbatch."""
 
     forward_seconds: float
+    """Of the forward pass."""
     backward_seconds: float
+    """Of the backward pass, both parts of it."""
     kept_bytes: int = 0
     """Activations, from the end of the forward pass to the backward pass, its output included."""
     working_bytes: int = 0
@@ -70,6 +72,9 @@ def measure_parts(
             of.
         loss_fn: of outputs and targets; None: the model's own, which the last part returns.
         optimizer: makes the optimizer, whose state is counted; None: it has none.
+
+    Returns:
+        For each part its seconds and bytes.
 
     Example:
         >>> from scaledtrain.parallel.pipeline import find_parts

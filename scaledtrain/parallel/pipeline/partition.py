@@ -74,6 +74,9 @@ def partition(
         live_microbatches: for each stage. Of m microbatches, p stages: GPipe has m in each, 1F1B
             min(m, p - i) in stage i. None: one.
 
+    Returns:
+        Which parts each stage has.
+
     Raises:
         ConfigError: fewer parts than stages, or no cut fits into memory.
 

@@ -111,6 +111,9 @@ def find_parts(
         blocks: names of the submodules at which a traced model is cut; None: they are found, by
             `scaledtrain.recompute.blocks.find_blocks`.
 
+    Returns:
+        The parts, one after another, with their names.
+
     Raises:
         ConfigError: there is no chain of two parts or more; it says what was tried.
 

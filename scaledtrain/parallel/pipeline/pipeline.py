@@ -62,7 +62,7 @@ class Pipeline:
             are found.
         memory: bytes that a rank may need for its stages, as a number or as ``"2GiB"``; None: there
             are enough.
-        bandwidth: between two ranks, in bytes per second, if sending may take longer than
+        bytes_per_second: between two ranks, if sending may take longer than
             computing.
         anneal_steps: of an asynchronous pipeline: updates for which the learning rate of a stale
             stage is divided by a power of its staleness that falls from 1 to 0 (PipeMare). None: it
@@ -81,7 +81,7 @@ class Pipeline:
     split: Sequence[str | int] | None = None
     blocks: Sequence[str] | None = None
     memory: str | int | None = None
-    bandwidth: float | None = None
+    bytes_per_second: float | None = None
     anneal_steps: int | None = None
     example: Any = None
 
@@ -251,7 +251,7 @@ class Pipeline:
         return partition(
             costs,
             len(rank_of),
-            bandwidth=self.bandwidth,
+            bandwidth=self.bytes_per_second,
             memory_bytes=memory,
             live_microbatches=live,
         )

@@ -61,6 +61,9 @@ class Timetable:
 def check_order(order: PipelineOrder) -> None:
     """Make sure that every microbatch is computed once in each stage, and that no rank waits ever.
 
+    Args:
+        order: to be checked.
+
     Raises:
         ConfigError: it is not so; the message names the actions.
     """
@@ -86,6 +89,9 @@ def simulate(order: PipelineOrder, seconds: Seconds, transfer_seconds: float = 0
         order: of the actions.
         seconds: how long each takes.
         transfer_seconds: from one rank to another.
+
+    Returns:
+        When each action begins and ends.
 
     Raises:
         ConfigError: ranks would wait for each other for ever; the message says who for what.
@@ -159,6 +165,9 @@ def peak_live(order: PipelineOrder) -> list[int]:
 
     A pass counts for one stage; its activations are let go of by its backward, a backward in two
     parts keeps them to the second one.
+
+    Args:
+        order: of all actions of a step.
 
     Example:
         >>> from scaledtrain.parallel.pipeline.schedules import pipeline_order

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline.traced_arguments import Pack, Unpack, one_or_all, positional
@@ -91,6 +90,9 @@ class _Splitter:
         return [self._piece(index) for index in range(self._n_pieces)]
 
     def _input_sizes(self) -> list[list[int | None]]:
+        # Here, since sympy comes with it, which a run that traces nothing need not load.
+        from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
         values = [n.meta.get("val") for n in self._nodes if n.op == "placeholder"]
         shapes = [value.shape if isinstance(value, Tensor) else () for value in values]
         return [[int(n) if is_concrete_int(n) else None for n in shape] for shape in shapes]

@@ -138,6 +138,10 @@ def find_tied(parts: ModelParts, cut: Cut) -> list[tuple[Held, ...]]:
     Each group is one parameter of the model. Its gradient is the sum of those of all its stages; in
     a norm over the model it counts once.
 
+    Args:
+        parts: of the model.
+        cut: where it is cut.
+
     Example:
         >>> from scaledtrain.models import GPT
         >>> from scaledtrain.parallel.pipeline import find_parts

@@ -1,0 +1,78 @@
+"""One way to run all benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import run
+from benchmarks.harness import README, RESULTS
+
+
+def test_every_benchmark_has_a_question_and_a_place_in_the_readme() -> None:
+    questions = run.questions()
+    text = README.read_text(encoding="utf-8")
+    for name, question in questions.items():
+        assert question.endswith((".", "?")), name
+        assert f"<!-- {name}:begin -->" in text
+        assert f"python -m benchmarks.{name}" in text
+    assert {"overhead", "faults", "layouts"} < set(questions)
+    assert not {"run", "harness", "command_line", "workers", "fault_run"} & set(questions)
+
+
+def test_a_benchmark_is_a_module_with_a_main(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text('"""How fast?\n\nMore."""\ndef main(): ...\n')
+    (tmp_path / "other.py").write_text('"""Shared."""\nmain = None\n')
+    assert run.questions(tmp_path) == {"one": "How fast?"}
+
+
+def test_all_are_run_whatever_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    codes = {
+        "fails": "print('a'); raise SystemExit('no such luck')",
+        "hangs": "import subprocess; subprocess.run(['sleep', '1000'])",  # which has to end, too
+        "works": "print('said')",
+    }
+    commands = {name: [sys.executable, "-c", code] for name, code in codes.items()}
+    failed = run.run_all(commands, {name: f"Is it {name}?" for name in codes}, limit_seconds=2)
+    assert failed == ["fails", "hangs"]
+    said = capfd.readouterr().out
+    assert "fails              Is it fails?" in said
+    assert "FAILED with status 1\n    a\n    no such luck" in said
+    assert "2 s: FAILED: longer than 2 s" in said
+    assert "said" not in said
+    assert "1 of 3 ran" in said
+    assert "failed: fails, hangs" in said
+
+
+def test_all_tables_are_those_of_the_newest_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_folder_of_results_belongs_to_a_benchmark_or_to_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    for folder in RESULTS.iterdir():
+        assert folder.name in run.questions() or f"results/{folder.name}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["overheads"], "there is no benchmark 'overheads'; there are: data, faults"),
+        (["--list", "--quick"], "--quick and --minutes go with --all"),
+        (["--all", "--minutes", "0"], "--minutes 0: it is a whole number"),
+        ([], "one of the arguments --all --list --check --table is required"),
+    ],
+)
+def test_a_wrong_command_is_explained(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert text in capsys.readouterr().err
+
+
+def test_the_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(run.questions())
