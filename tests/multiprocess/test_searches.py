@@ -18,11 +18,12 @@ TIMEOUT_SECONDS = 110.0  # for a command on a busy machine
 SIGNS = ("data=tests.tasks.signs", "data.local_batch_size=32", "device=cpu")
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    root = str(Path(scaledtrain.__file__).parents[1])
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(scaledtrain.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": root, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -42,21 +43,16 @@ def test_a_search_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         "-m", "scaledtrain.tune", *SIGNS, "tune.sampler=grid", "tune.at_once=2", "eval_every=5",
         "run_dir=search", "optimizer.lr=0.1,-1,0.2", "max_steps=${oc.env:STEPS}",
     )  # fmt: skip
-    os.environ["STEPS"] = "100000000"
-    try:
-        search = start(tmp_path, *command)
-        first = tmp_path / "search/trials/0000/metrics-rank0.jsonl"
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not (first.exists() and first.read_text().count("evaluation") > 2):
-            assert time.monotonic() < deadline
-            assert search.poll() is None, search.communicate()
-            time.sleep(0.05)
-        os.kill(search.pid, signal.SIGKILL)
-        search.communicate(timeout=TIMEOUT_SECONDS)
-        os.environ["STEPS"] = "10"
-        code, out, err = ended(start(tmp_path, *command))
-    finally:
-        del os.environ["STEPS"]
+    search = start(tmp_path, *command, STEPS="100000000")
+    first = tmp_path / "search/trials/0000/metrics-rank0.jsonl"
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (first.exists() and first.read_text().count("evaluation") > 2):
+        assert time.monotonic() < deadline
+        assert search.poll() is None, search.communicate()
+        time.sleep(0.05)
+    os.kill(search.pid, signal.SIGKILL)
+    search.communicate(timeout=TIMEOUT_SECONDS)
+    code, out, err = ended(start(tmp_path, *command, STEPS="10"))
     assert code == 0, err
     assert "trial 0: it was interrupted, and is run again" in err
     assert "trial 1 crashed" in err
