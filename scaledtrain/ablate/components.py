@@ -23,7 +23,8 @@ class Component:
         name: as in ``ablate.only``.
         off: ``key=value``, what takes it away; or ``group=choice``, which takes the choice's own
             settings, as those of the one before may mean nothing to it.
-        only_if: ``key=value``: it is this component only if that is so; empty: always.
+        only_if: ``key=value``: it is this component only if that is so (a class by its last name);
+            empty: always.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Component:
         """The config without it; None if the config does not have it on."""
         if self.only_if:
             key, _, value = self.only_if.partition("=")
-            if str(OmegaConf.select(config, key)) != value:
+            if str(OmegaConf.select(config, key)).rpartition(".")[2] != value:
                 return None
         key, _, value = self.off.partition("=")
         now: Any = OmegaConf.select(config, key)
@@ -58,8 +59,8 @@ COMPONENTS = [
     Component("warmup", "lr_scheduler.pct_start=0.0"),
     Component("lr_scheduler", "lr_scheduler=null"),
     Component("lr_scaling", "lr_scaling.rule=none"),
-    Component("lars", "optimizer=sgd", "optimizer._target_=scaledtrain.optim.LARS"),
-    Component("lamb", "optimizer=adamw", "optimizer._target_=scaledtrain.optim.LAMB"),
+    Component("lars", "optimizer=sgd", "optimizer._target_=LARS"),
+    Component("lamb", "optimizer=adamw", "optimizer._target_=LAMB"),
     Component("momentum", "optimizer.momentum=0.0"),
     Component("weight_decay", "optimizer.weight_decay=0.0"),
     Component("decay_of_matrices_only", "weight_decay_on=all"),
@@ -76,7 +77,7 @@ COMPONENTS = [
     Component("overlap", "strategy.overlap=false"),
     Component("drop_compute", "drop_compute.threshold_seconds=.inf"),
     Component("balance", "balance=even"),
-    Component("growing_batch", "batch=null", "batch.grow._target_=scaledtrain.BatchGrowth"),
+    Component("growing_batch", "batch.grow=null"),
     Component("whitening", "data.normalize=standardize", "data.normalize=whiten"),
     Component("whitening", "data.normalize=standardize", "data.normalize.kind=whiten"),
     Component("normalization", "data.normalize=null"),

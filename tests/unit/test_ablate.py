@@ -73,7 +73,7 @@ HAVING = {
     "strategy.overlap=false": ["strategy=async", "strategy.overlap=true"],
     "drop_compute.threshold_seconds=.inf": ["drop_compute.threshold_seconds=1.0"],
     "balance=even": ["balance=auto"],
-    "batch=null": ["batch=adaptive"],
+    "batch.grow=null": ["batch=adaptive"],
     "data.normalize=standardize": [*SHARDED, "data.normalize=whiten"],
     "data.normalize=null": [*SHARDED, "data.normalize=standardize"],
     "data.balance_classes=null": [*SHARDED, "data.balance_classes=loss"],
