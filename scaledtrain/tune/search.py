@@ -120,7 +120,7 @@ class Search:
             self._study.tell(number, state=TrialState.FAIL)
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
             tell(f"trial {number} crashed ({how}); {job.log} ends:\n{last_lines(job.log)}")
-            self._end_if_all_crash(job.log)
+            self._end_if_all_crash()
 
     def _finished(self, trial: FrozenTrial, path: Path) -> None:
         metric = str(self._tuning.metric)
@@ -136,7 +136,7 @@ class Search:
             self._study.tell(number, state=TrialState.FAIL)
             there = ", ".join(result["evaluation"]) or "nothing"
             tell(f"trial {number}: tune.metric is {metric!r}, but it evaluated: {there}")
-            self._end_if_all_crash(path)
+            self._end_if_all_crash()
         elif not math.isfinite(value):
             self._study.tell(number, state=TrialState.PRUNED)
             tell(f"trial {number}: {metric} {value} at the end")
@@ -148,7 +148,7 @@ class Search:
                 f"{best.value:.4f}, trial {best.number}"
             )
 
-    def _end_if_all_crash(self, log: Path) -> None:
+    def _end_if_all_crash(self) -> None:
         states = [t.state for t in self._study.get_trials(deepcopy=False)]
         ended = [s for s in states if s.is_finished()]
         if len(ended) >= min(_TRIES, self._total) and set(ended) == {TrialState.FAIL}:
