@@ -27,32 +27,7 @@ def test_each_combination_is_trained_in_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setattr(multirun_module, "run_jobs", train_here)
-    multirun(
-        [*SIGNS, "max_steps=2", f"run_dir={tmp_path}/it's", "seed=0,1", "optimizer.lr=0.1,0.2"]
-    )
-    found = {}
-    for folder in (tmp_path / "it's").iterdir():
-        if folder.is_dir():
-            lines = (folder / "config.yaml").read_text().splitlines()
-            assert (folder / "result.json").exists()
-            found[folder.name] = [s.strip() for s in lines if s.strip().startswith(("seed", "lr:"))]
-    assert {name: sorted(lines) for name, lines in found.items()} == {
-        "0": ["lr: 0.1", "seed: 0"], "1": ["lr: 0.2", "seed: 0"],
-        "2": ["lr: 0.1", "seed: 1"], "3": ["lr: 0.2", "seed: 1"],
-    }  # fmt: skip
-    assert "[2/4] seed=0 optimizer.lr=0.2" in capsys.readouterr().err
-
-
-def test_one_that_fails_does_not_keep_the_others(
-    tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    def fail(jobs: Any, places: Any, ended: Any, keep_open: Any) -> None:
-        for job in jobs:
-            ended(job, int(job.name == "1"))
-
-    monkeypatch.setattr(multirun_module, "run_jobs", fail)
-    with pytest.raises(SystemExit):
-        place = arguments_for(tmp_path / "it's")[0]
+    place = arguments_for(tmp_path / "it's")[0]
     multirun([*SIGNS, "max_steps=2", place, "seed=0,1", "optimizer.lr=0.1,0.2"])
     found = {}
     for folder in (tmp_path / "it's").iterdir():
