@@ -382,7 +382,9 @@ def rounds(
     cases: Sequence[str], count: int, folder: str | None, before: Sequence[Reading], is_quick: bool
 ) -> Iterator[Reading]:
     """Case after case, again and again; a later command adds rounds."""
-    count, n_bytes = (1, 32 * MIB) if is_quick else (count, N_BYTES)
+    n_bytes = N_BYTES
+    if is_quick:
+        cases, count, n_bytes = cases[:1], 1, 32 * MIB
     first = {c: max((r.round for r in before if r.case == c), default=-1) + 1 for c in cases}
     for number in range(count):
         for case in cases:
@@ -393,7 +395,7 @@ def rounds(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line("data", __doc__, "32 MiB", rounds=5)
+    parser = command_line("data", __doc__, "32 MiB of one kind", rounds=5)
     add_some(parser, "only", list(CASES))
     parser.add_argument("--folder", help="on the disk that is to be measured")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)

@@ -369,7 +369,7 @@ def rounds(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line("layouts", __doc__, "one step each", rounds=3)
+    parser = command_line("layouts", __doc__, "one step each, of few microbatches", rounds=3)
     add_some(parser, "only", [*SCHEDULES, "shard"])
     add_some(parser, "microbatches", {"4": 4, "8": 8, "16": 16})
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
@@ -382,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         contender, case, folder = options.work
         _work(contender, case, options.quick, Path(folder))
         return 0
-    wanted = (*options.microbatches, 2)
+    wanted = (*options.microbatches[: 1 if options.quick else None], 2)
     cases = [
         case
         for case in CASES.values()

@@ -83,7 +83,7 @@ def make_runs(folder: Path, seconds: float) -> None:
     """Train with each strategy."""
     options = [f"strategies=[{','.join(STRATEGIES)}]", f"max_seconds={seconds}", "trace=true"]
     command = python_module("scaledtrain.compare", *options, f"run_dir={folder}")
-    run_group(command, 1, timeout_seconds=60.0 + 10 * seconds, pinned=False)
+    run_group(command, 1, timeout_seconds=240.0 + 10 * seconds, pinned=False)
 
 
 def seconds_to_open(page: Path, width: int, timeout_seconds: float = 60.0) -> float:

@@ -1,5 +1,7 @@
 """What it costs to watch a run: the same training with a watch and without, block by block.
 
+Layers are looked into in every step, to see what a measured step takes; usually it is one of 100.
+
 python -m benchmarks.watch             the GPT, 1 and 2 ranks; results/watch/ and README.md
 python -m benchmarks.watch --ranks 1   a part; goes into the same folder
 python -m benchmarks.watch --quick     does it run? A tiny model, nothing is stored
@@ -38,7 +40,7 @@ from benchmarks.harness import (
     times,
 )
 from benchmarks.overhead import WORKLOADS, fused_adamw
-from scaledtrain import Callback, Trainer, Watch, connect
+from scaledtrain import Callback, LayerWatch, Trainer, Watch, connect
 
 PACKAGES = ("torch", "numpy")
 LIMIT = 1.01  # on / off
@@ -51,6 +53,8 @@ WATCHES: Mapping[str, Watch | None] = {
         step_seconds=600.0, step_times=20.0, ranks_every=2, on_nonfinite="skip", on_spike="skip"
     ),
 }
+LAYERS = "layers, every step"
+LAYERS_EVERY = 100  # steps, as layers=usual has it
 SETTINGS = {
     "threads_per_rank": 1,
     "cores_per_rank": 1,
@@ -84,15 +88,16 @@ def work(workload_name: str, number: int, is_quick: bool, folder: Path) -> None:
     batches = [workload.batch(generator) for _ in range(workload.n_batches)]
     with connect() as link:
         trainers: dict[str, tuple[Trainer, BlockTimes]] = {}
-        for name, watch in WATCHES.items():
+        for name, watch in [*WATCHES.items(), (LAYERS, None)]:
             torch.manual_seed(0)
             clock = BlockTimes()
+            layers = [LayerWatch(every_steps=1)] if name == LAYERS else []
             trainers[name] = (
                 Trainer(
                     workload.model(),
                     workload.loss_fn,
                     fused_adamw,
-                    callbacks=[clock],
+                    callbacks=[*layers, clock],
                     watch=watch,
                     run_dir=folder / f"run-{name}",
                     log_every=2,
@@ -101,7 +106,7 @@ def work(workload_name: str, number: int, is_quick: bool, folder: Path) -> None:
                 ),
                 clock,
             )
-        seconds: dict[str, list[float]] = {name: [] for name in WATCHES}
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for block in range(1 + blocks):  # the first warms up
             for name, (trainer, clock) in rotated(list(trainers.items()), number + block):
                 clock.ends.clear()
@@ -160,7 +165,8 @@ def render(measurements: Sequence[Measurement], where: Mapping[str, Any]) -> str
     cases = sorted({m.case for m in measurements})
     heads = "".join(f" {w}, {n} rank{'s' if n > 1 else ''}: ms a step | / off |" for w, n in cases)
     lines = [f"| watched |{heads}", "|---|" + "--:|--:|" * len(cases)]
-    for who in WATCHES:
+    measured = {m.contender for m in measurements}
+    for who in [*WATCHES, *({LAYERS} & measured)]:
         cells = ""
         for case in cases:
             spent, ratio = times(measurements, case, who), ratios(measurements, case, who, "off")
@@ -169,14 +175,19 @@ def render(measurements: Sequence[Measurement], where: Mapping[str, Any]) -> str
             cells += f"{of_off} |"
         lines.append(f"| {who} |{cells}")
     for case in cases:
-        ratio = ratios(measurements, case, "on", "off")
-        if ratio is not None:
-            verdict = "pass" if ratio.median <= LIMIT else "**MISSED**"
-            lines.append(
-                f"\n{case[0]}, {case[1]}: on / off ≤ {LIMIT}: {ratio.median:.4f} {verdict}"
-            )
+        on, layers = (ratios(measurements, case, who, "off") for who in ("on", LAYERS))
+        if on is not None:
+            lines.append(_verdict(case, "on / off", on.median))
+        if layers is not None:
+            amortised = 1 + (layers.median - 1) / LAYERS_EVERY
+            lines.append(_verdict(case, f"layers every {LAYERS_EVERY} steps / off", amortised))
     text = "\n".join(lines)
     return f"{provenance(where)}\n\n{text}\n\nMedians; lowest and highest round in brackets.\n"
+
+
+def _verdict(case: tuple[str, int], what: str, ratio: float) -> str:
+    verdict = "pass" if ratio <= LIMIT else "**MISSED**"
+    return f"\n{case[0]}, {case[1]}: {what} ≤ {LIMIT}: {ratio:.4f} {verdict}"
 
 
 REPORT = Report("watch", Measurement, render)

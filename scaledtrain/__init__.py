@@ -9,6 +9,7 @@ from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ScaledTrainError
+from scaledtrain.layers import LayerWatch
 from scaledtrain.memory import estimate_memory
 from scaledtrain.mesh import Mesh
 from scaledtrain.noise_scale import NoiseScale
@@ -31,6 +32,7 @@ __all__ = [
     "Precision",
     "Mesh",
     "Watch",
+    "LayerWatch",
     "DropCompute",
     "NoiseScale",
     "Strategy",

@@ -61,6 +61,9 @@ class Callback:
     def on_fit_end(self, trainer: Trainer) -> None:
         """Called after the last step, when all replicas are equal."""
 
+    def close(self) -> None:
+        """Called when the Trainer is closed, or left with an exception: let go of the model."""
+
     def metrics(self) -> Mapping[str, float]:
         """What a record should tell, by name."""
         return {}

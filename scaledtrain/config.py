@@ -156,6 +156,7 @@ class TrainConfig:
     trace: bool
     elastic: bool = False
     batch: Node | None = None
+    layers: Node | None = None
     init_from: str | None = None
     checkpointing: Checkpointing | None = None
     watch: Watch | None = None

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class Metrics:
     * ``memory_bytes``: peak of this process (CPU) or device (CUDA).
 
     An evaluation is a line with ``kind`` ``"evaluation"``. What a `scaledtrain.watch.Watch` sees
-    are lines of kind ``"ranks"``, seconds a step of each rank, and ``"trouble"``. With a traced
+    are lines of kind ``"ranks"``, seconds a step of each rank, and ``"trouble"``; a
+    `scaledtrain.layers.LayerWatch` writes ``"layers"`` and ``"warning"``. With a traced
     timeline ``trace-rank<r>.jsonl`` has one ``[phase, start, end]`` a line, in seconds since fit
     began (with stages also one for each pass, as ``["0F1", start, end]``, see `PipelineOrder`),
     and before them ``["begin", seconds, host]``: when that was on the clock of the host, which its
@@ -264,6 +266,21 @@ class Metrics:
     def note(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
         """Write down something else than a record or an evaluation; only into the file."""
         self._records.append("metrics", [{"kind": kind, "step": step, **record}])
+
+    @property
+    def draws(self) -> bool:
+        """Whether this rank writes for TensorBoard."""
+        return self._records.draws
+
+    def show(
+        self,
+        prefix: str,
+        step: int,
+        values: Mapping[str, float],
+        histograms: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Give TensorBoard further scalars, and values to draw the distribution of, by name."""
+        self._records.show(prefix, step, values, histograms)
 
     def _write(self, kind: str, step: int, values: dict[str, float], **more: Any) -> None:
         seconds = self._seconds_before + self.seconds

@@ -10,16 +10,23 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from scaledtrain.checkpoint.tensor_file import replace_file
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
 
 __all__ = ["Records", "write_file"]
 
 _logger = logging.getLogger(__name__)
+
+_INTERVALS = 30  # of a histogram
 
 
 class Records:
@@ -57,12 +64,25 @@ class Records:
             text = "".join(json.dumps(row) + "\n" for row in rows)
             self._append(self._path(what), text.encode())
 
-    def show(self, prefix: str, step: int, values: Mapping[str, float]) -> None:
-        """Give TensorBoard some scalars."""
-        if self._events is not None:
+    @property
+    def draws(self) -> bool:
+        """Whether there is anybody to show something to."""
+        return self._events is not None
+
+    def show(
+        self,
+        prefix: str,
+        step: int,
+        values: Mapping[str, float],
+        histograms: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Give TensorBoard some scalars, and values to draw the distribution of."""
+        if self._events is not None and (values or histograms):
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             shown = [Summary.Value(tag=f"{prefix}/{k}", simple_value=v) for k, v in values.items()]
+            drawn = {name: _histogram(tensor) for name, tensor in histograms.items()}
+            shown += [Summary.Value(tag=f"{prefix}/{k}", histo=h) for k, h in drawn.items()]
             self._add_event(step=step, summary=Summary(value=shown))
 
     def forget_after(self, step: int) -> None:
@@ -120,6 +140,25 @@ def _new_event_file(folder: Path) -> Path:
     while (path := folder / f"{stem}.{number}").exists():
         number += 1
     return path
+
+
+def _histogram(values: Tensor) -> HistogramProto:
+    """Of the finite ones, in intervals of equal length."""
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
+
+    finite = values[values.isfinite()].double()
+    if not len(finite):
+        return HistogramProto(bucket_limit=[0.0], bucket=[0.0])
+    counts, edges = torch.histogram(finite, _INTERVALS)
+    return HistogramProto(
+        min=float(finite.min()),
+        max=float(finite.max()),
+        num=len(finite),
+        sum=float(finite.sum()),
+        sum_squares=float(finite.square().sum()),
+        bucket_limit=edges[1:].tolist(),
+        bucket=counts.tolist(),
+    )
 
 
 def _framed(event: Event) -> bytes:

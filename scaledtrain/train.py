@@ -337,6 +337,8 @@ def _assemble(
     noise = None if config.batch is None else make(config.batch)
     if noise is not None:
         callbacks.append(noise)
+    if config.layers is not None:
+        callbacks.append(make(config.layers))
     is_adascale = scaling.rule == "adascale"
     if is_adascale and not (isinstance(noise, NoiseScale) and strategy.replicas_equal):
         raise ConfigError(

@@ -311,6 +311,11 @@ class Trainer:
         return self.strategy.lockstep.size == self.layout.link.group.size
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether what runs is a graph that ``torch.compile`` made, which calls no hooks."""
+        return self._compile is not None
+
+    @property
     def evaluation(self) -> Mapping[str, float]:
         """Values of the last evaluation; none before the first."""
         return {} if self._loop is None else self._loop.evaluation
@@ -723,6 +728,8 @@ class Trainer:
             self._saver.close()
         self.metrics.finish()
         self.layout.close()
+        for callback in self._callbacks:
+            callback.close()
         if self._checkpointing is not None:
             self._checkpointing.remove()
             self._checkpointing = None

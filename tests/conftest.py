@@ -8,6 +8,7 @@ os.environ["MPLBACKEND"] = "agg"
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,13 @@ def _nothing_left_behind() -> Iterator[None]:
             yield
     except Leak as leak:
         pytest.fail(str(leak), pytrace=False)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Few files have tests that are to run alone: the others need not be imported to know it."""
+    if config.getoption("markexpr") == "alone" and collection_path.match("test_*.py"):
+        return "mark.alone" not in collection_path.read_text() or None
+    return None
 
 
 def pytest_collection_finish() -> None:

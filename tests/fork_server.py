@@ -33,7 +33,9 @@ PRELOADED = (
     "scaledtrain.compare",
     "scaledtrain.replay",
     # What these import when they need it:
-    "scaledtrain.checkpoint.part",
+    "scaledtrain.checkpoint.export",
+    "scaledtrain.checkpoint.pieces",
+    "scaledtrain.parallel.shards",
     "tensorboard.summary.writer.record_writer",
     "torch._dynamo",
     "torch.distributed.pipelining",

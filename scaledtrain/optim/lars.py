@@ -30,8 +30,9 @@ class LARS(LayerwiseOptimizer):
     large, and is best given a group of its own (`decay_groups`).
 
     Public versions disagree on what the paper leaves open; here each choice is an argument. Memory:
-    one buffer of the parameters' size. torch has no fused kernel for it, so neither is there one
-    here. Not capturable in a CUDA graph, since the norms come to the host.
+    one buffer of the parameters' size. With momentum, but without nesterov and maximize, a float32
+    tensor on a CPU is updated in one pass by the fused kernel of torch's SGD. Not capturable in a
+    CUDA graph, since the norms come to the host.
 
     Args:
         params: parameters, or (name, parameter) pairs, or groups.
@@ -129,19 +130,29 @@ class LARS(LayerwiseOptimizer):
                 factors[i] = _factor(trust, piece)
         return factors
 
+    def _cut(self, piece: Piece) -> list[list[Piece]]:
+        if self._takes_kernel(piece):
+            return [[piece]]  # it goes once through memory, so there is nothing to be kept
+        return super()._cut(piece)
+
     def _update(self, pieces: Sequence[Piece]) -> None:
         factors = self._factors(pieces)
         for piece in pieces:
             own = [factors[owner] for owner in piece.owners]
-            if piece.is_stretch:
-                (w,), (g,), ((v,),) = piece.parameters, piece.gradients, piece.state
-                _update_one(w, g, v, own[0], piece.group)
-            else:
+            if not (piece.is_stretch or self._takes_kernel(piece)):
                 _update_together(piece, own)
+                continue
+            tensors = zip(piece.parameters, piece.gradients, *piece.state, own, strict=True)
+            for w, g, v, factor in tensors:
+                _update_one(w, g, v, factor, piece.group)
+
+    def _takes_kernel(self, piece: Piece) -> bool:
+        return self._foreach is None and _has_kernel(piece.parameters[0], piece.group)
 
 
 def _update_one(w: Tensor, g: Tensor, v: Tensor, factor: float, group: dict[str, Any]) -> None:
-    if _is_plain_momentum(w, factor, group):
+    in_order = w.is_contiguous() and g.is_contiguous() and v.is_contiguous()
+    if _has_kernel(w, group) and in_order and factor > _SMALL:
         _update_in_one_pass(w, g, v, factor, group)
         return
     v.mul_(group["momentum"]).add_(g, alpha=factor)
@@ -157,20 +168,16 @@ def _update_one(w: Tensor, g: Tensor, v: Tensor, factor: float, group: dict[str,
     w.sub_(v, alpha=rate * group["momentum"])
 
 
-def _is_plain_momentum(w: Tensor, factor: float, group: dict[str, Any]) -> bool:
-    return (
-        w.is_cpu
-        and w.dtype == torch.float32
-        and factor > _SMALL
-        and group["momentum"] > 0.0
-        and not group["nesterov"]
-    )
+def _has_kernel(w: Tensor, group: dict[str, Any]) -> bool:
+    """Whether SGD's fused kernel can make the update."""
+    is_plain = group["momentum"] > 0.0 and not group["nesterov"] and not group["maximize"]
+    return w.is_cpu and w.dtype == torch.float32 and is_plain
 
 
 def _update_in_one_pass(
     w: Tensor, g: Tensor, v: Tensor, factor: float, group: dict[str, Any]
 ) -> None:
-    """What SGD's fused kernel does: v <- m v + (1 - dampening) (g + beta w), w <- w - lr v."""
+    """SGD: v <- m v + (1 - dampening) (g + beta w), w <- w - lr v."""
     torch._fused_sgd_(
         [w],
         [g],

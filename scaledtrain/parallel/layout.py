@@ -75,6 +75,11 @@ class Layout:
         return LocalGroup() if self._shards is None else self._shards[1]
 
     @property
+    def shards(self) -> Group:
+        """The ranks that have shards of the tensors of which this rank has one."""
+        return self._shard_group
+
+    @property
     def updated_together(self) -> Group:
         """The ranks of this replica that make each update together, with one norm of all gradients.
 
@@ -104,6 +109,13 @@ class Layout:
         if self._shards is not None:
             return self._shards[0].named_parameters
         return list(self.model.named_parameters())
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        """This rank's, by the names that the whole model has for them."""
+        if self._pipe is None:
+            return list(self.model.named_modules())
+        stages = self._pipe.stages.stages.values()
+        return [item for stage in stages for item in stage.named_modules() if item[0]]
 
     def counted_elsewhere(self) -> set[str]:
         """Names of parameters that another rank of this replica has as well, and counts."""

@@ -22,6 +22,7 @@ __all__ = [
     "first_tensor",
     "has_hooks",
     "is_compiled",
+    "is_diverted",
     "named_blocks",
     "same_arguments",
 ]
@@ -219,6 +220,11 @@ class Compiled(_Replaced):
 def is_compiled(block: nn.Module) -> bool:
     """Whether what is called is a graph, of whose functions and operators nobody sees anything."""
     return hasattr(block.forward, "_torchdynamo_orig_callable")
+
+
+def is_diverted(block: nn.Module) -> bool:
+    """Whether calls of its ``forward`` go somewhere else, so that hooks may see other calls."""
+    return isinstance(vars(block).get("forward"), _Diverted)
 
 
 class _Diverted:

@@ -15,6 +15,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.report.differences import differences, read_config
 from scaledtrain.report.findings import SLOW, RankRow, findings, rank_rows
 from scaledtrain.report.gantt import MAX_RANKS
+from scaledtrain.report.layers import heat_maps, read_layers
 from scaledtrain.report.picture import PHASE_COLOURS
 from scaledtrain.report.progress import Point, progress
 from scaledtrain.report.runs import RunLog, read_run
@@ -110,7 +111,11 @@ def _page(logs: Mapping[str, RunLog]) -> str:
     rows = {name: rank_rows(log) for name, log in logs.items()}
     shown = {name: _most_different(of_run) for name, of_run in rows.items()}
     bars = [charts.rank_bars(of_run) for of_run in shown.values()]
-    script, places = components([*drawn, *bars], wrap_script=True)
+    layers = {name: read_layers(log.folder) for name, log in logs.items()}
+    maps = {name: heat_maps(of_run) for name, of_run in layers.items() if of_run is not None}
+    inside = [figure for figures in maps.values() for figure in figures]
+    script, places = components([*drawn, *bars, *inside], wrap_script=True)
+    left = iter(places[len(drawn) + len(bars) :])
     configs = [read_config(log.folder) for log in logs.values()]
     template = (files("scaledtrain.report") / "report.html").read_text(encoding="utf-8")
     text: str = Template(template, autoescape=True).render(
@@ -134,6 +139,14 @@ def _page(logs: Mapping[str, RunLog]) -> str:
                 "bars": places[len(drawn) + i],
             }
             for i, (name, log) in enumerate(logs.items())
+        ],
+        layers=[
+            {
+                "name": name,
+                "warnings": [] if (of_run := layers[name]) is None else of_run.warnings,
+                "maps": [next(left) for _ in figures],
+            }
+            for name, figures in maps.items()
         ],
         differences=differences(configs),
         all_configs=all(configs),

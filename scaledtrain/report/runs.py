@@ -177,7 +177,7 @@ def _read_worker(folder: Path, rank: int) -> WorkerLog:
 
 
 def _record(line: dict[str, Any]) -> Interval | Evaluation | None:
-    if line["kind"] in ("ranks", "trouble"):  # of a watch
+    if line["kind"] in ("ranks", "trouble", "layers", "warning"):  # of a watch
         return None
     step, seconds = int(line["step"]), float(line["seconds"])
     if line["kind"] == "evaluation":

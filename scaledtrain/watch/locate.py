@@ -1,9 +1,8 @@
-"""Where numbers stop being finite: in which module's output, in which parameters' gradients."""
+"""Where numbers stop being finite when a batch is computed again: in modules, in gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import LossFn, call_model
 from scaledtrain.seeding import kept_generators
+from scaledtrain.watch.pass_trace import PassTrace, is_finite
 
 __all__ = ["Found", "KeptBuffers", "find_nonfinite", "nonfinite_names"]
 
@@ -20,8 +20,10 @@ class Found(NamedTuple):
     """What was not finite when a batch was computed."""
 
     where: str | None
-    """``"the batch"``, ``"the output of NAME (CLASS)"`` of the first such module, or
-    ``"the loss"``; None: all of the forward pass was finite."""
+    """Where it began: ``"the batch"``, ``"the output of NAME (CLASS)"`` of the first module whose
+    inputs were finite, or ``"the loss"``. If all of the forward pass was finite, ``"the backward
+    pass of NAME (CLASS)"``, which was given a finite gradient, or what else is known of it. None:
+    all was finite."""
     parameters: list[str]
     """Names of those whose gradients are not finite, in the model's order."""
     loss: float
@@ -94,52 +96,24 @@ def find_nonfinite(
     precision = precision or Precision()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
-    first: list[str] = []
+    trace = PassTrace(model)
     bad: set[str] = set()
     losses: list[float] = []
     buffers, device = KeptBuffers(model), parameters[0].device
     gpus = [device] if device.type == "cuda" else []
     again = torch.random.fork_rng(gpus, device_type="cuda")
-    with kept_generators(), again, _outputs_watched(model, first):
+    with kept_generators(), again, trace.watching():
         for batch in microbatches:
-            if not _is_finite(batch):
-                first.append("the batch")
+            if not is_finite(batch):
+                trace.began_in("the batch")
             with torch.enable_grad(), precision.autocast(device):
                 loss = call_model(model, batch, loss_fn)[1]
             losses.append(loss.item())
             if not loss.isfinite():
-                first.append("the loss")
+                trace.began_in("the loss")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             bad.update(nonfinite_names([name for name, _ in named], gradients))
     buffers.put_back()
     mean = sum(losses) / len(losses) if losses else 0.0
-    return Found(first[0] if first else None, [name for name, _ in named if name in bad], mean)
-
-
-@contextmanager
-def _outputs_watched(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Inside, modules add what of their outputs is not finite; inner modules before outer ones."""
-
-    def look(name: str) -> Any:
-        def after(module: nn.Module, _: Any, output: Any) -> None:
-            if not found and not _is_finite(output):
-                found.append(f"the output of {name or 'the model'} ({type(module).__name__})")
-
-        return after
-
-    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())
-    if isinstance(value, Mapping):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_finite, value))
-    return True
+    found = [name for name, _ in named if name in bad]
+    return Found(trace.where(found), found, mean)

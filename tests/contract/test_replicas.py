@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import pytest
@@ -148,18 +148,22 @@ def vector(replica: Replica) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in replica.parameters])
 
 
+@cache
+def plain() -> Tensor:
+    return plain_training(batches(40))
+
+
 @in_every_world
 @every_strategy
 def test_equal_data_is_one_process(case: Case, world: World, outcomes: Outcomes) -> None:
     """The mean of n equal values is that value; for n = 2 without rounding."""
-    plain = plain_training(batches(40))
     for rank in outcomes[world]:
         final = rank[case.name].equal_data
         assert torch.equal(final, outcomes[world][0][case.name].equal_data)
         if case.equal_data and case.tolerance is not None:
-            torch.testing.assert_close(final, plain, rtol=case.tolerance, atol=case.tolerance)
+            torch.testing.assert_close(final, plain(), rtol=case.tolerance, atol=case.tolerance)
         elif case.equal_data is not None:
-            assert not torch.allclose(final, plain, rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(final, plain(), rtol=1e-5, atol=1e-5)
 
 
 @in_every_world

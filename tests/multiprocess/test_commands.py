@@ -15,8 +15,10 @@ import scaledtrain
 from scaledtrain.errors import ClusterError, ConfigError, PeerLostError
 from scaledtrain.launching import guarded
 from scaledtrain.local_job import _summary
-from tests.ranks import free_port
+from tests.commands import Command
+from tests.ranks import FRESH, free_port
 
+Process = subprocess.Popen[str] | Command
 TIMEOUT_SECONDS = 90.0  # for a command on a busy machine
 EXIT_SECONDS = 10.0  # for what has to end at once
 
@@ -79,12 +81,16 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def environment_in(folder: Path) -> dict[str, str]:
     root = Path(scaledtrain.__file__).parents[1]
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{folder}"}
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{folder}", **environment},
+        env={**environment_in(folder), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,9 +98,15 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
     )
 
 
-def end(
-    command: subprocess.Popen[str], timeout_seconds: float = TIMEOUT_SECONDS
-) -> tuple[int, str, str]:
+def start_training(folder: Path, *arguments: str, **environment: str) -> Process:
+    """The same without its imports, on Linux; those of its workers are theirs."""
+    if FRESH:
+        return start(folder, *TRAIN, *arguments, **environment)
+    given = {**environment_in(folder), **environment}
+    return Command("scaledtrain.train", arguments, folder, given)
+
+
+def end(command: Process, timeout_seconds: float = TIMEOUT_SECONDS) -> tuple[int, str, str]:
     """Exit code, output and what was told on stderr."""
     try:
         out, told = command.communicate(timeout=timeout_seconds)
@@ -102,10 +114,11 @@ def end(
         os.killpg(command.pid, signal.SIGKILL)
         command.communicate()
         raise
+    assert command.returncode is not None
     return command.returncode, out, told
 
 
-def wait_for(folder: Path, pattern: str, command: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, pattern: str, command: Process) -> None:
     """Wait until something has been written to such a file."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not any(path.stat().st_size for path in folder.glob(pattern)):
@@ -146,7 +159,7 @@ def test_a_run_leaves_its_config_metrics_and_result(
 def test_an_error_on_one_rank_is_told_once_and_ends_all(folder: Path) -> None:
     (folder / "faulty.py").write_text(FAULTY_MODEL)
     settings = ("workers=2", "model=faulty.Net", "model.rank=1", *SIGNS, "console=false")
-    code, out, told = end(start(folder, *TRAIN, *settings))
+    code, out, told = end(start_training(folder, *settings))
     assert code == 1
     assert told.startswith("error on rank 1:\nTraceback")
     assert told.endswith("RuntimeError: broken in call 3\n")
@@ -156,7 +169,7 @@ def test_an_error_on_one_rank_is_told_once_and_ends_all(folder: Path) -> None:
 def test_an_asynchronous_run_goes_on_without_a_worker_that_is_killed(folder: Path) -> None:
     settings = ("workers=3", "strategy=async", "max_steps=null", "max_seconds=6", "log_every=5")
     slow = "slowdown.min_compute_seconds=0.01"
-    command = start(folder, *TRAIN, *settings, *SIGNS, slow, "console=false")
+    command = start_training(folder, *settings, *SIGNS, slow, "console=false")
     wait_for(folder, "runs/*/metrics-rank2.jsonl", command)
     (victim,) = [
         pid
@@ -172,7 +185,7 @@ def test_an_asynchronous_run_goes_on_without_a_worker_that_is_killed(folder: Pat
 
 
 def test_ctrl_c_ends_every_process_and_says_so_once(folder: Path) -> None:
-    command = start(folder, *TRAIN, "workers=2", *ENDLESS, "console=false")
+    command = start_training(folder, "workers=2", *ENDLESS, "console=false")
     wait_for(folder, "runs/*/metrics-rank1.jsonl", command)
     os.killpg(command.pid, signal.SIGINT)
     code, out, told = end(command, EXIT_SECONDS)
@@ -183,9 +196,9 @@ def test_ctrl_c_ends_every_process_and_says_so_once(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 def test_workers_end_when_their_launcher_is_killed(folder: Path) -> None:
-    command = start(folder, *TRAIN, "workers=2", *ENDLESS, "console=false")
+    command = start_training(folder, "workers=2", *ENDLESS, "console=false")
     wait_for(folder, "runs/*/metrics-rank1.jsonl", command)
-    command.kill()
+    command.send_signal(signal.SIGKILL)
     assert end(command, EXIT_SECONDS) == (-signal.SIGKILL, "", "")  # the fixture looks for workers
 
 
@@ -193,7 +206,7 @@ def test_a_missing_rank_and_a_port_in_use_are_told(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         lonely, homeless = (
-            start(folder, *TRAIN, "timeout_seconds=3", **ranks, MASTER_PORT=str(port))
+            start_training(folder, "timeout_seconds=3", **ranks, MASTER_PORT=str(port))
             for port in (free_port(), taken.getsockname()[1])
         )
         code, _, told = end(lonely)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -156,6 +157,10 @@ def test_a_browser_draws_it_without_an_error(width: int, tmp_path: Path) -> None
     runs = [straggler(tmp_path / name) for name in ("sync", "other")]
     span = ["compute", 0.0, 0.3]
     (runs[0] / "trace-rank0.jsonl").write_text(f"{span}\n".replace("'", '"'))
+    with (runs[0] / "metrics-rank0.jsonl").open("a") as file:
+        for step in (1, 11):
+            rows = {"0": {"grad_norm": 0.1 * step, "dead": 1.0, "units": 4.0}}
+            file.write(json.dumps({"kind": "layers", "step": step, "layers": rows}) + "\n")
     path = write_report(tmp_path / "report.html", runs)
     picture = tmp_path / "page.png"
     command = [
