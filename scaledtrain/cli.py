@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train a model: synchronously or asynchronously, one process or many",
     "check": "find bugs in model, data and training before they are run at scale",
     "compare": "train with several strategies, and report them side by side",
+    "tune": "search for settings: several trainings, of which bad ones are ended early",
+    "ablate": "take away one component at a time, and tell what each is worth",
     "simulate": "train on a cluster that is not there: real gradients, virtual time",
     "baselines": "what is reached without learning much, for results to be read against",
     "evaluate": "metrics, calibration and coverage of a saved run, and a page about them",
@@ -28,6 +30,7 @@ COMMANDS = {
 }
 
 _MODULES = {  # the others' have their names
+    "ablate": "scaledtrain.ablate.command",
     "baselines": "scaledtrain.baselines.command",
     "check": "scaledtrain.check.command",
     "data": "scaledtrain.data.commands",
@@ -36,6 +39,7 @@ _MODULES = {  # the others' have their names
     "replay": "scaledtrain.replay.command",
     "report": "scaledtrain.report.command",
     "simulate": "scaledtrain.simulate.command",
+    "tune": "scaledtrain.tune.command",
 }
 
 

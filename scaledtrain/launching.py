@@ -25,7 +25,7 @@ import torch.distributed as dist
 from scaledtrain.errors import ClusterError, ConfigError, RendezvousError, ScaledTrainError
 from scaledtrain.ranks import RankInfo, life_of
 
-__all__ = ["Interrupted", "guarded", "tell", "workers_to_start"]
+__all__ = ["Interrupted", "guarded", "is_launched", "tell", "workers_to_start"]
 
 FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes
 STUCK = 70  # ended by the watchdog, to be started again
@@ -96,7 +96,7 @@ def workers_to_start(workers: int | None) -> int:
         return 0
     if workers < 1:
         raise ConfigError(f"workers is {workers}; it is the number of processes, >= 1")
-    if not _is_launched():
+    if not is_launched():
         return workers if workers > 1 else 0
     size = RankInfo.from_environment().size
     if size != workers:
@@ -107,7 +107,8 @@ def workers_to_start(workers: int | None) -> int:
     return 0
 
 
-def _is_launched() -> bool:
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, srun, ours) started this process as one of several."""
     env = os.environ
     # A step of one task is what an interactive shell under Slurm runs in.
     by_slurm = env.get("SLURM_STEP_NUM_TASKS", "1") != "1"
@@ -193,7 +194,7 @@ def _leave(code: object) -> NoReturn:
     if isinstance(code, str):
         tell(code)
     number = code if isinstance(code, int) else 0 if code is None else FAILED
-    if not _is_launched():
+    if not is_launched():
         sys.exit(number)
     for child in multiprocessing.active_children():
         child.terminate()

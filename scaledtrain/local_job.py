@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from scaledtrain.launching import FAILED, INTERRUPTED, MISUSED, PREEMPTED, STUCK, TERMINATED, tell
 
-__all__ = ["SAVE_SECONDS", "UNWIND_SECONDS", "start_workers", "threads_for"]
+__all__ = ["SAVE_SECONDS", "UNWIND_SECONDS", "start_workers", "threads_for", "worker_command"]
 
 _POLL_SECONDS = 0.05
 _LEAVE_SECONDS = 300.0  # for the other ranks, when rank 0 has ended without an error
@@ -49,21 +49,12 @@ def start_workers(
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {"OMP_NUM_THREADS": str(threads_for(workers)), **os.environ}
-    # Until the child guards itself, Ctrl-C ends it without a traceback of its imports.
-    # And it ends when this process is killed (1: PR_SET_PDEATHSIG), its imports included.
-    code = (
-        "import ctypes, os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
-        "if sys.platform == 'linux':\n"
-        "    ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
-        f"    if os.getppid() != {os.getpid()}: os._exit({TERMINATED})\n"
-        f"from scaledtrain.local_job import _work; _work({module!r})"
-    )
     signal.set_wakeup_fd(-1)  # this process ends when its workers have, which takes what it takes
     ranks: list[subprocess.Popen[bytes]] = []
     with _Stop() as stop:
         try:
             for rank in range(workers):
-                command = [sys.executable, "-u", "-c", code, *arguments]
+                command = worker_command(module, arguments)
                 own = _environment(rank, workers, store.port)
                 ranks.append(subprocess.Popen(command, env={**environment, **own}))
             _wait(ranks, store, stop)
@@ -76,6 +67,22 @@ def start_workers(
     for rank, status in codes.items():
         if status < 0:
             tell(f"rank {rank} was lost ({_how(status)}); the others went on to the end")
+
+
+def worker_command(module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of a process that runs ``module.main()`` and ends with this one.
+
+    Until it guards itself, Ctrl-C ends it without a traceback of its imports. And it is asked to
+    end when this process is killed (1: PR_SET_PDEATHSIG), its imports included.
+    """
+    code = (
+        "import ctypes, os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "if sys.platform == 'linux':\n"
+        "    ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+        f"    if os.getppid() != {os.getpid()}: os._exit({TERMINATED})\n"
+        f"from scaledtrain.local_job import _work; _work({module!r})"
+    )
+    return [sys.executable, "-u", "-c", code, *arguments]
 
 
 def threads_for(workers: int) -> int:

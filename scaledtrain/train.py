@@ -57,6 +57,7 @@ __all__ = [
     "build_settled",
     "choose_run_dir",
     "join",
+    "launch",
     "main",
     "make_of",
     "make_run_dir",
@@ -70,16 +71,34 @@ Loader = Iterable[Any]
 Config = TrainConfig | DictConfig | Mapping[str, Any]
 
 _BATCH_KEYS = [field.name for field in fields(BatchSizes)]
+_MULTIRUN = ("-m", "--multirun")
 _NAMES_OF_TOTAL = ("T_max", "total_steps", "total_iters")  # as torch's schedules call it
 
 
 def main() -> None:
     """Train as the command line says."""
-    guarded(_main)
+    guarded(lambda: _main(sys.argv[1:]))
 
 
-def _main() -> None:
-    arguments = with_accelerate(sys.argv[1:])
+def _main(arguments: Sequence[str]) -> None:
+    given = [argument for argument in arguments if argument not in _MULTIRUN]
+    if len(given) == len(arguments):
+        launch(arguments, "scaledtrain.train")
+    else:
+        from scaledtrain.multirun import multirun
+
+        multirun(given)
+
+
+def launch(arguments: Sequence[str], module: str, callbacks: Sequence[Callback] = ()) -> None:
+    """Train as a command line says: in this process, or in new ones for ``workers=n``.
+
+    Args:
+        arguments: of the command line.
+        module: this is called by its ``main``, which the new processes call, too.
+        callbacks: called beside those that the config asks for.
+    """
+    arguments = with_accelerate(list(arguments))
     composed = read_command_line(arguments, "train", "scaledtrain train")
     if composed is None:
         return
@@ -89,12 +108,12 @@ def _main() -> None:
         data_ranks = config.mesh.replicas(workers) * config.mesh.shard
         batch_sizes(config).local(data_ranks, config.gradient_accumulation_steps, config.elastic)
         seconds = SAVE_SECONDS if config.checkpointing is not None else UNWIND_SECONDS
-        start_workers("scaledtrain.train", arguments, workers, seconds)
+        start_workers(module, arguments, workers, seconds)
         return
     with join(config) as link:
         run_dir = None if config.fast_dev_run else choose_run_dir(config, link)
         try:
-            result = run(config, link, run_dir)
+            result = run(config, link, run_dir, callbacks)
         except BaseException:
             if run_dir is not None:
                 with suppress(OSError):  # nothing was written: leave no empty folder

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
 from scaledtrain.report.page import find_runs, write_report
+from scaledtrain.report.search_page import is_search, write_search_report
 
 __all__ = ["main"]
 
@@ -30,12 +32,25 @@ def _main(arguments: Sequence[str]) -> None:
         description="One HTML page about one run or several side by side, which opens offline.",
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="the folder of a run, or one that holds runs"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="the folder of a run, one that holds runs, or a search's",
     )
     parser.add_argument(
         "--out", metavar="FILE", help="default: report.html in the folder that holds all of them"
     )
     given = parser.parse_args(arguments)
+    searches = [folder for folder in given.runs if is_search(folder)]
+    if searches:
+        if len(given.runs) > 1:
+            raise ConfigError(
+                f"{searches[0]} is a search, which has a page of its own; give it alone, or the "
+                "folders of runs inside its trials"
+            )
+        page = write_search_report(given.out or Path(searches[0]) / "report.html", searches[0])
+        print(os.path.relpath(page))
+        return
     folder = os.path.commonpath([run.resolve() for run in find_runs(given.runs)])
     path = write_report(given.out or Path(folder) / "report.html", given.runs)
     print(os.path.relpath(path))

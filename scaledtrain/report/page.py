@@ -25,7 +25,7 @@ from scaledtrain.report.runs import RunLog, read_run
 from scaledtrain.report.timeline_page import write_timeline_page
 from scaledtrain.report.traces import find_trace
 
-__all__ = ["find_runs", "write_report"]
+__all__ = ["find_runs", "require_bokeh", "write_report"]
 
 MAX_ROWS = 32
 """Ranks of a run that are shown."""
@@ -60,10 +60,7 @@ def write_report(path: str | Path, folders: Sequence[str | Path]) -> Path:
     Example:
         ``write_report("report.html", ["runs/sync", "runs/async"])``
     """
-    if find_spec("bokeh") is None:
-        raise ConfigError(
-            "the report needs Bokeh, which is not installed here: pip install 'scaledtrain[report]'"
-        )
+    require_bokeh()
     if not folders:
         raise ConfigError("no run was given; give the run_dir of one or of several")
     runs = find_runs(folders)
@@ -75,6 +72,14 @@ def write_report(path: str | Path, folders: Sequence[str | Path]) -> Path:
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
     return path
+
+
+def require_bokeh() -> None:
+    """Raise a ConfigError that says what to install if Bokeh is missing."""
+    if find_spec("bokeh") is None:
+        raise ConfigError(
+            "the report needs Bokeh, which is not installed here: pip install 'scaledtrain[report]'"
+        )
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

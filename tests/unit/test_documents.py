@@ -13,9 +13,11 @@ import torch
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
 from scaledtrain.errors import ConfigError
+from scaledtrain.sweeps import split_sweeps
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
+COMMANDS = ("train", "compare", "simulate", "memory", "trace", "replay", "tune", "ablate")
 DOCUMENTS = [ROOT / "README.md", *GUIDES]
 LINKED = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
 
@@ -126,18 +128,11 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
         for block in (*blocks(path, "bash"), *blocks(path, "sh")):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                for command in (
-                    "train",
-                    "check",
-                    "compare",
-                    "simulate",
-                    "memory",
-                    "trace",
-                    "replay",
-                ):
+                for command in COMMANDS:
                     if f"scaledtrain.{command}" in words:
                         given = words[words.index(f"scaledtrain.{command}") + 1 :]
-                        if settings := [word for word in given if "=" in word]:
+                        settings, _ = split_sweeps([word for word in given if "=" in word])
+                        if settings:
                             yield name(path), command, settings
 
 

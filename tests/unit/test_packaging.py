@@ -89,7 +89,7 @@ def test_the_metadata_names_the_extras_the_licence_and_the_oldest_python(
 ) -> None:
     engines = {"accelerate", "deepspeed"}
     others = {"bench", "data", "examples", "huggingface", "remote", "report", "test", "zstd"}
-    judging = {"baselines", "evaluate"}
+    judging = {"baselines", "evaluate", "tune"}
     assert set(metadata.get_all("Provides-Extra", [])) == engines | others | judging
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"

@@ -1,0 +1,1 @@
+"""Takes away one component of a training at a time, and tells what each is worth."""

@@ -1,0 +1,1 @@
+"""Searches for settings: trials that are trainings, samplers and pruners by Optuna."""
