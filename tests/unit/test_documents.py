@@ -17,7 +17,7 @@ from scaledtrain.sweeps import split_sweeps
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
-COMMANDS = ("train", "compare", "simulate", "memory", "trace", "replay", "tune", "ablate")
+COMMANDS = ("train", "check", "compare", "simulate", "memory", "trace", "replay", "tune", "ablate")
 DOCUMENTS = [ROOT / "README.md", *GUIDES]
 LINKED = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
 
