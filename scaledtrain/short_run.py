@@ -58,7 +58,7 @@ class ShortRun:
         """Folder, checkpoints and begin of a run of which nothing stays. Collective.
 
         It is saved once, at its end, as a run is; into a folder that is then removed. On several
-        hosts that is one beside ``run_dir``, which all see.
+        hosts that is one beside ``run_dir``, or above it, which all see.
 
         Args:
             link: to the other ranks.
@@ -70,12 +70,14 @@ class ShortRun:
         if checkpointing is not None and checkpointing.folder is not None:
             own = Path(checkpointing.folder)
         there = own is not None and bool(saved_steps(own))
+        base = Path(tempfile.gettempdir())
+        if run_dir is not None:  # of its parents one that is there, so that none is made
+            base = next(p for p in Path(run_dir).absolute().parents if p.is_dir())
         words = torch.tensor([secrets.randbits(62), int(there)], device=link.device)
         link.group.broadcast([words])  # the others' view of the disk may lag
         word, is_there = words.tolist()
         if resume == "auto":
             resume = own if is_there else None
-        base = Path(tempfile.gettempdir()) if run_dir is None else Path(run_dir).absolute().parent
         folder = base / f".scaledtrain-fast-dev-run-{word:x}"
         if link.group.rank == 0:
             self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)

@@ -25,18 +25,19 @@ from scaledtrain.callbacks import Callback
 from scaledtrain.check.ladder import climb, summary
 from scaledtrain.check.subject import Plan, Subject
 from scaledtrain.checkpoint import Checkpointing
+from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import TrainConfig, check
 from scaledtrain.drop_compute import DropCompute
+from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
 from scaledtrain.memory.command import make_estimator
 from scaledtrain.memory.estimate import MemoryEstimate
 from scaledtrain.mesh import Mesh
 from scaledtrain.optim.scaling import zero_gamma
 from scaledtrain.precision import Precision
-from scaledtrain.records import write_file
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.tasks import Task
@@ -70,15 +71,27 @@ def _main() -> None:
         return
     training, asked = _divide(composed)
     subject = subject_of(training, asked)
+    path = None if asked.json is None else _writable(asked.json)
     verdicts = climb(subject, asked.only, partial(print, flush=True))
     print(summary(verdicts))
-    if asked.json is not None:
-        path = Path(asked.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path is not None:
         told = [_plain(asdict(verdict)) for verdict in verdicts]
-        write_file(path, f"{json.dumps(told, indent=2)}\n")
+        replace_file(path, f"{json.dumps(told, indent=2)}\n".encode())
     if any(verdict.status == "failed" for verdict in verdicts):
         sys.exit(1)
+
+
+def _writable(file: str) -> Path:
+    """See that it is, before minutes of checks."""
+    path = Path(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"check.json is {file!r}, which cannot be written: {error}; name another file"
+        ) from error
+    return path
 
 
 def _plain(value: Any) -> Any:

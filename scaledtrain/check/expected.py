@@ -100,10 +100,12 @@ def predicts_next(subject: Subject, batch: Any) -> bool:
             return False
         tokens, labels = batch["input_ids"], batch["labels"]
         known = labels != _IGNORED
-        return labels.shape == tokens.shape and bool((labels == tokens)[known].all())
+        if labels.shape != tokens.shape or not bool(known.any()):
+            return False
+        return bool((labels == tokens)[known].all())
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
         return False
     if inputs.is_floating_point() or inputs.dim() != 2 or inputs.shape != targets.shape:
         return False
     ahead, known = inputs[:, 1:], targets[:, :-1] != _IGNORED
-    return bool((targets[:, :-1] == ahead)[known].all())
+    return bool(known.any()) and bool((targets[:, :-1] == ahead)[known].all())

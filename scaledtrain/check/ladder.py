@@ -23,6 +23,7 @@ from scaledtrain.check.rungs.units import units
 from scaledtrain.check.subject import Subject
 from scaledtrain.check.verdict import EVERYTHING, Verdict, failed, skipped
 from scaledtrain.errors import ConfigError, ScaledTrainError
+from scaledtrain.ranks import RankInfo
 from scaledtrain.schema import did_you_mean
 
 __all__ = ["LADDER", "Rung", "climb", "summary"]
@@ -76,9 +77,17 @@ def climb(
         told: called with each verdict when it is there.
 
     Raises:
-        ConfigError: there is no rung of such a name.
+        ConfigError: there is no rung of such a name; or this is one process of several.
     """
+    here = RankInfo.from_environment()
+    if here.size > 1:
+        raise ConfigError(
+            f"this is rank {here.rank} of {here.size}, but the check runs in one process, also for "
+            "what several ranks do; start it without a launcher"
+        )
     names = [rung.name for rung in LADDER]
+    if only is not None and not only:
+        raise ConfigError(f"check.only is empty; name some rungs: {', '.join(names)}")
     for name in only or []:
         if name not in names:
             raise ConfigError(

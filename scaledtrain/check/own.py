@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,17 @@ from scaledtrain.memory.estimate import MemoryEstimate, estimate_memory
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.replica import MakeOptimizer
 from scaledtrain.schedule import LossFn
+from scaledtrain.schema import did_you_mean
 from scaledtrain.seeding import seed_everything
 from scaledtrain.trainer import Trainer
 
 __all__ = ["check"]
 
-_OURS = ("link", "run_dir", "console", "log_every", "checkpointing", "resume", "mesh", "engine")
+_OURS = (
+    *("link", "mesh", "engine", "pipeline", "run_dir", "console", "log_every"),
+    *("checkpointing", "resume", "fast_dev_run", "overfit_batches"),
+)
+_ALSO_OF_CHECK = ("model", "loss_fn", "optimizer", "loss_weight", "precision", "seed", "callbacks")
 
 
 def check(
@@ -102,11 +108,7 @@ def check(
         ('failed', 'no gradient for hidden.weight, hidden.bias')
     """
     options = dict(trainer or {})
-    if ours := [name for name in options if name in _OURS]:
-        raise ConfigError(
-            f"trainer has {', '.join(ours)}, which the check sets itself: it trains on one rank, "
-            "and keeps nothing; leave it out"
-        )
+    _check_options(options)
     precision = Precision(precision) if isinstance(precision, str) else precision
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -135,7 +137,7 @@ def check(
             checkpointing=checkpointing,
             resume=resume,
             link=link,
-            **options,
+            **copy.deepcopy(options),  # a strategy is of one Trainer
         )
         return made, loader
 
@@ -170,3 +172,22 @@ def check(
         is_trained,
     )
     return climb(subject, only, told)
+
+
+def _check_options(names: Iterable[str]) -> None:
+    known = inspect.signature(Trainer).parameters
+    for name in names:
+        if name in _OURS:
+            raise ConfigError(
+                f"trainer has {name}, which the check sets itself: it trains on one rank, and "
+                "keeps nothing; leave it out"
+            )
+        if name in _ALSO_OF_CHECK:
+            raise ConfigError(
+                f"trainer has {name}, which other rungs need, too; give it to check itself: "
+                f"check(..., {name}=...)"
+            )
+        if name not in known:
+            raise ConfigError(
+                f"trainer has {name!r}{did_you_mean(name, known)}, which Trainer does not take"
+            )

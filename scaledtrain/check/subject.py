@@ -149,11 +149,6 @@ class Subject:
             changes: as `MakeTrainer` takes them.
         """
         with connect(device=self.device) as link:
-            if link.group.size > 1:
-                raise ConfigError(
-                    f"this is rank {link.group.rank} of {link.group.size}, but the check runs in "
-                    "one process, also for what several ranks do; start it without a launcher"
-                )
             trainer, loader = self.make_trainer(link, callbacks=callbacks, **changes)
             with trainer:
                 yield trainer, loader

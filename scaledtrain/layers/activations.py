@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from scaledtrain.layers.rows import Sums
+from scaledtrain.layers.units import Units
 from scaledtrain.recompute.blocks import is_compiled as is_compiled_block
 from scaledtrain.recompute.blocks import is_diverted
 
@@ -32,8 +32,8 @@ class Activations:
 
     A module with parameters of its own has a mean and a deviation; so has what has none, and may
     have zeros (ReLU, or a block that ends with one): for each of its units it is counted in how
-    many samples on end it was zero. A unit is one place of the last dim, after a convolution a
-    channel. The same tensor counts once, for the innermost module that returns it.
+    many samples on end it was zero; see `Units`. The same tensor counts once, for the innermost
+    module that returns it.
 
     Forward passes that activation checkpointing makes again are not counted. Nothing of what is
     computed changes, and no generator is used.
@@ -60,7 +60,7 @@ class Activations:
         self._counts: dict[str, list[tuple[str, float | Tensor]]] = {}
         self._active: dict[tuple[str, int], Tensor] = {}
         self._samples: dict[tuple[str, int], int] = {}
-        self._channels_first: bool | None = None  # of what comes next; None: not known
+        self._units = Units()
         self._last: Any = lambda: None
 
     @property
@@ -99,8 +99,7 @@ class Activations:
         if torch._C._current_graph_task_id() != -1:  # in a backward pass: it is computed again
             return
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            self._channels_first = isinstance(module, _ConvNd)
+        self._units.passed(module)
         if not isinstance(first, Tensor) or not first.is_floating_point() or first.dim() < 2:
             return
         if self._last() is first or not first.numel():
@@ -128,12 +127,8 @@ class Activations:
 
     def _look_for_zeros(self, name: str, values: Tensor) -> list[tuple[str, float | Tensor]]:
         """Count them, and note which units were not zero in all of these samples."""
-        dims = values.dim()
-        channels_first = dims > 3 if self._channels_first is None else self._channels_first
-        dim = 1 if channels_first else dims - 1
         nonzero = values != 0
-        active = nonzero.flatten(dim + 1).any(-1) if dim < dims - 1 else nonzero
-        active = active.flatten(0, dim - 1).any(0)
+        active = self._units.active(nonzero)
         key = (name, len(active))
         self._active[key] = self._active[key] | active if key in self._active else active
         self._samples[key] = self._samples.get(key, 0) + len(values)

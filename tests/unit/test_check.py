@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from scaledtrain.check import LADDER, Verdict, check
+from scaledtrain import ParameterServer
+from scaledtrain.check import LADDER, Plan, Verdict, check
 from scaledtrain.errors import ConfigError
 from tests import planted
 from tests.planted import Net
@@ -121,6 +122,31 @@ class TestPlantedBugs:
         some = climbed(partial(planted.Dead, 20), only=["units", "gradients"])
         assert (some["units"].status, some["gradients"].status) == ("warning", "passed")
 
+    def test_dead_channels_of_a_convolution_over_time(self) -> None:
+        class Convolved(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv1d(1, 8, 3, padding=1)
+                self.head = nn.Linear(8 * planted.FEATURES, planted.CLASSES)
+                with torch.no_grad():
+                    self.conv.bias[:5] = -1e4  # type: ignore[index]
+
+            def forward(self, x: Tensor) -> Tensor:
+                out: Tensor = self.head(F.relu(self.conv(x[:, None])).flatten(1))
+                return out
+
+        verdict = climbed(Convolved, only=["units"])["units"]
+        assert "the model itself (5 of 8)" in verdict.found
+
+    def test_what_is_below_zero_is_not_dead(self) -> None:
+        # Hardtanh leaves -1 to 1 as they are; |w x| < 0.01 |x|, so all of its outputs are near -0.5
+        model = nn.Sequential(nn.Linear(planted.FEATURES, 8), nn.Hardtanh(), nn.Linear(8, 4))
+        with torch.no_grad():
+            model[0].weight.fill_(0.001)
+            model[0].bias.fill_(-0.5)
+        verdict = climbed(model, only=["units"])["units"]
+        assert (verdict.status, verdict.measured["dead"]) == ("passed", 0)
+
     def test_a_view_that_mixes_the_samples(self) -> None:
         verdicts = climbed(planted.Mixed)
         assert failing(verdicts) == {"samples", "ranks"}
@@ -163,6 +189,18 @@ class TestPlantedBugs:
         assert "fading.calls of the model is not in its state dict" in verdicts["resume"].found
         assert verdicts["resume"].measured["step"] == 4  # saved after 3
 
+    def test_state_that_is_not_saved_by_a_server_which_is_saved_a_step_later(self) -> None:
+        # A worker knows of update 3 when it pulls for step 4, behind which all is saved.
+        options: dict[str, Any] = {"only": ["seed", "resume"]}
+        found = climbed(planted.Counting, trainer={"strategy": ParameterServer()}, **options)
+        assert failing(found) == {"resume"}
+        assert "fading.calls of the model is not in its state dict" in found["resume"].found
+        assert found["resume"].measured["step"] == 5
+        without = climbed(Net, trainer={"strategy": ParameterServer()}, **options)
+        assert without["resume"].found == (
+            "6 steps, saved and resumed after 4, are equal to 6 steps"
+        )
+
     def test_a_loss_that_is_summed(self) -> None:
         verdicts = climbed(Net, planted.summed_loss)
         assert failing(verdicts) == {"initial_loss", "ranks"}
@@ -176,12 +214,48 @@ class TestPlantedBugs:
         assert failing(verdicts) == {"samples"}
         assert "position 0 change with tokens from position 4 on" in verdicts["samples"].found
 
+    def test_positions_may_be_the_last_dim(self) -> None:
+        class Turned(planted.Text):
+            def forward(self, tokens: Tensor) -> Tensor:
+                return super().forward(tokens).transpose(1, 2)
+
+        for causal, status in ((True, "passed"), (False, "failed")):
+            model = partial(Turned, causal)
+            found = climbed(model, loader=planted.tokens(), only=["samples"])["samples"]
+            assert found.status == status, found
+
+    def test_outputs_may_have_one_dim(self) -> None:
+        class Squeezed(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).squeeze(1)
+
+        x, _ = planted.samples()
+        model = partial(Squeezed, planted.FEATURES, 1)
+        data = planted.loader(x, x.sum(1))
+        assert climbed(model, F.mse_loss, data, only=["samples"])["samples"].status == "passed"
+
+    def test_gradients_of_ranks_that_are_no_numbers(self) -> None:
+        class Rooted(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) + torch.sqrt(0 * self.weight).sum()  # slope: inf * 0
+
+        x, y = planted.samples()
+        one_batch = [(x[:16], y[:16])]
+        model = partial(Rooted, planted.FEATURES, planted.CLASSES)
+        assert failing(climbed(model, loader=one_batch, only=["ranks"])) == {"ranks"}
+
     def test_numbers_beyond_float16(self) -> None:
         verdicts = climbed(planted.Overflowing, only=["precision"], precision="fp16-mixed")
         assert failing(verdicts) == {"precision"}
         assert "large returns numbers beyond its range" in verdicts["precision"].found
         # It is no bug of a run in float32.
         assert climbed(planted.Overflowing, only=["precision"])["precision"].status == "warning"
+
+    def test_a_loss_that_leaves_all_numbers_in_float32(self) -> None:
+        wild = partial(torch.optim.SGD, lr=1e38)
+        verdict = climbed(Net, only=["precision"], optimizer=wild)["precision"]
+        assert verdict.status == "failed"
+        assert "in fp32, too, the loss is not finite" in verdict.found
 
 
 class TestShapes:
@@ -200,6 +274,9 @@ class TestShapes:
         x = torch.randint(256, (64, 1, 3, 4)).float()
         model = partial(nn.Sequential, nn.Flatten(), nn.Linear(12, 4))
         assert "bytes that were not normalised" in self.found(x, y, model)
+        both = self.found(x, y + 1, model)
+        assert both.startswith("targets go from 1 to 4, but the model has 4 outputs")
+        assert "bytes that were not normalised" in both
 
     def test_a_batch_that_is_not_first(self) -> None:
         x, y = planted.samples()
@@ -237,6 +314,28 @@ class TestOverfit:
         )["overfit"]
         assert contradictory.status == "failed"
 
+    def test_a_learning_rate_that_is_a_tensor_stays(self) -> None:
+        lr = torch.tensor(1e-5)
+        slow = partial(torch.optim.SGD, lr=lr)
+        climbed(Net, only=["overfit"], optimizer=slow, steps=2)
+        assert lr == torch.tensor(1e-5)
+
+
+class TestCost:
+    @pytest.mark.parametrize(
+        ("limit", "told", "seconds"), [(1e-6, "ends after 1e-06 s", 1e-6), (1e6, "", None)]
+    )
+    def test_the_time_is_that_of_the_limit_that_comes_first(
+        self, limit: float, told: str, seconds: float | None
+    ) -> None:
+        plan = Plan(max_steps=1000, max_seconds=limit)
+        cost = climbed(Net, only=["cost"], plan=plan)["cost"]
+        assert "for 1,000 steps" in cost.found
+        assert ("ends after" in cost.found) == bool(told)
+        assert told in cost.found
+        of_steps = 1000 * cost.measured["step_seconds"]
+        assert cost.measured["seconds"] == (of_steps if seconds is None else seconds)
+
 
 class TestAsking:
     def test_an_unknown_rung_is_refused(self) -> None:
@@ -247,9 +346,30 @@ class TestAsking:
         with pytest.raises(ConfigError, match="can be read only once"):
             climbed(Net, loader=iter([planted.samples()]))
 
-    def test_what_the_check_sets_itself_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="trainer has run_dir"):
-            climbed(Net, trainer={"run_dir": "runs"})
+    def test_no_rung_at_all_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"check\.only is empty; name some rungs: shapes,"):
+            climbed(Net, only=[])
+
+    @pytest.mark.parametrize(
+        ("option", "why"),
+        [
+            ("run_dir", "which the check sets itself"),
+            ("fast_dev_run", "which the check sets itself"),
+            ("seed", r"give it to check itself: check\(\.\.\., seed="),
+            ("max_grad_nrm", r"\(did you mean 'max_grad_norm'\?\), which Trainer does not take"),
+        ],
+    )
+    def test_arguments_of_the_trainer_that_cannot_be_are_refused(
+        self, option: str, why: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"trainer has '?{option}'?.*{why}"):
+            climbed(Net, trainer={option: 1})
+
+    def test_one_process_of_several_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="this is rank 1 of 2, .* without a launcher"):
+            climbed(Net, only=["shapes"])
 
     def test_the_model_given_is_left_as_it_is(self) -> None:
         model = Net().eval()

@@ -75,6 +75,17 @@ def test_the_length_of_the_full_run_is_that_of_its_ranks() -> None:
     assert len(subject.batches(1)[0][0]) == 16
 
 
+def test_a_file_that_cannot_be_written_is_told_before_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "check.only=[shapes]", f"check.json={tmp_path}")
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert "which cannot be written" in told.err
+    assert "shapes" not in told.out
+
+
 def test_values_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"check\.samples is 1; it is >= 2"):
         subject_of(check(compose([])), CheckConfig(None, None, [], 1, 200))

@@ -112,6 +112,11 @@ class TestFastDevRun:
         assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
         assert not run_dir.exists()
 
+    def test_no_parents_of_the_folder_are_made(self, temporary: Path, tmp_path: Path) -> None:
+        with trainer(run_dir=tmp_path / "runs" / "mine", fast_dev_run=True) as made:
+            made.fit(loader())
+        assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+
     def test_without_a_folder_it_is_saved_among_temporary_files(self, temporary: Path) -> None:
         looks = Looks(temporary)
         with trainer(callbacks=[looks], fast_dev_run=True) as made:
@@ -264,13 +269,18 @@ class TestByConfig:
         assert result.step == 8  # 4 epochs of 2 batches
         assert seen.rates[-1] == pytest.approx(0.0, abs=1e-9)  # the cosine has come to its end
 
-    @pytest.mark.parametrize("command", ["compare", "simulate"])
+    @pytest.mark.parametrize(
+        "words", [["compare"], ["simulate"], ["tune", "optimizer.lr=0.1,0.2"], ["ablate"]]
+    )
     def test_commands_about_what_runs_leave_refuse_it(
-        self, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        words: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         from scaledtrain.cli import main
 
-        monkeypatch.setattr("sys.argv", ["scaledtrain", command, "fast_dev_run=true"])
+        monkeypatch.setattr("sys.argv", ["scaledtrain", *words, "fast_dev_run=true"])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2

@@ -47,13 +47,13 @@ def cost(subject: Subject) -> Verdict:
     numbers = {"step_seconds": each, "steps": steps, "machine": machine}
     told = f"{1 / each:.3g} steps per second"
     if steps is not None:
-        total = steps * each
-        limit = subject.plan.max_seconds
-        total = total if limit is None else min(total, limit)
-        numbers["seconds"] = total
-        told += f", {_duration(total)} for {steps:,} steps"
-    elif subject.plan.max_seconds is not None:
-        told += f", ends after {_duration(subject.plan.max_seconds)}"
+        told += f", {_duration(steps * each)} for {steps:,} steps"
+    limit = subject.plan.max_seconds
+    if limit is not None and (steps is None or limit < steps * each):
+        told += f", ends after {_duration(limit)}"
+        numbers["seconds"] = limit
+    elif steps is not None:
+        numbers["seconds"] = steps * each
     try:
         needed = subject.estimate().peak
     except ConfigError as error:

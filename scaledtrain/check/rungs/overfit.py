@@ -91,7 +91,7 @@ def _attempt(
     model = subject.model()
     optimizer = make([(name, p) for name, p in model.named_parameters() if p.requires_grad])
     for group in optimizer.param_groups:
-        group["lr"] *= factor
+        group["lr"] = group["lr"] * factor  # a tensor is that of the next optimizer, too
         if "weight_decay" in group:
             group["weight_decay"] = 0.0
     lr = optimizer.param_groups[0]["lr"]

@@ -35,16 +35,20 @@ def precision(subject: Subject) -> Verdict:
     are compared up to the first. What overflows in every step has collapsed.
     """
     parameters = [p for p in subject.model().parameters() if p.requires_grad]
-    if any(p.dtype not in (torch.float32, torch.float64) for p in parameters):
-        return skipped(
-            f"the model's own parameters are {parameters[0].dtype}; none to compare with"
-        )
+    narrow = [p.dtype for p in parameters if p.dtype not in (torch.float32, torch.float64)]
+    if narrow:
+        return skipped(f"the model's own parameters are {narrow[0]}; none to compare with")
     names = ["bf16-mixed", "fp16-mixed"]
     own = subject.precision
     others = [own if own.name == name else Precision(name) for name in names]  # type: ignore[arg-type]
     if own.name not in ("fp32", *names):
         others.append(own)
     usual = _run(subject, Precision("fp32"))
+    if usual.ended:
+        return failed(
+            f"in fp32, too, the loss is not finite within {_STEPS} steps: {usual.ended}",
+            "lower the learning rate or warm it up, or clip gradients (max_grad_norm=1.0)",
+        )
     findings: list[Verdict] = []
     told: list[str] = []
     numbers: dict[str, float] = {}

@@ -152,7 +152,7 @@ def _compare(
         flat_b = torch.cat([t.double().flatten() for t in b])
         size = float(flat_a.norm())
         difference = float((flat_b - flat_a).norm()) / max(size, 1e-30)
-        if difference > worst:
+        if not difference <= worst:  # NaN is the worst
             worst = difference
             ratio = float(flat_a @ flat_b) / max(size, 1e-30) ** 2
             far = [float((y - x).double().norm()) for x, y in zip(a, b, strict=True)]

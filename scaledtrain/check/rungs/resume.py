@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from scaledtrain.check.modules import same
 from scaledtrain.check.subject import Recorder, Subject
-from scaledtrain.check.verdict import Verdict, failed, named, passed, skipped
+from scaledtrain.check.verdict import Verdict, failed, named, passed
 from scaledtrain.checkpoint import Checkpointing
+from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.copies import copied
 
 if TYPE_CHECKING:
@@ -22,80 +24,83 @@ if TYPE_CHECKING:
 
 __all__ = ["resume"]
 
-_SAVED_AT, _STEPS = 3, 6
+_EVERY, _STEPS = 3, 6
 
 
 class _Attributes(Recorder):
-    """Also keeps what modules hold besides parameters and buffers, at one step."""
+    """Also keeps what modules hold besides parameters and buffers, as a run begins with it.
 
-    def __init__(self, step: int) -> None:
+    Of one that is saved it is what they hold then, the first time.
+
+    Attributes:
+        held: by name.
+        steps: made until then.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._step = step
         self.held: dict[str, Any] = {}
+        self.steps = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        """Keep them."""
         super().on_fit_start(trainer)
-        self._look(trainer)
+        self._model = trainer.model
+        self.held = _held(self._model)
 
-    def on_step_end(self, trainer: Trainer) -> None:
-        super().on_step_end(trainer)
-        self._look(trainer)
-
-    def _look(self, trainer: Trainer) -> None:
-        if trainer.step_count == self._step:
-            self.held = _held(trainer.model)
+    def state_dict(self) -> dict[str, Any]:
+        """The run is saved."""
+        if self.steps == 0:
+            self.steps = len(self.losses)
+            self.held = _held(self._model)
+        return {}
 
 
 def resume(subject: Subject) -> Verdict:
-    """A few steps, saved, resumed in a new Trainer and a new model, and a few more.
+    """A few steps, saved half way; from there again, in a new Trainer and a new model.
 
-    Parameters and losses must be those of the run that made all steps at once, bit for bit.
+    Parameters and losses must be those of the run that went on, bit for bit. When it is saved
+    depends on the strategy: a worker of a server knows of an update when it pulls the next time.
     """
-    whole, first, second = _Attributes(_SAVED_AT), Recorder(), _Attributes(_SAVED_AT)
-    with subject.training(whole) as (trainer, loader):
-        trainer.fit(loader, max_steps=_STEPS)
-        strategy = trainer.strategy
+    whole, second = _Attributes(), _Attributes()
     with TemporaryDirectory(prefix="scaledtrain-check-") as folder:
-        options = Checkpointing(folder=folder, keep_last=1, on_failure="end")
-        with subject.training(first, checkpointing=options) as (trainer, loader):
-            trainer.fit(loader, max_steps=_SAVED_AT)
-        with subject.training(second, checkpointing=options, resume="auto") as (trainer, loader):
+        options = Checkpointing(
+            folder=folder, every_steps=_EVERY, keep_last=_STEPS, on_failure="end"
+        )
+        with subject.training(whole, checkpointing=options) as (trainer, loader):
             trainer.fit(loader, max_steps=_STEPS)
-    losses = [*first.losses, *second.losses]
-    if same(whole.ended, second.ended) and same(whole.losses, losses):
-        return passed(
-            f"{_STEPS} steps, saved and resumed after {_SAVED_AT}, are equal to {_STEPS} steps"
-        )
-    if strategy.settles_to_save:
-        return skipped(
-            f"replicas under {strategy} settle to be saved, which changes the course of a run, so "
-            "that none which was saved is equal to one that was not; check with strategy=sync"
-        )
-    return _why(whole, second, losses)
+        saved = saved_steps(Path(folder))[0].path
+        with subject.training(second, resume=saved) as (trainer, loader):
+            trainer.fit(loader, max_steps=_STEPS)
+    n = len(whole.losses)
+    if same(whole.ended, second.ended) and same(whole.losses[whole.steps :], second.losses):
+        return passed(f"{n} steps, saved and resumed after {whole.steps}, are equal to {n} steps")
+    return _why(whole, second)
 
 
-def _why(whole: _Attributes, second: _Attributes, losses: list[float]) -> Verdict:
+def _why(whole: _Attributes, second: _Attributes) -> Verdict:
     lost = [name for name, value in whole.held.items() if not same(value, second.held.get(name))]
-    pairs = zip(whole.losses, losses, strict=False)
-    step = next((i + 1 for i, (a, b) in enumerate(pairs) if not same(a, b)), _STEPS)
+    saved, n = whole.steps, len(whole.losses)
+    pairs = zip(whole.losses[saved:], second.losses, strict=False)
+    step = next((saved + i for i, (a, b) in enumerate(pairs, 1) if not same(a, b)), n)
     if lost:
         return failed(
-            f"resumed after step {_SAVED_AT} the run is another one from step {step} on: "
+            f"resumed after step {saved} the run is another one from step {step} on: "
             f"{named(lost)} of the model is not in its state dict, so it is not saved",
             "make it a buffer (register_buffer), or give it get_extra_state and set_extra_state",
             lost=lost,
             step=step,
         )
-    if not same(whole.batches[_SAVED_AT:], second.batches):
+    if not same(whole.batches[saved:], second.batches):
         return failed(
-            f"resumed after step {_SAVED_AT} the run gets other batches",
+            f"resumed after step {saved} the run gets other batches",
             "draw what transforms draw from the global generators, which are saved; give a loader "
             "of your own state_dict and load_state_dict",
             lost=["batches"],
             step=step,
         )
     return failed(
-        f"resumed after step {_SAVED_AT} the run is another one from step {step} on, though it "
+        f"resumed after step {saved} the run is another one from step {step} on, though it "
         "has the same batches",
         "give what has state (optimizer, callbacks, modules) a state_dict that holds all of it",
         lost=[],

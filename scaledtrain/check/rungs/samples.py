@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from scaledtrain.check.expected import predicts_next
+from scaledtrain.check.expected import class_dim, predicts_next
 from scaledtrain.check.modules import outputs_by_module, same
 from scaledtrain.check.subject import Subject, logits_of
 from scaledtrain.check.verdict import Verdict, failed, passed, skipped, together
@@ -82,7 +82,7 @@ def _swapped(batch: Any, source: int, target: int, n: int) -> Any:
 
 def _differ(a: Tensor, b: Tensor) -> Tensor:
     """Which entries of the first dim differ by more than rounding."""
-    far = (a - b).abs().flatten(1).amax(1)
+    far = (a - b).abs().reshape(len(a), -1).amax(1)
     return ~(far <= _CLOSE * a.abs().max())
 
 
@@ -122,6 +122,8 @@ def _sees_later(subject: Subject, outputs: Any, batch: Any, usual: Tensor) -> It
     made = outputs(changed)
     if made is None or same(later, tokens):
         return
+    if usual.dim() > 2 and class_dim(usual, tokens) == 1:  # [batch, classes, positions]
+        usual, made = usual.transpose(1, 2), made.transpose(1, 2)
     by_position = _differ(
         usual[:, :middle].float().transpose(0, 1), made[:, :middle].float().transpose(0, 1)
     )

@@ -38,7 +38,8 @@ def shapes(subject: Subject) -> Verdict:
         outputs = _outputs(subject, model, batch)
     made, targets = logits_of(outputs), subject.targets(batch)
     found += _first_dim(n, subject.inputs(batch), made, targets)
-    if not found and made is not None and isinstance(targets, Tensor):
+    is_clear = all(finding.status != "failed" for finding in found)
+    if is_clear and made is not None and isinstance(targets, Tensor):
         found += [*_classes(subject, made, batches), *_broadcast(made, targets)]
         found += _shifted(subject.inputs(batch), targets)
     if any(finding.status == "failed" for finding in found):
@@ -117,6 +118,8 @@ def _classes(subject: Subject, made: Tensor, batches: list[Any]) -> Iterator[Ver
         )
         return
     known = torch.cat([t[t != _IGNORED] for t in map(subject.targets, batches)])
+    if not known.numel():
+        return
     low, high = int(known.min()), int(known.max())
     if low < 0 or high >= made.shape[dim]:
         shift = f": subtract {low}" if low > 0 and high - low < made.shape[dim] else ""

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scaledtrain.check.modules import take_small_steps
 from scaledtrain.check.subject import Subject, logits_of
 from scaledtrain.check.verdict import Verdict, failed, named, passed, together, warning
+from scaledtrain.layers.units import Units
 
 __all__ = ["units"]
 
@@ -31,9 +32,8 @@ _RECTIFIERS = {  # what is zero for all inputs below zero
 def units(subject: Subject) -> Verdict:
     """Counts units of rectifiers that are zero for every sample of the first batches.
 
-    A unit is a channel of ``[batch, channels, ...]``, or a feature of ``[batch, ..., features]``
-    where there are up to three dims. It is looked at after a few small steps, when layers that
-    begin at zero no longer are.
+    What a unit is, `Units` says. It is looked at after a few small steps, when layers that begin at
+    zero no longer are.
     """
     model = subject.model()
     few = subject.batches(_STEPS, subject.samples)
@@ -91,7 +91,7 @@ def _constant(constant: bool) -> Iterator[Verdict]:
 
 
 class _Rectified(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Which units were ever above zero, by the module in which they were rectified."""
+    """Which units were ever not zero, by the module in which they were rectified."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -100,9 +100,10 @@ class _Rectified(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inside: list[str] = []
         self._hooks: list[Any] = []
         self._calls: dict[str, int] = {}
+        self._units = Units()
 
     def __enter__(self) -> _Rectified:
-        self._calls = {}
+        self._calls, self._units = {}, Units()
         for name, module in self._model.named_modules():
 
             def enter(module: nn.Module, args: Any, name: str = name) -> None:
@@ -110,6 +111,7 @@ class _Rectified(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
             def leave(module: nn.Module, args: Any, output: Any) -> None:
                 self._inside.pop()
+                self._units.passed(module)
 
             self._hooks += [
                 module.register_forward_pre_hook(enter),
@@ -135,8 +137,6 @@ class _Rectified(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls[place] = number = self._calls.get(place, 0) + 1
         if number > 1:  # one of several in the same module
             place = f"{place}, number {number}"
-        unit = output.dim() - 1 if output.dim() <= 3 else 1
-        others = [dim for dim in range(output.dim()) if dim != unit]
-        alive = (output > 0).sum(others) > 0
+        alive = self._units.active(output != 0)
         known = self.alive.get(place)
         self.alive[place] = alive if known is None or known.shape != alive.shape else known | alive
