@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,32 @@ def test_all_are_run_whatever_fails(capfd: pytest.CaptureFixture[str]) -> None:
     assert "said" not in said
     assert "1 of 3 ran" in said
     assert "failed: fails, hangs" in said
+
+
+def test_what_runs_ends_with_the_command(tmp_path: Path) -> None:
+    """As `timeout` ends it: the benchmark is in a session of its own."""
+    code = (
+        "from benchmarks import run\n"
+        "run.questions = lambda: {'hangs': 'Does it?'}\n"
+        "run.python_module = lambda *_: ['sh', '-c', 'echo $$ > new; mv new pid; sleep 99']\n"
+        "run.ROOT = __import__('pathlib').Path.cwd()\n"
+        "run.main(['--all'])"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(run.ROOT)}
+    )
+    try:
+        end = time.monotonic() + 20
+        while not (tmp_path / "pid").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        pid = int((tmp_path / "pid").read_text())
+        command.terminate()
+        assert command.wait(20) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    finally:
+        command.kill()
+        command.wait()
 
 
 def test_all_tables_are_those_of_the_newest_results(capsys: pytest.CaptureFixture[str]) -> None:
