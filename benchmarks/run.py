@@ -149,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     minutes = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
     quick = ["--quick"] if options.quick else []
     commands = {name: python_module(f"benchmarks.{name}", *quick) for name in known}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what runs, too
     return bool(run_all(commands, known, minutes * 60))
 
 

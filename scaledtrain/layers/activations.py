@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from scaledtrain.layers.rows import Sums
+from scaledtrain.layers.sampled import sampled
 from scaledtrain.layers.units import Units
 from scaledtrain.recompute.blocks import is_compiled as is_compiled_block
 from scaledtrain.recompute.blocks import is_diverted
@@ -33,7 +34,8 @@ class Activations:
     A module with parameters of its own has a mean and a deviation; so has what has none, and may
     have zeros (ReLU, or a block that ends with one): for each of its units it is counted in how
     many samples on end it was zero; see `Units`. The same tensor counts once, for the innermost
-    module that returns it.
+    module that returns it, and again for one that has changed it in place
+    (``nn.ReLU(inplace=True)``).
 
     Forward passes that activation checkpointing makes again are not counted. Nothing of what is
     computed changes, and no generator is used.
@@ -61,7 +63,7 @@ class Activations:
         self._active: dict[tuple[str, int], Tensor] = {}
         self._samples: dict[tuple[str, int], int] = {}
         self._units = Units()
-        self._last: Any = lambda: None
+        self._last: tuple[Any, int] = (_nothing, 0)  # an output, and its version
 
     @property
     def classes(self) -> dict[str, str]:
@@ -79,6 +81,8 @@ class Activations:
                 owner = me()
                 if owner is not None:
                     owner._look(name, module, output)
+                    if not name:  # the whole model's: the pass is over
+                        owner._units = Units()
 
             return after
 
@@ -102,9 +106,11 @@ class Activations:
         self._units.passed(module)
         if not isinstance(first, Tensor) or not first.is_floating_point() or first.dim() < 2:
             return
-        if self._last() is first or not first.numel():
+        version = 0 if first.is_inference() else first._version
+        seen, seen_version = self._last
+        if not first.numel() or (seen() is first and version == seen_version):
             return
-        self._last = weakref.ref(first)
+        self._last = weakref.ref(first), version
         values = first.detach()
         if values.dtype.itemsize < 4:
             values = values.float()
@@ -123,7 +129,7 @@ class Activations:
             counts += self._look_for_zeros(name, values)
         self._counts.setdefault(name, []).extend(counts)
         if self._sample_values:
-            self.values[name] = values.flatten()[:: max(1, n // self._sample_values)].clone()
+            self.values[name] = sampled(values, self._sample_values)
 
     def _look_for_zeros(self, name: str, values: Tensor) -> list[tuple[str, float | Tensor]]:
         """Count them, and note which units were not zero in all of these samples."""
@@ -164,3 +170,7 @@ class Activations:
     def recall(self, silent: Iterable[tuple[str, Tensor]]) -> None:
         """Go on from there."""
         self._silent = {(name, len(samples)): samples for name, samples in silent}
+
+
+def _nothing() -> None:
+    pass

@@ -28,6 +28,7 @@ __all__ = ["LayerWatch"]
 _logger = logging.getLogger(__name__)
 
 _SAMPLED = 4096  # values of a tensor, or of an output, in a histogram
+_WHOLE = "the model"  # has no name among its modules
 _SHOWN = ("grad_norm", "update_ratio", "std", "zeros", "dead", "saturated")
 
 
@@ -123,7 +124,8 @@ class LayerWatch(Callback):
             return
         self._tensors = Tensors(trainer, self._copy_bytes)
         if self._scale is None and trainer.link.group.rank == 0:
-            self._scale = ScaleWatch((trainer.precision.loss_scale or LossScale()).minimum)
+            floor = (trainer.precision.loss_scale or LossScale()).minimum
+            self._scale = ScaleWatch(floor, self._findings.told)
         inside = trainer.layout.named_modules()
         if not self._looks_inside:
             return
@@ -207,7 +209,7 @@ class LayerWatch(Callback):
         for module, of_module in seen.items():
             add(sums, names[module], of_module)
         order = dict.fromkeys(names.values())
-        self.rows = {name or "model": row_of(sums[name]) for name in order if name in sums}
+        self.rows = {name or _WHOLE: row_of(sums[name]) for name in order if name in sums}
         step, metrics = trainer.step_count, trainer.metrics
         metrics.note("layers", step, {"layers": self.rows})
         for what in _SHOWN:
@@ -239,6 +241,7 @@ class LayerWatch(Callback):
         """Let go of the model."""
         if self._activations is not None:
             self._activations.end()
+        self._tensors = None  # and of the copies of a step that was not finished
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, what has been told, and for how long which units have been zero."""
@@ -252,7 +255,7 @@ class LayerWatch(Callback):
         """Restore what ``state_dict`` returned."""
         self._steps = state["steps"]
         self._findings.load_state_dict(state["findings"])
-        self._silent, self._activations = state["silent"], None
+        self._silent, self._activations, self._scale = state["silent"], None, None
 
 
 def _joined(
@@ -261,6 +264,6 @@ def _joined(
     """Values by row, on the host."""
     found: dict[str, list[Tensor]] = {}
     for name, values in drawn.items():
-        row = names[module_of(name) if of_tensors else name] or "model"
+        row = names[module_of(name) if of_tensors else name] or _WHOLE
         found.setdefault(row, []).append(values)
     return {row: torch.cat(values).cpu() for row, values in found.items()}

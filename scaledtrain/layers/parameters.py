@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from scaledtrain.layers.sampled import sampled
+
 if TYPE_CHECKING:
     from scaledtrain.layers.rows import Sums
     from scaledtrain.trainer import Trainer
@@ -122,8 +124,7 @@ class Tensors:
         for place, p in zip(self._places, self._parameters, strict=True):
             for to, tensor in ((weights, p), (gradients, p.grad)):
                 if tensor is not None and tensor.numel():
-                    flat = tensor.detach().flatten()
-                    to[self.names[place]] = flat[:: max(1, len(flat) // most)].float().clone()
+                    to[self.names[place]] = sampled(tensor, most).float()
         return weights, gradients
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.errors import ConfigError
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import LossFn, call_model
 from scaledtrain.seeding import kept_generators
@@ -85,6 +87,9 @@ def find_nonfinite(
     Returns:
         What was not finite, if anything was.
 
+    Raises:
+        ConfigError: no parameter of the model has a gradient.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> with torch.no_grad():
@@ -96,13 +101,21 @@ def find_nonfinite(
     precision = precision or Precision()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
+    if not parameters:
+        raise ConfigError(
+            f"{type(model).__name__} has no parameter with requires_grad=True, so that there is no "
+            "backward pass to look at; call model.requires_grad_(True) before find_nonfinite"
+        )
     trace = PassTrace(model)
     bad: set[str] = set()
     losses: list[float] = []
     buffers, device = KeptBuffers(model), parameters[0].device
     gpus = [device] if device.type == "cuda" else []
     again = torch.random.fork_rng(gpus, device_type="cuda")
-    with kept_generators(), again, trace.watching():
+    with ExitStack() as put_back:
+        put_back.callback(buffers.put_back)
+        for kept in (kept_generators(), again, trace.watching()):
+            put_back.enter_context(kept)
         for batch in microbatches:
             if not is_finite(batch):
                 trace.began_in("the batch")
@@ -113,7 +126,6 @@ def find_nonfinite(
                 trace.began_in("the loss")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             bad.update(nonfinite_names([name for name, _ in named], gradients))
-    buffers.put_back()
     mean = sum(losses) / len(losses) if losses else 0.0
     found = [name for name, _ in named if name in bad]
     return Found(trace.where(found), found, mean)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,21 +33,47 @@ def test_a_benchmark_is_a_module_with_a_main(tmp_path: Path) -> None:
 
 
 def test_all_are_run_whatever_fails(capfd: pytest.CaptureFixture[str]) -> None:
-    codes = {
-        "fails": "print('a'); raise SystemExit('no such luck')",
-        "hangs": "import subprocess; subprocess.run(['sleep', '1000'])",  # which has to end, too
-        "works": "print('said')",
+    codes = {  # of a shell, which starts at once however busy the machine is
+        "fails": "echo a; echo no such luck >&2; exit 1",
+        "hangs": "sleep 1000; true",  # a process of its own, which has to end, too
+        "works": "echo said",
     }
-    commands = {name: [sys.executable, "-c", code] for name, code in codes.items()}
+    commands = {name: ["sh", "-c", code] for name, code in codes.items()}
     failed = run.run_all(commands, {name: f"Is it {name}?" for name in codes}, limit_seconds=2)
     assert failed == ["fails", "hangs"]
     said = capfd.readouterr().out
     assert "fails              Is it fails?" in said
     assert "FAILED with status 1\n    a\n    no such luck" in said
-    assert "2 s: FAILED: longer than 2 s" in said
+    assert "s: FAILED: longer than 2 s" in said
     assert "said" not in said
     assert "1 of 3 ran" in said
     assert "failed: fails, hangs" in said
+
+
+def test_what_runs_ends_with_the_command(tmp_path: Path) -> None:
+    """As `timeout` ends it: the benchmark is in a session of its own."""
+    code = (
+        "from benchmarks import run\n"
+        "run.questions = lambda: {'hangs': 'Does it?'}\n"
+        "run.python_module = lambda *_: ['sh', '-c', 'echo $$ > new; mv new pid; sleep 99']\n"
+        "run.ROOT = __import__('pathlib').Path.cwd()\n"
+        "run.main(['--all'])"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(run.ROOT)}
+    )
+    try:
+        end = time.monotonic() + 20
+        while not (tmp_path / "pid").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        pid = int((tmp_path / "pid").read_text())
+        command.terminate()
+        assert command.wait(20) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    finally:
+        command.kill()
+        command.wait()
 
 
 def test_all_tables_are_those_of_the_newest_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
 from scaledtrain.layers.findings import Findings, TensorFacts
 from scaledtrain.layers.parameters import _turns
+from scaledtrain.layers.sampled import sampled
 from scaledtrain.layers.scale import ScaleWatch
 from scaledtrain.loss_scale import LossScale
 from scaledtrain.precision import Precision
@@ -183,6 +184,52 @@ def test_a_unit_of_a_convolution_is_a_channel_also_where_relu_is_no_module() -> 
     assert row["zeros"] == pytest.approx(1 / 3)
 
 
+def test_a_relu_in_place_is_a_module_of_its_own() -> None:
+    """It returns the tensor that it is given: -1 and 2 for both samples, and makes 0 of -1."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True), nn.Linear(2, 1))
+    nn.init.zeros_(model[0].weight)
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([-1.0, 2.0]))
+    watch = LayerWatch(every_steps=1, dead_after_samples=2)
+    with Trainer(model, F.mse_loss, SGD, callbacks=[watch], console=False) as trainer:
+        trainer.fit([(torch.ones(2, 2), torch.zeros(2, 1))], max_steps=1)
+    assert watch.rows["0"]["mean"] == 0.5
+    assert watch.rows["1"] == {"mean": 1.0, "std": 1.0, "zeros": 0.5, "dead": 1, "units": 2}
+    assert "mean" not in watch.rows.get("the model", {})  # which returns what 2 has returned
+
+
+class Positive(nn.Module):
+    """Before the first convolution, which tells where channels are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+def test_each_microbatch_begins_as_the_first_one() -> None:
+    """Of images with 2 channels, 3 wide; after the last layer of a pass units are last."""
+    layers = Positive(), nn.Conv2d(2, 1, 1), nn.Flatten(), nn.Linear(9, 1)
+    watch = LayerWatch(every_steps=1)
+    with Trainer(
+        nn.Sequential(*layers), F.mse_loss, SGD, callbacks=[watch], console=False,
+        gradient_accumulation_steps=2,
+    ) as trainer:  # fmt: skip
+        trainer.fit([(torch.ones(1, 2, 3, 3), torch.zeros(1, 1))] * 2, max_steps=1)
+    assert watch.rows["0"]["units"] == 2
+
+
+def test_histograms_are_of_all_units() -> None:
+    """64 values of each of 64 columns would be an even share; a row is as long as a stretch."""
+    columns = torch.arange(64.0).expand(4096, 64)
+    counts = sampled(columns, 4096).long().bincount(minlength=64)
+    assert counts.sum() == 4096
+    assert 60 <= counts.min() <= counts.max() <= 68
+    assert len(sampled(torch.zeros(8191), 4096)) == 4096  # not one of each value
+    few = torch.arange(3.0)
+    copied = sampled(few, 4)
+    few.zero_()
+    assert copied.tolist() == [0.0, 1.0, 2.0]
+
+
 def test_a_tanh_at_its_limits_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """Of 3, 0.1 and -4 two are where |tanh| > 0.99, beyond 2.65."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -242,28 +289,45 @@ def test_what_is_in_order_is_not_told() -> None:
         assert findings.look(tensors, {}, 1) == []
 
 
+def test_a_gradient_is_known_also_out_of_turn() -> None:
+    """What was measured of b is its gradient: none, one, and none again, not twice on end."""
+    findings = Findings()
+    for b in (0.0, 1.0) * 4:
+        assert findings.look(facts(a=1.0, b=b), {}, 1) == []
+    stuck = updated(1e-3, 1e-3, 0.3)
+    assert findings.look(stuck, {}, 1) == []
+    waits = [TensorFacts(t.name, 4, True, {"gradient": 1.0, "weight": 4.0}) for t in stuck]
+    assert findings.look(waits, {}, 1) == []  # says nothing of its update
+    assert "update/weight of 2.weight" in findings.look(stuck, {}, 1)[0]
+
+
 def test_a_loss_scale_that_falls_and_falls_is_told() -> None:
     """Halved in each step from 2^16: after 11 of them it is 32, after 16 it is 1, its floor."""
-    watch = ScaleWatch(floor=1.0)
+    watch = ScaleWatch(floor=1.0, told=set())
     said = {n: list(watch.look({"loss_scale": 2.0 ** (16 - n), "overflows": n})) for n in range(17)}
     assert [n for n, texts in said.items() if texts] == [11, 16]
     assert "overflowed in 11 of the last 11 steps" in said[11][0]
     assert "the loss scale is 32 now" in said[11][0]
     assert "down to 1, the least it may be" in said[16][0]
-    calm = ScaleWatch(floor=1.0)  # 10 in 100 steps, for ever
+    calm = ScaleWatch(floor=1.0, told=set())  # 10 in 100 steps, for ever
     for step in range(1000):
         assert not list(calm.look({"loss_scale": 8.0, "overflows": step // 10}))
 
 
-def test_the_overflows_of_a_run_are_seen(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_overflows_of_a_run_are_seen_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """From 2^60 down by halves: gradients of about 1 fit into float16 at about 2^15."""
-    precision = Precision("fp16-mixed", loss_scale=LossScale(initial=2.0**60))
-    watch = LayerWatch(every_steps=1000)
-    with Trainer(
-        wide(), F.mse_loss, SGD, precision=precision, callbacks=[watch], console=False
-    ) as trainer:
-        trainer.fit(samples(20), max_epochs=1)
-    assert sum("overflowed in 11 of the last" in m for m in caplog.messages) == 1
+    state: dict[str, Any] | None = None
+    for _ in range(2):  # the second goes on from what the first said
+        precision = Precision("fp16-mixed", loss_scale=LossScale(initial=2.0**60))
+        watch = LayerWatch(every_steps=1000)
+        if state is not None:
+            watch.load_state_dict(state)
+        with Trainer(
+            wide(), F.mse_loss, SGD, precision=precision, callbacks=[watch], console=False
+        ) as trainer:
+            trainer.fit(samples(20), max_epochs=1)
+        state = watch.state_dict()
+        assert sum("overflowed in 11 of the last" in m for m in caplog.messages) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaledtrain import Trainer, Watch
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT
 from scaledtrain.models.gpt import next_token_loss
 from scaledtrain.recompute import CheckpointSqrt
@@ -95,6 +96,25 @@ def test_what_a_relu_stops_does_no_harm() -> None:
     """Its gradient at 0 is 0, whatever it is given."""
     model = nn.Sequential(ones(), nn.ReLU(), Do(torch.sqrt))
     assert not find_nonfinite(model, [(X, torch.zeros(2, 2))], F.mse_loss)
+
+
+def test_a_failed_look_leaves_the_model_as_it_was() -> None:
+    """The running mean has seen the batch when the loss fails."""
+
+    def fails(*_: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    model = nn.BatchNorm1d(2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        find_nonfinite(model, [(X, X)], fails)
+    assert model.running_mean is not None
+    assert model.running_mean.tolist() == [0.0, 0.0]
+    assert not model._forward_hooks
+
+
+def test_a_model_that_does_not_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Linear has no parameter with requires_grad=True"):
+        find_nonfinite(ones().requires_grad_(False), [(X, X)], F.mse_loss)
 
 
 def test_a_loss_that_is_at_fault_is_named() -> None:
