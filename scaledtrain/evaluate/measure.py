@@ -144,7 +144,7 @@ def _metrics(task: Task, kind: Kind, model: Node, options: EvaluateConfig) -> di
     metrics |= make_metrics({**usual, **options.eval_metrics}, sizes)
     if kind != "regression":
         metrics[_CONFIDENCES] = Confidences()
-    if kind == "classification" and 2 <= (n_classes or 0) <= _LARGEST_MATRIX:
+    if kind == "classification" and n_classes is not None and 2 <= n_classes <= _LARGEST_MATRIX:
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         metrics.setdefault(_MATRIX, MulticlassConfusionMatrix(n_classes))

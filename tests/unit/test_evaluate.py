@@ -90,6 +90,8 @@ class TestCoverage:
         assert found.confidence == pytest.approx(confidence[83].item(), abs=1e-6)
         assert str(found).startswith("for 98 % accuracy answer 84% of cases, those of confidence")
         assert 0.5 < found.held_out_coverage < 0.95
+        other = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+        assert thresholds(confidence[other], right[other], [0.98]) == [found]
 
     def test_where_nothing_is_good_enough_that_is_said(self) -> None:
         (found,) = thresholds(torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), [0.9])
