@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from scaledtrain.checkpoint.export import checkpoints_at, export, newest_intact
+from scaledtrain.checkpoint.export import checkpoints_at, export, newest_intact, run_of
 from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
 from scaledtrain.checkpoint.weights import load_weights
@@ -165,23 +165,22 @@ def _export(parsed: Any) -> int:
     if (parsed.to / CARD).exists():
         raise ConfigError(f"{parsed.to / CARD} is there already; export to another folder")
     checkpoint = newest_intact(parsed.run)
+    run_dir = run_of(checkpoint, parsed.run)
     for path in export(checkpoint, parsed.to):
         print(path)
     if parsed.program:
-        print(_export_program(checkpoint, parsed.to))
-    is_run = (parsed.run / "config.yaml").is_file()
-    print(write_card(checkpoint, parsed.to, parsed.run if is_run else None))
+        print(_export_program(checkpoint, run_dir, parsed.to))
+    print(write_card(checkpoint, parsed.to, run_dir))
     return 0
 
 
-def _export_program(checkpoint: Path, to: Path) -> Path:
+def _export_program(checkpoint: Path, run_dir: Path, to: Path) -> Path:
     """With the model, and a batch, of the config that the training command left in the run."""
     from scaledtrain.checkpoint.program import export_program
     from scaledtrain.run_config import load_config
     from scaledtrain.schema import make
     from scaledtrain.train import settle
 
-    run_dir = checkpoint.parent.parent
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(
             f"there is no {run_dir / 'config.yaml'}, which says how the model is made; for a run "

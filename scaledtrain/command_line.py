@@ -27,6 +27,7 @@ __all__ = ["compose", "config_folder", "read_command_line", "runs_and_settings"]
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w/.]*)=(?P<value>.*)", re.DOTALL)
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_BEFORE_A_WORD = ("-c", "--cfg", "-cd", "--config-dir", "-cn", "--config-name")  # flags
 _NO_PLACE = re.compile(r"Could not (?:delete|override) '([^']+)'\. No match in the defaults list")
 # Two ways to say the same: the one on the command line replaces the other in the files.
 _ALTERNATIVES = [
@@ -102,9 +103,17 @@ def runs_and_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that name folders of runs, and the others.
 
     The folder of a run may have a = in its name: those of a comparison do.
+
+    Example:
+        >>> runs_and_settings(["a/run", "seed=1", "--cfg", "job", "--help"])
+        (['a/run'], ['seed=1', '--cfg', 'job', '--help'])
     """
-    runs = [a for a in arguments if Path(a).is_dir() or not (a.startswith("-") or "=" in a)]
-    return runs, [argument for argument in arguments if argument not in runs]
+    runs: list[str] = []
+    settings: list[str] = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        is_run = Path(word).is_dir() or not (word.startswith("-") or "=" in word)
+        (runs if is_run and before not in _BEFORE_A_WORD else settings).append(word)
+    return runs, settings
 
 
 class _Parser(argparse.ArgumentParser):

@@ -35,10 +35,11 @@ def make_metrics(nodes: Mapping[str, Node], sizes: Mapping[str, Any]) -> dict[st
         if name == "loss":
             raise ConfigError("eval_metrics has a 'loss', which every evaluation has; rename it")
         whole, lacking = complete(node, known)
-        if lacking:
+        if lacking and not node.get("_partial_", False):  # a function gets them of each batch
             raise ConfigError(
                 f"eval_metrics.{name} needs {' and '.join(lacking)}, which the data do not say; "
-                f"set eval_metrics.{name}.{lacking[0]}=..."
+                f"set eval_metrics.{name}.{lacking[0]}=..., or, if it is a function of outputs and "
+                f"targets, eval_metrics.{name}._partial_=true"
             )
         try:
             metric = make(whole)

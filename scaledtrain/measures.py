@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaledtrain.comm.protocols import Group
 from scaledtrain.errors import ConfigError
@@ -91,8 +91,8 @@ class Measures:
 
     def add(self, loss: Tensor, outputs: Any, targets: Any, size: int) -> None:
         """Add a batch of so many samples, whose mean loss is given."""
-        values = [loss, *(metric(outputs, targets) for metric in self._means.values())]
-        self._sums[:-1] += torch.stack([value.double() for value in values]) * size
+        values = [loss, *(_number(n, m(outputs, targets)) for n, m in self._means.items())]
+        self._sums[:-1] += torch.stack([v.to(self._sums) for v in values]) * size
         self._sums[-1] += size
         if self._states:
             for_states = _for_states(outputs, targets)
@@ -108,10 +108,16 @@ class Measures:
                 the rows and the columns of a mesh.
 
         Raises:
-            ConfigError: a metric has something else than one tensor as its value.
+            ConfigError: a metric has something else than one tensor as its value, or no sample
+                was added on any rank.
         """
         for group in groups:
             group.all_reduce([self._sums], "sum").wait()
+        if self._states and not self._sums[-1]:
+            raise ConfigError(
+                f"no sample was evaluated, so that {', '.join(self._states)} have no value; see "
+                "that the data to evaluate on can be read"
+            )
         means = self._sums[:-1] / self._sums[-1]
         found = dict(zip(["loss", *self._means], means, strict=True))
         found |= {name: self._value(name, groups) for name in self._states}
@@ -150,7 +156,7 @@ class Measures:
 
 
 def _check_states(name: str, state: Accumulator) -> None:
-    """Refuse what torchmetrics itself would gather tensor by tensor, of which ranks differ."""
+    """Refuse what torchmetrics itself would gather tensor by tensor, or let others gather."""
     reductions: Mapping[str, Any] = getattr(state, "_reductions", {})
     lists = [k for k, v in reductions.items() if v is None and isinstance(getattr(state, k), list)]
     if lists:
@@ -158,6 +164,25 @@ def _check_states(name: str, state: Accumulator) -> None:
             f"metric {name!r} ({type(state).__name__}) keeps {', '.join(lists)} as lists that "
             "cannot be joined over ranks; call it on the outputs of trainer.predict instead"
         )
+    parts = list(state.modules())[1:] if isinstance(state, nn.Module) else []
+    inner = [type(part).__name__ for part in parts if isinstance(part, Accumulator)]
+    if inner:
+        raise ConfigError(
+            f"metric {name!r} ({type(state).__name__}) is made of others ({', '.join(inner)}), "
+            "each of which would be that of one rank alone; give those as metrics of their own"
+        )
+
+
+def _number(name: str, value: Any) -> Tensor:
+    if isinstance(value, (int, float)):
+        return torch.tensor(value)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(
+            f"metric {name!r} made {what} of a batch; it must be one number, the mean over the "
+            "samples; those of a MetricCollection are given one by one"
+        )
+    return value.reshape(())
 
 
 def _for_states(outputs: Any, targets: Any) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,7 @@ from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
-from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.data.replica_loader import ReplicaLoader, first_batch
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError, ScaledTrainError
 from scaledtrain.eval_metrics import make_metrics
@@ -432,7 +432,9 @@ def build_settled(
         strategy=strategy,
         mesh=config.mesh,
         engine=engine,
-        pipeline=None if config.mesh.pipe == 1 else replace(config.pipeline, example=_first(train)),
+        pipeline=None
+        if config.mesh.pipe == 1
+        else replace(config.pipeline, example=first_batch(train)),
         precision=config.precision,
         activation_checkpointing=(
             None
@@ -462,13 +464,6 @@ def build_settled(
         link=link,
     )
     return trainer, train, test
-
-
-def _first(loader: Iterable[Any]) -> Any:
-    """A batch, the same on every rank."""
-    steps = ReplicaLoader(loader).epoch(0)
-    with closing(steps):
-        return next(steps).microbatches[0]
 
 
 def batch_sizes(config: TrainConfig) -> BatchSizes:

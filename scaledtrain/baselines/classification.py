@@ -46,8 +46,8 @@ class ClassificationLearner:
                 f"baselines of classification need one class a sample, targets of shape [n], and "
                 f"got {list(targets.shape)}; set baselines.kind if this is another kind of task"
             )
-        if self._n_classes is not None:
-            check_targets(targets, self._n_classes, "classes")
+        if targets.numel():
+            check_targets(targets, self._n_classes or int(targets.max()) + 1, "classes")
         counts = torch.bincount(targets.long(), minlength=len(self._counts))
         counts[: len(self._counts)] += self._counts
         self._counts = counts

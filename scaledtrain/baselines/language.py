@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scaledtrain.baselines.baseline import Baseline, LeftOut, check_targets
+from scaledtrain.errors import ConfigError
 
 __all__ = ["LanguageLearner"]
 
@@ -44,6 +45,12 @@ class LanguageLearner:
 
     def see(self, inputs: Tensor, targets: Tensor) -> None:
         """Count a batch's tokens; targets below 0 are left out, as torch's losses do."""
+        if inputs.shape != targets.shape or inputs.is_floating_point():
+            raise ConfigError(
+                f"baselines of text need a token at each place and the next one as its target, and "
+                f"got {inputs.dtype} {list(inputs.shape)} and {targets.dtype} "
+                f"{list(targets.shape)}; set baselines.kind if this is another kind of task"
+            )
         self._samples += len(inputs)
         there = targets.flatten() >= 0
         before, after = inputs.flatten()[there].long(), targets.flatten()[there].long()

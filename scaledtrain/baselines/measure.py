@@ -17,7 +17,12 @@ from scaledtrain.baselines.fitted import Sample
 from scaledtrain.baselines.language import LanguageLearner
 from scaledtrain.baselines.regression import RegressionLearner
 from scaledtrain.baselines.results import HUMAN, Baselines, Row
-from scaledtrain.data.replica_loader import ReplicaLoader, must_end
+from scaledtrain.data.replica_loader import (
+    ReplicaLoader,
+    first_batch,
+    known_length,
+    must_end,
+)
 from scaledtrain.errors import ConfigError
 from scaledtrain.measures import Measures
 from scaledtrain.schedule import LossFn
@@ -97,8 +102,7 @@ def measure_baselines(
     """
     options = options or BaselineOptions()
     loss_fn, loader = _check(task, options)
-    kind = kind_of(_first(loader, seed))
-    kind = options.kind or kind
+    kind = options.kind or kind_of(first_batch(loader, seed))
     n_outputs = _n_outputs(kind, {**task.sizes, **(sizes or {})})
     learner = _learner(kind, n_outputs, options, seed)
     wanted = _wanted(options.only, learner.names, kind)
@@ -109,7 +113,7 @@ def measure_baselines(
         seen += len(targets)
     made = learner.baselines(wanted)
     baselines = [each for each in made if isinstance(each, Baseline)]
-    found, evaluated = _evaluate(task, loss_fn, baselines, options.batch_size, n_outputs)
+    found, evaluated = _evaluate(task, loss_fn, kind, baselines, options.batch_size, n_outputs)
     rows = [
         Row(b.name, b.says, values, b.samples, b.is_trivial, b.note)
         for b, values in zip(baselines, found, strict=True)
@@ -120,7 +124,7 @@ def measure_baselines(
         kind=kind,
         rows=rows,
         left_out={each.name: each.why for each in made if isinstance(each, LeftOut)},
-        train_samples=_length(task.train),
+        train_samples=known_length(task.train),
         counted_samples=seen,
         test_samples=evaluated,
         seed=seed,
@@ -160,8 +164,9 @@ def _learner(kind: Kind, n_outputs: int | None, options: BaselineOptions, seed: 
 
 
 def _n_outputs(kind: Kind, sizes: Mapping[str, Any]) -> int | None:
-    found = [sizes[name] for name in _SIZES[kind] if isinstance(sizes.get(name), int)]
-    return found[0] if found else None
+    """None: nobody says; one is the logit of two classes."""
+    found = (sizes[name] for name in _SIZES[kind] if isinstance(sizes.get(name), int))
+    return next((size for size in found if size > 1), None)
 
 
 def _wanted(only: list[str] | None, names: tuple[str, ...], kind: Kind) -> list[str]:
@@ -172,11 +177,6 @@ def _wanted(only: list[str] | None, names: tuple[str, ...], kind: Kind) -> list[
                 f"{', '.join(names)}"
             )
     return [name for name in names if only is None or name in only]
-
-
-def _first(loader: Iterable[Any], seed: int) -> Any:
-    with closing(ReplicaLoader(loader, seed=seed).epoch(0)) as steps:
-        return next(steps).microbatches[0]
 
 
 def _pairs(
@@ -199,15 +199,16 @@ def _pairs(
 def _evaluate(
     task: Task,
     loss_fn: LossFn,
+    kind: Kind,
     baselines: list[Baseline],
     batch_size: int,
     n_outputs: int | None,
 ) -> tuple[list[dict[str, float]], int]:
     """Each one's values, and of how many samples."""
     loader = _test_loader(task, batch_size)
-    _, targets = _first(loader, 0)
-    outputs = targets[0].numel() * (n_outputs or 1)  # of a sample
-    loader = _test_loader(task, max(1, min(batch_size, _MAX_OUTPUTS // outputs)))
+    _, targets = first_batch(loader)
+    per_sample = targets[0].numel() * (n_outputs or 1)
+    loader = _test_loader(task, max(1, min(batch_size, _MAX_OUTPUTS // per_sample)))
     # Each has metrics of its own: some have a state.
     measures = [Measures(copy.deepcopy(dict(task.metrics)), torch.device("cpu")) for _ in baselines]
     samples = 0
@@ -215,9 +216,17 @@ def _evaluate(
         samples += len(targets)
         for baseline, measure in zip(baselines, measures, strict=True):
             outputs = baseline.outputs(inputs)
-            if not targets.is_floating_point():
+            if kind != "regression":
                 check_targets(targets[targets >= 0], outputs.shape[-1], "classes")
-            measure.add(loss_fn(outputs, targets), outputs, targets, len(targets))
+            try:
+                loss = loss_fn(outputs, targets)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise ConfigError(
+                    f"the loss of the data cannot be had of outputs {list(outputs.shape)} for "
+                    f"targets {list(targets.shape)}, as baselines of {kind} give them: {error}; "
+                    "set baselines.kind if this is another kind of task"
+                ) from error
+            measure.add(loss, outputs, targets, len(targets))
     values = [{n: float(v) for n, v in m.values([]).items() if v.numel() == 1} for m in measures]
     return values, samples
 
@@ -241,10 +250,3 @@ def _human(given: float | Mapping[str, float] | None, metrics: list[str]) -> dic
                 f"{', '.join(metrics)}"
             )
     return {name: float(value) for name, value in given.items()}
-
-
-def _length(samples: Any) -> int | None:
-    try:
-        return len(samples)
-    except TypeError:
-        return None

@@ -56,7 +56,7 @@ class RegressionLearner:
 
     def _random(self) -> Baseline:
         generator = torch.Generator().manual_seed(self._seed)
-        targets = self._sample.targets
+        targets = self._sample.targets.float()
 
         def outputs(inputs: Tensor) -> Tensor:
             return targets[torch.randint(len(targets), (len(inputs),), generator=generator)]

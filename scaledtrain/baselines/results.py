@@ -30,8 +30,8 @@ BASELINES = "baselines.json"  # in the folder of a run
 HUMAN = "human"
 
 _LOWER = re.compile(
-    r"loss|error|perplexity|deviance|divergence|distance|(^|_)(mse|rmse|mae|mape|nll|ece|brier|"
-    r"bits_per_\w+)($|_)",
+    r"loss|error|perplexity|entropy|deviance|divergence|distance|(^|_)(mse|rmse|mae|mape|nll|ece|"
+    r"brier|ppl|wer|cer|bpb|bpc|bits_per_\w+)($|_)",
     re.IGNORECASE,
 )
 
@@ -76,8 +76,8 @@ def lower_is_better(metric: str) -> bool:
     """By its name: losses and errors are better the lower they are, all else the higher.
 
     Example:
-        >>> [lower_is_better(name) for name in ("loss", "val_mse", "perplexity", "f1", "auroc")]
-        [True, True, True, False, False]
+        >>> [lower_is_better(name) for name in ("loss", "val_mse", "wer", "f1", "auroc", "power")]
+        [True, True, True, False, False, False]
     """
     return _LOWER.search(metric) is not None
 

@@ -18,7 +18,7 @@ from scaledtrain.checkpoint.tensor_file import replace_file, sync_folder, write_
 from scaledtrain.checkpoint.tree import restore, tensor_names
 from scaledtrain.errors import CheckpointError, ConfigError
 
-__all__ = ["checkpoints_at", "config_of", "export", "model_state", "newest_intact"]
+__all__ = ["checkpoints_at", "config_of", "export", "model_state", "newest_intact", "run_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -93,6 +93,11 @@ def checkpoints_at(path: Path) -> list[SavedStep]:
     if not there:
         raise ConfigError(f"{path} has no checkpoint; give the folder of a run that was saved")
     return there
+
+
+def run_of(checkpoint: Path, given: Path) -> Path:
+    """The folder of the run that a checkpoint is of, which may have been what was given."""
+    return given if (given / "config.yaml").is_file() else checkpoint.absolute().parent.parent
 
 
 def export(checkpoint: str | Path, to: str | Path) -> list[Path]:

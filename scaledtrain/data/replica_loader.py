@@ -21,6 +21,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -39,6 +40,8 @@ __all__ = [
     "StridedLoader",
     "Weigh",
     "count_samples",
+    "first_batch",
+    "known_length",
     "must_end",
     "to_device",
 ]
@@ -129,6 +132,27 @@ def must_end(loader: Iterable[Any], what: str) -> None:
             f"{what} would never end with a loader that is infinite; give it one with "
             "infinite=False, or a limit in steps or seconds"
         )
+
+
+def known_length(iterable: Any) -> int | None:
+    """How many it has; None if only its end will tell."""
+    try:
+        return len(iterable)
+    except TypeError:
+        return None
+
+
+def first_batch(loader: Iterable[Any], seed: int = 0) -> Any:
+    """The first batch of an epoch, the same on every rank.
+
+    Raises:
+        ConfigError: the loader has none, or none that could be read.
+    """
+    with closing(ReplicaLoader(loader, seed=seed).epoch(0)) as steps:
+        for step in steps:
+            for batch in step.microbatches:
+                return batch
+    raise ConfigError("no batch of the loader could be read; see its warnings, and mend the data")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -262,11 +286,11 @@ class ReplicaLoader:
                 self._shard(loader)
         elif isinstance(loader, StridedLoader):
             self.batch_size = loader.batch_size
-            self._total = self._length = _length(loader)
+            self._total = self._length = known_length(loader)
             self._own = self._order = _Strided(loader, replicas, seed)
             self._reads_all = False
         else:
-            self._length = _length(loader)
+            self._length = known_length(loader)
         # One that gives all replicas' batches, and can go on inside an epoch by itself.
         self._stateful: StatefulLoader | None = None
         if self._reads_all and isinstance(loader, StatefulLoader):
@@ -453,10 +477,3 @@ class ReplicaLoader:
         full = (self.batch_size or 1) * (self._window / self._replicas)
         weight = sum(sizes) * self._share[1] / full
         return StepBatch(microbatches, sizes, weight, multiple=self.multiple)
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None

@@ -40,31 +40,37 @@ def reliability(confidence: Tensor, right: Tensor, n_bins: int = 15) -> list[Bin
         >>> reliability(torch.tensor([0.7, 0.9, 0.8]), torch.tensor([0, 1, 1]), 2)
         [Bin(low=0.5, high=1.0, count=3, confidence=0.8, accuracy=0.6667)]
     """
-    if n_bins < 1 or not len(confidence):
-        raise ConfigError(f"{len(confidence)} answers in {n_bins} bins; both have to be >= 1")
-    places = (confidence.double() * n_bins).long().clamp(0, n_bins - 1)
-    counts = torch.bincount(places, minlength=n_bins)
-    sums = [
-        torch.bincount(places, weights=values.double(), minlength=n_bins)
-        for values in (confidence, right)
-    ]
+    counts, confidences, rights = _sums(confidence, right, n_bins)
     return [
         Bin(
             low=i / n_bins,
             high=(i + 1) / n_bins,
             count=count,
-            confidence=round((sums[0][i] / count).item(), 4),
-            accuracy=round((sums[1][i] / count).item(), 4),
+            confidence=round((confidences[i] / count).item(), 4),
+            accuracy=round((rights[i] / count).item(), 4),
         )
         for i, count in enumerate(counts.tolist())
         if count
     ]
 
 
+def _sums(confidence: Tensor, right: Tensor, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each bin: answers, their confidence, and how many are right."""
+    if n_bins < 1 or not len(confidence):
+        raise ConfigError(f"{len(confidence)} answers in {n_bins} bins; both have to be >= 1")
+    places = (confidence.double() * n_bins).long().clamp(0, n_bins - 1)
+    counts, confidences, rights = (
+        torch.bincount(places, weights=values, minlength=n_bins)
+        for values in (None, confidence.double(), right.double())
+    )
+    return counts, confidences, rights
+
+
 def expected_calibration_error(confidence: Tensor, right: Tensor, n_bins: int = 15) -> float:
     """How far accuracy and confidence are apart, mean over the answers (Naeini et al., 2015).
 
-    ``sum_b n_b / n |accuracy_b - confidence_b|`` over bins of equal width, by torchmetrics.
+    ``sum_b n_b / n |accuracy_b - confidence_b|`` over the bins of `reliability`. That of
+    torchmetrics adds float32 up, which ends at 2^24 answers in a bin, and has a bin more, of 1.
 
     Args:
         confidence: ``[n]``.
@@ -75,7 +81,5 @@ def expected_calibration_error(confidence: Tensor, right: Tensor, n_bins: int = 
         >>> round(expected_calibration_error(torch.tensor([0.75, 0.75]), torch.tensor([1, 0])), 4)
         0.25
     """
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    found: Tensor = binary_calibration_error(confidence, right.long(), n_bins=n_bins)
-    return found.item()
+    _, confidences, rights = _sums(confidence, right, n_bins)
+    return ((rights - confidences).abs().sum() / len(confidence)).item()

@@ -30,6 +30,7 @@ _TASKS = {
 }
 _SECRET = re.compile(r"storage_options|secret|token$|password|credential|api_?key", re.IGNORECASE)
 _PASSWORD = re.compile(r"//[^/@\s]+@")  # in a URL
+_QUERY = re.compile(r"(//[^\s?]+)\?\S+")  # which is where a signed URL has its signature
 _HIDDEN = "(left out)"
 
 
@@ -51,7 +52,7 @@ def write_card(checkpoint: str | Path, to: str | Path, run_dir: str | Path | Non
     Raises:
         ConfigError: there is one already, or a file of the run is damaged.
     """
-    checkpoint, path = Path(checkpoint), Path(to) / CARD
+    checkpoint, path = Path(checkpoint).absolute(), Path(to) / CARD
     run = checkpoint.parent.parent if run_dir is None else Path(run_dir)
     if path.exists():
         raise ConfigError(f"{path} is there already; remove it, or export to another folder")
@@ -98,8 +99,14 @@ def _without_secrets(key: str, value: Any) -> Any:
     if _SECRET.search(key) and value not in (None, {}, ""):
         return _HIDDEN
     if isinstance(value, Mapping):
-        return {_PASSWORD.sub("//", str(k)): _without_secrets(str(k), v) for k, v in value.items()}
-    return _PASSWORD.sub("//", value) if isinstance(value, str) else value
+        return {_public(str(k)): _without_secrets(str(k), v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(key, each) for each in value]
+    return _public(value) if isinstance(value, str) else value
+
+
+def _public(text: str) -> str:
+    return _QUERY.sub(rf"\1?{_HIDDEN}", _PASSWORD.sub("//", text))
 
 
 def _result(run: Path) -> dict[str, Any]:

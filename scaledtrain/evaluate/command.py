@@ -16,10 +16,10 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from scaledtrain.baselines.results import read_baselines, verdict
-from scaledtrain.checkpoint.export import checkpoints_at, newest_intact
+from scaledtrain.checkpoint.export import checkpoints_at, run_of
 from scaledtrain.command_line import read_command_line, runs_and_settings
 from scaledtrain.errors import ConfigError
-from scaledtrain.evaluate.measure import EvaluateConfig, evaluate_run, run_of
+from scaledtrain.evaluate.measure import EvaluateConfig, evaluate_run
 from scaledtrain.evaluate.results import Evaluated, write_evaluated
 from scaledtrain.launching import guarded
 from scaledtrain.rendezvous import Transport, connect
@@ -46,7 +46,7 @@ def _main(arguments: Sequence[str]) -> None:
             f"{len(runs) or 'no'} runs were given; write {_PROG} RUN, where RUN is one's folder"
         )
     run = Path(runs[0])
-    checkpoints_at(run)  # rather here than once all ranks have met
+    there = checkpoints_at(run)  # rather here than once all ranks have met
     link = connect(
         device=options.device,
         transport=cast(Transport, options.transport),
@@ -54,12 +54,12 @@ def _main(arguments: Sequence[str]) -> None:
     )
     found = evaluate_run(run, options, link)
     if link.group.rank == 0:
-        folder = run_of(newest_intact(run), run)
-        baselines = read_baselines(folder)
+        folder = run_of(there[-1].path, run)
         print(to_text(found))
-        if baselines is not None:
-            print(verdict(baselines, found.values))
         print(write_evaluated(folder, found))
+        baselines = read_baselines(folder)  # last: it may be damaged
+        if baselines is not None and (said := verdict(baselines, found.values)):
+            print(said)
     link.close()
 
 

@@ -12,8 +12,9 @@ __all__ = ["Confidences"]
 class Confidences(Metric):
     """The probability of each answer, the most likely class or token, and whether it is right.
 
-    Targets below 0 are left out. The value is ``[2, n]``: probabilities, and 1 for what is right.
-    It keeps 5 bytes for each sample, or token.
+    Targets below 0 are left out, and outputs that are no classes, as one logit for two. The value
+    is ``[2, n]``: probabilities, and 1 for what is right. It keeps 5 bytes for each sample, or
+    token.
 
     Example:
         >>> metric = Confidences()
@@ -40,6 +41,8 @@ class Confidences(Metric):
             targets: int64, whose shape is that of the outputs without the classes.
         """
         dim = -1 if outputs.shape[:-1] == targets.shape else 1
+        if outputs.dim() != targets.dim() + 1 or outputs.shape[dim] == 1:
+            return
         confidence, answers = outputs.softmax(dim).max(dim)
         there = targets >= 0
         self.confidence.append(confidence[there].float())
@@ -47,8 +50,9 @@ class Confidences(Metric):
 
     def compute(self) -> Tensor:
         """``[2, n]``."""
-        confidence, right = (
-            torch.cat(parts) if isinstance(parts, list) else parts  # as it is once gathered
-            for parts in (self.confidence, self.right)
-        )
-        return torch.stack([confidence, right.float()])
+        return torch.stack([self._joined(self.confidence), self._joined(self.right).float()])
+
+    def _joined(self, parts: list[Tensor] | Tensor) -> Tensor:
+        if isinstance(parts, Tensor):  # as it is once gathered
+            return parts
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)

@@ -97,6 +97,10 @@ def thresholds(
     for share in wanted:
         if not 0 < share <= 1:
             raise ConfigError(f"accuracies has {share}; each is a share of the answers, in (0, 1]")
+    # Sorted first, so that the halves are the same however ranks have shared the cases.
+    by_right = right.argsort(stable=True)
+    by_both = by_right[confidence[by_right].argsort(stable=True)]
+    confidence, right = confidence[by_both], right[by_both]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(confidence), generator=generator).to(confidence.device)
     halves = order[: len(order) // 2], order[len(order) // 2 :]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -14,13 +14,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from scaledtrain.checkpoint.export import newest_intact
+from scaledtrain.checkpoint.export import newest_intact, run_of
 from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import compose
-from scaledtrain.config import BatchSizes
-from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.data.replica_loader import first_batch, known_length
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError
 from scaledtrain.eval_metrics import classes_in, make_metrics
@@ -31,10 +30,12 @@ from scaledtrain.run_config import load_config
 from scaledtrain.schema import Kind as NodeKind
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.tasks import Kind, Task, kind_of
-from scaledtrain.train import settle
+from scaledtrain.train import batch_sizes, settle
 from scaledtrain.trainer import Trainer
 
-__all__ = ["EvaluateConfig", "calibrate", "evaluate_run", "run_of"]
+__all__ = ["EvaluateConfig", "calibrate", "evaluate_run"]
+
+_logger = logging.getLogger(__name__)
 
 _MAX_ROWS = 300  # of a curve
 _CONFIDENCES = "confidences"
@@ -88,16 +89,14 @@ def evaluate_run(run: str | Path, options: EvaluateConfig, link: Link) -> Evalua
         )
     checkpoint = newest_intact(Path(run))
     config, task = settle(load_config(run_of(checkpoint, Path(run))))
-    sizes = BatchSizes(
-        **{k: config.data[k] for k in BatchSizes.__annotations__ if k in config.data}
-    )
+    sizes = batch_sizes(config)
     size = options.batch_size or sizes.eval_batch_size or sizes.local_batch_size or 32
     loader = task.test_loader(size)
     if loader is None:
         raise ConfigError(
             "the run has no data to evaluate on; set data.test_path in its config.yaml"
         )
-    kind = _kind(loader)
+    kind = kind_of(first_batch(loader))
     model = make(config.model)
     load_weights(model, checkpoint)
     with Trainer(
@@ -113,12 +112,13 @@ def evaluate_run(run: str | Path, options: EvaluateConfig, link: Link) -> Evalua
     calibration = None
     if _CONFIDENCES in found:
         confidence, right = found.pop(_CONFIDENCES).cpu()
-        calibration = calibrate(confidence, right, options)
+        if len(confidence):  # else there are no classes, as of one logit
+            calibration = calibrate(confidence, right, options)
     return Evaluated(
-        checkpoint=checkpoint.name,
+        checkpoint=checkpoint.absolute().name,
         step=Manifest.read(checkpoint).step,
         kind=kind,
-        samples=_length(task.test),
+        samples=known_length(task.test),
         values={name: value.item() for name, value in found.items() if value.numel() == 1},
         tables={name: value.tolist() for name, value in found.items() if value.numel() != 1},
         calibration=calibration,
@@ -126,21 +126,25 @@ def evaluate_run(run: str | Path, options: EvaluateConfig, link: Link) -> Evalua
     )
 
 
-def run_of(checkpoint: Path, given: Path) -> Path:
-    """The folder of the run that a checkpoint is of, which may have been what was given."""
-    return given if (given / "config.yaml").is_file() else checkpoint.parent.parent
-
-
 def _metrics(task: Task, kind: Kind, model: Node, options: EvaluateConfig) -> dict[str, Any]:
     from scaledtrain.evaluate.confidence import Confidences
 
     sizes = {**task.sizes, **{k: v for k, v in model.items() if isinstance(v, int)}}
     metrics: dict[str, Any] = dict(task.metrics)
-    metrics |= make_metrics({**_usual(kind), **options.eval_metrics}, sizes)
+    n_classes = classes_in(sizes)
+    usual = {} if kind == "classification" and (n_classes or 1) < 2 else _usual(kind)
+    if kind == "classification" and n_classes is None:
+        _logger.warning(
+            "neither data nor model say how many classes there are, so there is no F1, AUROC or "
+            "confusion matrix; for N classes give eval_metrics=classification "
+            "eval_metrics.f1.num_classes=N eval_metrics.auroc.num_classes=N"
+        )
+    # What the run itself evaluates by a name stays: its arguments may be others than usual.
+    usual = {name: node for name, node in usual.items() if name not in task.metrics}
+    metrics |= make_metrics({**usual, **options.eval_metrics}, sizes)
     if kind != "regression":
         metrics[_CONFIDENCES] = Confidences()
-    n_classes = classes_in(sizes)
-    if kind == "classification" and n_classes is not None and n_classes <= _LARGEST_MATRIX:
+    if kind == "classification" and n_classes is not None and 2 <= n_classes <= _LARGEST_MATRIX:
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         metrics.setdefault(_MATRIX, MulticlassConfusionMatrix(n_classes))
@@ -153,11 +157,6 @@ def _usual(kind: Kind) -> Nodes:
     return nodes
 
 
-def _kind(loader: Iterable[Any]) -> Kind:
-    with closing(ReplicaLoader(loader).epoch(0)) as steps:
-        return kind_of(next(steps).microbatches[0])
-
-
 def calibrate(confidence: Tensor, right: Tensor, options: EvaluateConfig) -> Calibration:
     """What a model's confidence is worth.
 
@@ -167,7 +166,8 @@ def calibrate(confidence: Tensor, right: Tensor, options: EvaluateConfig) -> Cal
         options: bins, and wanted accuracies.
     """
     curve = coverage_curve(confidence, right)
-    few = torch.linspace(0, len(curve) - 1, min(len(curve), _MAX_ROWS)).round().long()
+    n_rows = min(len(curve), _MAX_ROWS)
+    few = torch.linspace(0, len(curve) - 1, n_rows, dtype=torch.float64).round().long()
     return Calibration(
         answers=len(confidence),
         accuracy=right.double().mean().item(),
@@ -178,10 +178,3 @@ def calibrate(confidence: Tensor, right: Tensor, options: EvaluateConfig) -> Cal
         curve=curve[few].tolist(),
         thresholds=thresholds(confidence, right, options.accuracies),
     )
-
-
-def _length(samples: Any) -> int | None:
-    try:
-        return len(samples)
-    except TypeError:
-        return None

@@ -38,11 +38,16 @@ def section(found: Evaluated) -> EvaluationSection:
         sentences=[] if calibration is None else _sentences(calibration),
         figures=[] if calibration is None else [_reliability(calibration), _coverage(calibration)],
         tables=[
-            (name.replace("_", " "), [[_cell(value) for value in row] for row in table])
+            (name.replace("_", " "), [[_cell(value) for value in row] for row in _rows(table)])
             for name, table in found.tables.items()
-            if len(table) <= _MAX_CELLS and all(isinstance(row, list) for row in table)
+            if len(table) <= _MAX_CELLS
         ],
     )
+
+
+def _rows(table: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    """One, if it has but one dim, as a value for each class."""
+    return table if all(isinstance(row, list) for row in table) else [table]
 
 
 def _cell(value: Any) -> str:

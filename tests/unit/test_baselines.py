@@ -34,6 +34,7 @@ from scaledtrain.models import next_token_loss
 from scaledtrain.report.page import write_report
 from scaledtrain.tasks import Task, accuracy, digits, sharded
 from tests.run_folders import evaluation, step_record, write
+from tests.tasks import signs_by_one_logit
 
 
 def task_of(x: Any, y: Any, test: tuple[Any, Any] | None = None, **options: Any) -> Task:
@@ -85,6 +86,17 @@ class TestValues:
         # R^2 = 1 - error / variance
         score = LinearRegression().fit(x, y).score(x, y)
         assert found["linear_regression"]["loss"] == pytest.approx((1 - score) * y.var(), rel=1e-4)
+
+    def test_whole_numbers_may_be_numbers(self) -> None:
+        x = torch.arange(6.0).view(6, 1)
+
+        def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return F.mse_loss(outputs, targets.float())
+
+        task = task_of(x, torch.arange(6) * 100, loss_fn=loss)
+        found = values(task, "random", "mean", "decision_tree", kind="regression")
+        assert found["mean"]["loss"] == pytest.approx(1e4 * 35 / 12)  # of 0 to 5: (6^2 - 1) / 12
+        assert found["decision_tree"]["loss"] == 0
 
     def test_targets_of_several_numbers_keep_their_shape(self) -> None:
         x = torch.arange(12.0).view(6, 2)
@@ -293,8 +305,16 @@ class TestCommand:
             task_of(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)),
             "need one class a sample",
         ),
+        (task_of(torch.zeros(2, 1), torch.tensor([-1, 2])), "go from -1 to 2, but there are 3"),
+        (signs_by_one_logit(), r"the loss of the data cannot be had of outputs \[\d+, 2\]"),
     ],
 )
 def test_data_that_have_no_baselines_are_refused(task: Task, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         measure_baselines(task)
+
+
+def test_text_needs_a_token_at_each_place() -> None:
+    task = task_of(torch.zeros(2, 3), torch.tensor([0, 1]), sizes={"vocab_size": 2})
+    with pytest.raises(ConfigError, match="need a token at each place"):
+        measure_baselines(task, BaselineOptions(kind="language_model"))

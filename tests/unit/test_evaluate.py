@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from scaledtrain.evaluate import (
 from scaledtrain.evaluate.card import write_card
 from scaledtrain.models import MLP
 from scaledtrain.rendezvous import connect
+from scaledtrain.report.evaluated import section
 from scaledtrain.report.page import write_report
 from scaledtrain.tasks import digits
 from scaledtrain.train import run as train
@@ -62,6 +64,9 @@ class TestCalibration:
             for b in reliability(confidence, right, n_bins=10)
         )
         assert found == pytest.approx(by_hand, abs=1e-4)  # they are rounded
+        # In the last bin are 0.95 and 1, of which one is right: |1 - 1.95| / 2.
+        last = torch.tensor([1.0, 0.95]), torch.tensor([0, 1])
+        assert expected_calibration_error(*last, n_bins=10) == pytest.approx(0.475)
         of_all = multiclass_calibration_error(probabilities, labels, 3, n_bins=10).item()
         assert found == pytest.approx(of_all, rel=1e-6)
 
@@ -85,6 +90,8 @@ class TestCoverage:
         assert found.confidence == pytest.approx(confidence[83].item(), abs=1e-6)
         assert str(found).startswith("for 98 % accuracy answer 84% of cases, those of confidence")
         assert 0.5 < found.held_out_coverage < 0.95
+        other = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+        assert thresholds(confidence[other], right[other], [0.98]) == [found]
 
     def test_where_nothing_is_good_enough_that_is_said(self) -> None:
         (found,) = thresholds(torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), [0.9])
@@ -219,6 +226,43 @@ def test_numbers_and_tokens_are_evaluated_too(tmp_path: Path) -> None:
         assert found.calibration.answers == found.samples * 16  # every token
 
 
+def test_the_metrics_of_a_run_keep_their_arguments_and_a_damaged_file_costs_no_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "model.hidden=[8]", "eval_metrics=classification", "eval_metrics.f1.average=micro",
+        "console=false", "checkpointing=steps", "max_steps=9",
+    ]  # fmt: skip
+    with connect() as link:
+        train(check(compose(words)), link, tmp_path)
+    (tmp_path / "baselines.json").write_text("{")
+    monkeypatch.chdir(newest_intact(tmp_path))
+    assert call(monkeypatch, "evaluate", ".") == 2
+    told = capsys.readouterr()
+    assert "baselines.json does not hold baselines" in told.err
+    found = read_evaluated(tmp_path)
+    assert found is not None
+    assert found.checkpoint == "step-000000009"
+    assert str(tmp_path / "evaluation.json") in told.out
+    assert found.values["f1"] == pytest.approx(found.values["accuracy"])  # micro; macro is less
+    per_class = replace(found, tables={"f1_of_each": [0.25, 1.0]})
+    assert section(per_class).tables == [("f1 of each", [["0.25", "1"]])]
+
+
+def test_one_logit_has_a_loss_and_no_calibration(tmp_path: Path) -> None:
+    words = [
+        "data=tests.tasks.signs_by_one_logit", "data.local_batch_size=32", "model.hidden=[8]",
+        "console=false", "checkpointing=steps", "max_steps=2",
+    ]  # fmt: skip
+    with connect() as link:
+        result = train(check(compose(words)), link, tmp_path)
+        found = evaluate_run(tmp_path, EvaluateConfig(), link)
+    assert found.values == pytest.approx(dict(result.evaluation), rel=1e-6)
+    assert list(found.values) == ["loss"]
+    assert found.calibration is None
+    assert found.tables == {}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -254,9 +298,11 @@ def test_a_card_keeps_no_secret(run_dir: Path, tmp_path: Path) -> None:
     (other / "config.yaml").write_text(
         "name: x\ndata:\n  _target_: scaledtrain.tasks.sharded\n"
         "  path: https://me:hunter2@host/set\n  storage_options: {key: hunter3}\n"
+        "  more: ['https://me:hunter4@host/b', 'https://host/c?X-Amz-Signature=hunter5']\n"
     )
     text = write_card(newest_intact(run_dir), tmp_path, other).read_text(encoding="utf-8")
     assert "hunter" not in text
-    assert "https://host/set" in text
+    for address in ("https://host/set", "https://host/b", "https://host/c?(left out)"):
+        assert address in text
     assert "The run's last evaluation before it was saved." in text
     assert ModelCard(text).data.to_dict()["model-index"][0]["name"] == "x"

@@ -12,6 +12,7 @@ import torch
 from sklearn import metrics as reference
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
@@ -27,7 +28,7 @@ from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
 from scaledtrain.errors import ConfigError
-from scaledtrain.measures import gather_unequal
+from scaledtrain.measures import Measures, gather_unequal
 from scaledtrain.models import next_token_loss
 from scaledtrain.rendezvous import connect
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
@@ -153,9 +154,24 @@ def test_what_has_no_number_is_refused() -> None:
             trainer.evaluate(batches)
         with pytest.raises(ConfigError, match="cannot be joined over ranks"):
             trainer.measure(batches, {"map": RetrievalMAP()})
+        with pytest.raises(ConfigError, match=r"made of others \(MulticlassF1Score\)"):
+            trainer.measure(batches, {"doubled": MulticlassF1Score(2) * 2})
+        collection = MetricCollection([MulticlassF1Score(2)])
+        with pytest.raises(ConfigError, match="'all' made dict of a batch"):
+            trainer.measure(batches, {"all": collection})
+        with pytest.raises(ConfigError, match=r"'each' made \(2,\) of a batch"):
+            trainer.measure(batches, {"each": lambda outputs, targets: targets.double()})
+        plain = {"acc": lambda outputs, targets: accuracy(outputs, targets).item()}
+        assert trainer.measure(batches, plain)["acc"].item() == 1.0
         again = {"acc": MulticlassAccuracy(2)}
         first, second = (trainer.measure(batches, again)["acc"].item() for _ in range(2))
         assert first == second == 1.0  # nothing is kept from one evaluation to the next
+
+
+def test_no_sample_has_no_value() -> None:
+    measures = Measures({"acc": MulticlassAccuracy(2)}, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="no sample was evaluated, so that acc"):
+        measures.values([])
 
 
 def test_a_config_names_metrics_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,17 +179,20 @@ def test_a_config_names_metrics_and_targets(capsys: pytest.CaptureFixture[str]) 
         "eval_metrics=classification", "model.hidden=[8]", "max_steps=2", "console=false",
         "eval_metrics.top2._target_=torchmetrics.classification.MulticlassAccuracy",
         "eval_metrics.top2.num_classes=10", "eval_metrics.top2.top_k=2",
+        "eval_metrics.own._target_=scaledtrain.tasks.accuracy", "eval_metrics.own._partial_=true",
         "target.metric=auroc", "target.at_least=0.99",
     ]  # fmt: skip
     with connect() as link:
         result = run(check(compose(words)), link)
-        assert set(result.evaluation) == {"loss", "accuracy", "f1", "auroc", "top2"}
+        assert set(result.evaluation) == {"loss", "accuracy", "f1", "auroc", "top2", "own"}
+        assert result.evaluation["own"] == result.evaluation["accuracy"]
         assert result.evaluation["top2"] > result.evaluation["accuracy"]
         for word, told in (
             ("eval_metrics.f1.num_clases=3", "num_clases"),
             ("eval_metrics.f1.average=all", "eval_metrics.f1.*average"),
             ("eval_metrics.loss._target_=torchmetrics.MeanMetric", "rename it"),
             ("eval_metrics.x._target_=builtins.dict", "which made a dict"),
+            ("eval_metrics.x._target_=scaledtrain.tasks.accuracy", "eval_metrics.x._partial_=true"),
         ):
             with pytest.raises(ConfigError, match=told):
                 run(check(compose([*words, word])), link)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, count_samples
+from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, count_samples, first_batch
 from scaledtrain.errors import ConfigError
 
 
@@ -235,6 +235,26 @@ def test_distributed_sampler_is_refused() -> None:
 def test_empty_loader_is_an_error(loader: Any) -> None:
     with pytest.raises(ConfigError, match="no batch"):
         next(iter(ReplicaLoader(loader).epoch(0)))
+
+
+def test_the_first_batch_that_can_be_read() -> None:
+    class Damaged:
+        batch_size, infinite = 2, False
+
+        def __init__(self, *given: int | None) -> None:
+            self._given = given
+
+        def __len__(self) -> int:
+            return len(self._given)
+
+        def batches(
+            self, epoch: int, start: int = 0, step: int = 1, seed: int | None = None
+        ) -> Generator[Any, None, None]:
+            yield from self._given[start::step]
+
+    assert first_batch(Damaged(None, 3, 4)) == 3  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no batch of the loader could be read"):
+        first_batch(Damaged(None, None))  # type: ignore[arg-type]
 
 
 def test_count_samples() -> None:
