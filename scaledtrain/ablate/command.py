@@ -34,6 +34,7 @@ from scaledtrain.judged import judged_by
 from scaledtrain.launching import FAILED, guarded, tell
 from scaledtrain.parallel.accelerate import with_accelerate
 from scaledtrain.schema import parse
+from scaledtrain.short_run import refuse_fast_dev_run
 
 __all__ = ["main"]
 
@@ -63,6 +64,7 @@ def _main(arguments: Sequence[str]) -> None:
     if any(argument.startswith("seed=") for argument in training):
         raise ConfigError("each training is made with each of several seeds: set ablate.seeds")
     config = check(read_command_line(with_accelerate(training), "train", _PROG) or {})
+    refuse_fast_dev_run(config.fast_dev_run, "ablate")
     metric, best_is = judged_by("ablate", ablation.metric, ablation.best_is, config.target)
     texts = variants(training, ablation)
     places = places_for(ablation.at_once, config.workers or 1, config.device)
@@ -95,7 +97,8 @@ def run(plan: Plan, places: Sequence[Place], keep_open: Sequence[int] = ()) -> l
         for name, seed in plan.order():
             if not plan.is_made(name, seed):
                 folder = plan.run_dir(name, seed)
-                given = ["--config-dir", str(plan.config(name).parent), "--config-name", name]
+                path = plan.config(name)
+                given = ["--config-dir", str(path.parent), "--config-name", path.stem]
                 own = [f"seed={seed}", *arguments_for(folder)]
                 log = folder / "log.txt"
                 yield Job(folder.name, "scaledtrain.train", [*given, *own], log)

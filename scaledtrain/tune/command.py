@@ -23,6 +23,7 @@ from scaledtrain.judged import NO_TARGET
 from scaledtrain.launching import guarded, tell
 from scaledtrain.parallel.accelerate import with_accelerate
 from scaledtrain.schema import parse
+from scaledtrain.short_run import refuse_fast_dev_run
 from scaledtrain.sweeps import split_sweeps, texts
 from scaledtrain.tune.settings import Asked, Tuning, require_optuna
 
@@ -49,6 +50,7 @@ def _main(arguments: Sequence[str]) -> None:
     tuning = parse("tune", OmegaConf.to_container(own.tune, resolve=True), Tuning)
     training = [argument for argument in plain if not argument.startswith("tune.")]
     config = _check(training, sweeps)
+    refuse_fast_dev_run(config.fast_dev_run, "tune")
     _search(training, sweeps, tuning.settled(config.target), config, plain)
 
 
