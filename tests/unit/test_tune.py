@@ -411,10 +411,25 @@ def test_the_report_of_a_search_has_its_trials_and_plots(tmp_path: Path, capsys:
     Asked.of([*BOWL], tuning(), None).begin(folder)
     report([str(folder)])
     text = (folder / "report.html").read_text(encoding="utf-8")
-    for part in ("course of the search", "what mattered", "evaluations of each trial",
-                 f"Best: trial {study.best_trial.number}", "12 trials: 12 complete"):  # fmt: skip
+    for part in ("course of the search", "what mattered (only a hint: 12 complete trials)",
+                 "evaluations of each trial",
+                 f"Best: trial {study.best_trial.number}", "trials: 12 complete"):  # fmt: skip
         assert part in text
     tune(["show", str(folder)])
     told = capsys.readouterr().out
     assert f"best: trial {study.best_trial.number}, loss {study.best_value:.4f}" in told
     assert "optimizer.lr" in told.splitlines()[1]
+
+
+def test_the_report_of_a_search_without_an_ended_trial_says_so(tmp_path: Path) -> None:
+    """Under way, or all have crashed."""
+    study = open_study(tmp_path, tuning())
+    Asked.of([*BOWL], tuning(), None).begin(tmp_path)
+    page = tmp_path / "report.html"
+    for ask, counts in ((False, "trials: none yet"), (True, "trials: 1 running")):
+        if ask:
+            space(BOWL[0])[0].draw(study.ask())
+        report([str(tmp_path)])
+        text = page.read_text(encoding="utf-8")
+        assert counts in text
+        assert "There are plots once a trial has ended" in text
