@@ -61,6 +61,8 @@ class Job:
 def places_for(at_once: int | None, ranks: int, device: str | None) -> list[Place]:
     """Environments of jobs that run at the same time: each has its share of cores, and its GPUs.
 
+    One at a time has all, and divides it itself.
+
     Args:
         at_once: how many jobs; None: as many as GPUs are enough for, one without GPUs.
         ranks: processes of each job.
@@ -79,10 +81,12 @@ def places_for(at_once: int | None, ranks: int, device: str | None) -> list[Plac
         at_once = max(1, len(gpus) // ranks)
     if at_once < 1:
         raise ConfigError(f"at_once is {at_once}; it is how many trainings run at a time, >= 1")
+    if at_once == 1:
+        return [{}]
     places: list[Place] = []
     for place in range(at_once):
         own = {"OMP_NUM_THREADS": str(threads_for(at_once * ranks))}
-        if gpus and at_once > 1:
+        if gpus:
             mine = [gpus[(place * ranks + rank) % len(gpus)] for rank in range(ranks)]
             own["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(mine))
         places.append(own | {k: v for k, v in os.environ.items() if k == "OMP_NUM_THREADS"})

@@ -24,7 +24,8 @@ def multirun(arguments: Sequence[str]) -> None:
         arguments: as in ``sys.argv[1:]``, without the flag.
 
     Raises:
-        ConfigError: nothing has several values, or a combination is no config.
+        ConfigError: nothing has several values, a combination is no config, or ``run_dir`` holds
+            such runs already.
         SystemExit: a training failed; all others were made.
     """
     plain, sweeps = split_sweeps(arguments)
@@ -62,6 +63,11 @@ def multirun(arguments: Sequence[str]) -> None:
             failed.append(job.name)
 
     with hold_folder(folder) as lock:
+        if config.resume is None and any(folder.glob("*/metrics-rank*.jsonl")):
+            raise ConfigError(
+                f"run_dir {folder} holds runs already, which would be written over; give another "
+                "run_dir, remove it, or go on with these (the same combinations, resume=auto)"
+            )
         run_jobs(jobs(), places, ended, [lock])
     print(f"{len(combinations)} trainings: {folder}")
     if failed:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 
 from scaledtrain.errors import ConfigError
 
@@ -33,7 +33,7 @@ def split_sweeps(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
             continue
         try:
             override = parser.parse_override(argument)
-        except OverrideParseException:  # whoever composes the config tells
+        except HydraException:  # whoever composes the config tells
             plain.append(argument)
             continue
         if override.is_sweep_override():
@@ -51,12 +51,15 @@ def texts(sweep: Override) -> list[str]:
     """The values of a sweep that can be counted, as they are written on a command line.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they cannot, or there are none.
     """
     try:
-        return [str(value) for value in sweep.sweep_iterator(transformer=Transformer.encode)]
+        found = [str(value) for value in sweep.sweep_iterator(transformer=Transformer.encode)]
     except HydraException as error:
         raise ConfigError(
             f"{sweep.input_line} does not say which values: write them out (0.1,0.01), or a "
             "range(start,stop,step)"
         ) from error
+    if not found:
+        raise ConfigError(f"{sweep.input_line} has no value; a range ends before its stop")
+    return found

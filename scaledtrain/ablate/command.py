@@ -97,7 +97,8 @@ def run(plan: Plan, places: Sequence[Place], keep_open: Sequence[int] = ()) -> l
         for name, seed in plan.order():
             if not plan.is_made(name, seed):
                 folder = plan.run_dir(name, seed)
-                given = ["--config-dir", str(plan.config(name).parent), "--config-name", name]
+                path = plan.config(name)
+                given = ["--config-dir", str(path.parent), "--config-name", path.stem]
                 own = [f"seed={seed}", *arguments_for(folder)]
                 log = folder / "log.txt"
                 yield Job(folder.name, "scaledtrain.train", [*given, *own], log)

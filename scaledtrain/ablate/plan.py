@@ -187,8 +187,8 @@ class Plan:
             ) from error
 
     def config(self, name: str) -> Path:
-        """The file with a variant's config."""
-        return self.folder / "configs" / f"{name}.yaml"
+        """The file with a variant's config; of its name no other is shipped."""
+        return self.folder / "configs" / f"ablation-{name}.yaml"
 
     def run_dir(self, name: str, seed: int) -> Path:
         """Where a run goes."""

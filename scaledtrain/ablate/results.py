@@ -134,6 +134,10 @@ def told(plan: Plan, runs: Sequence[Measured]) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     notes = [f"{effect.without}: {sentence(effect, plan)}" for effect in found]
+    told_of = {FULL, *(effect.without for effect in found)}
+    notes += [
+        f"{name}: no pair of runs has come to its end" for name in plan.names if name not in told_of
+    ]
     return "\n".join([*lines, "", *notes])
 
 

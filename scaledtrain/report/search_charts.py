@@ -11,9 +11,10 @@ from bokeh.plotting import figure
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-__all__ = ["course", "importance_bars", "learning_curves", "slice_of"]
+__all__ = ["course", "importance_bars", "known", "learning_curves", "slice_of"]
 
 _COLOURS = {TrialState.COMPLETE: "#0072B2", TrialState.PRUNED: "#E69F00"}
+_LONG = 12  # letters: longer names of choices would lie on each other on a small screen
 _WORDS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "ended early"}
 
 
@@ -30,7 +31,7 @@ def _figure(**options: Any) -> Any:
     return plot
 
 
-def _known(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def known(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Those that came to a value, which a drawing can hold."""
     return [
         trial
@@ -53,15 +54,18 @@ def _scatter(plot: Any, trials: Sequence[FrozenTrial], x: Sequence[Any]) -> None
     plot.scatter("x", "value", source=source, color="colour", legend_group="ended", size=7)
     tips = [("trial", "@trial"), ("value", "@value{0.0000}"), ("settings", "@settings")]
     plot.add_tools(HoverTool(tooltips=tips))
-    plot.legend.background_fill_alpha = 0.6
+    plot.legend.orientation = "horizontal"
+    plot.legend.margin = plot.legend.padding = 2
+    plot.legend.border_line_color = None
+    plot.add_layout(plot.legend[0], "above")  # inside, it would lie on some
 
 
 def course(trials: Sequence[FrozenTrial], metric: str, lowest: bool) -> Any:
     """Each trial's value in their order, and the best so far."""
     plot = _figure(title="course of the search", x_axis_label="trial", y_axis_label=metric)
-    known = sorted(_known(trials), key=lambda trial: trial.number)
-    _scatter(plot, known, [trial.number for trial in known])
-    complete = [trial for trial in known if trial.state == TrialState.COMPLETE]
+    shown = sorted(known(trials), key=lambda trial: trial.number)
+    _scatter(plot, shown, [trial.number for trial in shown])
+    complete = [trial for trial in shown if trial.state == TrialState.COMPLETE]
     best: list[float] = []
     for trial in complete:
         value = float(trial.value or 0.0)
@@ -72,10 +76,10 @@ def course(trials: Sequence[FrozenTrial], metric: str, lowest: bool) -> Any:
     return plot
 
 
-def importance_bars(shares: Mapping[str, float]) -> Any:
+def importance_bars(shares: Mapping[str, float], hint: str) -> Any:
     """What each setting mattered, the most at the top."""
     keys = list(shares)
-    plot = _figure(title="what mattered", y_range=keys[::-1], x_range=Range1d(0, 1))
+    plot = _figure(title=f"what mattered{hint}", y_range=keys[::-1], x_range=Range1d(0, 1))
     plot.hbar(y=keys, right=list(shares.values()), height=0.7, color="#009E73")
     plot.xaxis.formatter = NumeralTickFormatter(format="0%")
     return plot
@@ -106,7 +110,7 @@ def slice_of(
     key: str, distribution: BaseDistribution, trials: Sequence[FrozenTrial], metric: str
 ) -> Any:
     """The value of all trials over one of their settings."""
-    known = [trial for trial in _known(trials) if key in trial.params]
+    shown = [trial for trial in known(trials) if key in trial.params]
     options: dict[str, Any] = {"x_axis_label": key, "y_axis_label": metric}
     if isinstance(distribution, CategoricalDistribution):
         options["x_range"] = [str(choice) for choice in distribution.choices]
@@ -114,6 +118,8 @@ def slice_of(
         options["x_axis_type"] = "log"
     plot = _figure(title=key, **options)
     is_choice = isinstance(distribution, CategoricalDistribution)
-    values = [trial.params[key] for trial in known]
-    _scatter(plot, known, [str(value) for value in values] if is_choice else values)
+    values = [trial.params[key] for trial in shown]
+    _scatter(plot, shown, [str(value) for value in values] if is_choice else values)
+    if is_choice and max(map(len, options["x_range"])) > _LONG:
+        plot.xaxis.major_label_orientation = 0.4
     return plot

@@ -44,7 +44,15 @@ def _page(folder: Path) -> str:
     from jinja2 import Template
 
     from scaledtrain.report import search_charts as charts
-    from scaledtrain.tune.results import LEAST, best_first, how_it_ended, importances, number, rows
+    from scaledtrain.tune.results import (
+        LEAST,
+        best_first,
+        hint_of,
+        how_it_ended,
+        importances,
+        number,
+        rows,
+    )
     from scaledtrain.tune.search import run_dir_of
     from scaledtrain.tune.study import open_study
 
@@ -52,14 +60,17 @@ def _page(folder: Path) -> str:
     metric, study = str(tuning.metric), open_study(folder, tuning)
     trials, shares = best_first(study), importances(study)
     distributions = {k: d for trial in trials for k, d in trial.distributions.items()}
-    overview = [
-        charts.course(trials, metric, tuning.best_is == "lowest"),
-        charts.learning_curves(trials, metric),
-        *([charts.importance_bars(shares)] if shares else []),
-    ]
-    keys = [*shares, *(key for key in distributions if key not in shares)]
-    slices = [charts.slice_of(key, distributions[key], trials, metric) for key in keys]
-    script, places = components([*overview, *slices], wrap_script=True)
+    overview, slices = [], []
+    if charts.known(trials):
+        overview = [
+            charts.course(trials, metric, tuning.best_is == "lowest"),
+            charts.learning_curves(trials, metric),
+            *([charts.importance_bars(shares, hint_of(study))] if shares else []),
+        ]
+        keys = [*shares, *(key for key in distributions if key not in shares)]
+        slices = [charts.slice_of(key, distributions[key], trials, metric) for key in keys]
+    drawn = [*overview, *slices]
+    script, places = components(drawn, wrap_script=True) if drawn else ("", ())
     head, cells = rows(study, metric)
     counts = Counter(how_it_ended(trial).partition(",")[0] for trial in trials)
     best = trials[0] if counts["complete"] else None
@@ -70,7 +81,7 @@ def _page(folder: Path) -> str:
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
         script=script,
         metric=metric,
-        counts=f"{len(trials)} trials: {', '.join(f'{n} {word}' for word, n in counts.items())}",
+        counts=f"trials: {', '.join(f'{n} {word}' for word, n in counts.items()) or 'none yet'}",
         best=best
         and {
             "number": best.number,

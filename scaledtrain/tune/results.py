@@ -17,6 +17,7 @@ __all__ = [
     "LEAST",
     "aligned",
     "best_first",
+    "hint_of",
     "how_it_ended",
     "importances",
     "number",
@@ -26,6 +27,7 @@ __all__ = [
 
 LEAST = 10
 """Complete trials from which importances are told."""
+_ENOUGH = 20  # complete trials; with fewer of them importances are a hint
 _SHARE = 0.25  # of the trials: what it takes to be among the best ones is asked for
 
 
@@ -73,6 +75,12 @@ def importances(study: Study) -> dict[str, float]:
     return dict(get_param_importances(study, evaluator=evaluator, params=sorted(varied)))
 
 
+def hint_of(study: Study) -> str:
+    """What is to be said beside importances that few trials tell; empty for enough of them."""
+    complete = len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+    return f" (only a hint: {complete} complete trials)" if complete < _ENOUGH else ""
+
+
 def rows(study: Study, metric: str) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the table of trials."""
     trials = best_first(study)
@@ -110,7 +118,7 @@ def told(study: Study, metric: str, folder: Path) -> str:
     lines = [aligned([head, *cells])]
     shares = importances(study)
     if shares:
-        lines += ["", "what mattered for being among the best quarter:"]
+        lines += ["", f"what mattered for being among the best quarter{hint_of(study)}:"]
         width = max(map(len, shares))
         lines += [f"  {key:<{width}}  {share:4.0%}" for key, share in shares.items()]
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])

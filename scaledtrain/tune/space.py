@@ -40,9 +40,15 @@ class Parameter:
         """The parameter that a sweep means.
 
         Raises:
-            ConfigError: an interval is empty, or reaches to zero or below on a logarithmic scale.
+            ConfigError: an interval is empty, or reaches to zero or below on a logarithmic scale;
+                or values are shuffled.
         """
         values = sweep.value()
+        if getattr(values, "shuffle", False):
+            raise ConfigError(
+                f"{sweep.input_line} has another order at each start, by which a search could not "
+                "go on; leave shuffle out: tune.sampler=random draws in no order"
+            )
         try:
             return cls(sweep.get_key_element(), _distribution(sweep, values))
         except ValueError as error:
@@ -70,13 +76,13 @@ def _distribution(sweep: Override, values: object) -> BaseDistribution:
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, log=log)
         return FloatDistribution(low, high, log=log)
-    if isinstance(values, RangeSweep) and not values.shuffle and len(texts(sweep)) > 1:
+    if isinstance(values, RangeSweep) and len(texts(sweep)) > 1:
         numbers = sorted(values.range())
-        low, step = numbers[0], numbers[1] - numbers[0]
+        low, step = numbers[0], abs(values.step)  # 0.4 - 0.3 is not quite 0.1
         if all(isinstance(number, int) for number in numbers):
             return IntDistribution(int(low), int(numbers[-1]), step=int(step), log=log)
         return FloatDistribution(low, numbers[-1], step=step, log=log)
-    return CategoricalDistribution(texts(sweep))
+    return CategoricalDistribution(list(dict.fromkeys(texts(sweep))))
 
 
 def combinations(sweeps: Sequence[Override]) -> list[dict[str, Value]]:

@@ -19,7 +19,7 @@ from optuna.study import Study, StudyDirection
 
 from scaledtrain.tune.settings import Tuning
 
-__all__ = ["make_sampler", "mend", "open_study"]
+__all__ = ["make_pruner", "make_sampler", "mend", "open_study"]
 
 _JOURNAL = "journal.log"
 _NAME = "search"
@@ -41,7 +41,7 @@ def open_study(folder: Path, tuning: Tuning) -> Study:
             StudyDirection.MINIMIZE if tuning.best_is == "lowest" else StudyDirection.MAXIMIZE
         )
         storage.create_new_study([direction], _NAME)
-    return optuna.load_study(study_name=_NAME, storage=storage, pruner=_pruner(tuning))
+    return optuna.load_study(study_name=_NAME, storage=storage)
 
 
 def mend(folder: Path) -> None:
@@ -67,10 +67,18 @@ def make_sampler(tuning: Tuning, number: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-def _pruner(tuning: Tuning) -> BasePruner:
-    least = max(1, tuning.prune_after_steps)
+def make_pruner(tuning: Tuning, first_step: int) -> BasePruner:
+    """What ends bad trials early.
+
+    Args:
+        tuning: settled.
+        first_step: of a trial's first evaluation. Successive halving begins there: had it begun at
+            step 1, the first evaluation at step 64 would stand for those at 1, 4, 16 and 64, and
+            one trial in 256 be let through.
+    """
+    least = max(1, first_step, tuning.prune_after_steps)
     if tuning.pruner == "median":
-        return MedianPruner(tuning.startup_trials, n_warmup_steps=tuning.prune_after_steps)
+        return MedianPruner(tuning.startup_trials)
     if tuning.pruner == "asha":
         return SuccessiveHalvingPruner(min_resource=least)
     if tuning.pruner == "hyperband":

@@ -18,8 +18,8 @@ from scaledtrain.launching import guarded
 from scaledtrain.schema import did_you_mean
 from scaledtrain.train import launch
 from scaledtrain.trainer import Trainer
-from scaledtrain.tune.settings import Asked
-from scaledtrain.tune.study import open_study
+from scaledtrain.tune.settings import Asked, Tuning
+from scaledtrain.tune.study import make_pruner, open_study
 
 __all__ = ["DIVERGED", "MODULE", "PRUNED", "Reporter", "environment_of", "main"]
 
@@ -34,16 +34,17 @@ class Reporter(Callback):
     Rank 0 does; the others end with it.
 
     Args:
-        study: with its pruner.
+        study: of the search.
         number: of the trial.
-        metric: its name in the evaluations.
+        tuning: settled: its metric is one of the evaluations.
         eval_every: steps between evaluations: some strategies evaluate a little later, and are held
             against each other at its multiples. None: they are taken as they come.
     """
 
-    def __init__(self, study: Study, number: int, metric: str, eval_every: int | None) -> None:
+    def __init__(self, study: Study, number: int, tuning: Tuning, eval_every: int | None) -> None:
         self._study = study
-        self._metric = metric
+        self._tuning = tuning
+        self._metric = str(tuning.metric)
         self._every = eval_every or 1
         # The same that `optuna.Trial` is made of, which would draw values first.
         self._storage = study._storage
@@ -71,10 +72,12 @@ class Reporter(Callback):
             trainer.stop()
 
     def _is_bad(self, step: int) -> bool:
+        if step < self._tuning.prune_after_steps:
+            return False
         trial = copy(self._storage.get_trial(self._id))
         known = trial.intermediate_values  # those of an interrupted attempt may lie ahead
         trial.intermediate_values = {s: value for s, value in known.items() if s <= step}
-        return self._study.pruner.prune(self._study, trial)
+        return make_pruner(self._tuning, min(known)).prune(self._study, trial)
 
     def diverged(self, error: Exception) -> None:
         """Note that the training did not crash: its settings were bad."""
@@ -94,9 +97,8 @@ def main() -> None:
 def _main() -> None:
     place, number = json.loads(os.environ[_VARIABLE])
     asked = Asked.load(Path(place))
-    assert asked.tuning.metric is not None, "it was settled before it was kept"
     study = open_study(Path(place), asked.tuning)
-    reporter = Reporter(study, number, asked.tuning.metric, asked.eval_every)
+    reporter = Reporter(study, number, asked.tuning, asked.eval_every)
     try:
         launch(sys.argv[1:], MODULE, [reporter])
     except (NonFiniteLossError, LossSpikeError) as error:

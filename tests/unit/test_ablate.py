@@ -15,7 +15,7 @@ from scaledtrain.ablate.command import _main as ablate
 from scaledtrain.ablate.components import COMPONENTS, components_in
 from scaledtrain.ablate.interval import Interval, t_quantile
 from scaledtrain.ablate.plan import FULL, Plan
-from scaledtrain.ablate.results import MIB, Measured, effects, sentence
+from scaledtrain.ablate.results import MIB, Measured, effects, sentence, told
 from scaledtrain.command_line import compose
 from scaledtrain.config import check, to_yaml
 from scaledtrain.errors import ConfigError
@@ -158,6 +158,12 @@ class TestEffects:
         assert effect.quality is None
         assert effect.speed.mean == pytest.approx(-50.0)
 
+    def test_what_has_no_run_yet_is_named(self) -> None:
+        plan = Plan(Path(), [FULL, "x"], [0], "accuracy", "highest")
+        assert told(plan, [measured(FULL, 0, 0.9, 1000, 100)]).endswith(
+            "x: no pair of runs has come to its end"
+        )
+
 
 def made(job: Any, value: float) -> None:
     """As a training leaves its folder."""
@@ -218,6 +224,7 @@ class TestCommand:
             (["ablate.only=[momentm]"], ["did you mean 'momentum'"]),
             (["optimizer=plain_sgd"], ["nothing can be taken away"]),
             (["seed=1"], ["ablate.seeds"]),
+            (["fast_dev_run=3"], ["fast_dev_run is 3", "ablate is about"]),
             (["ablate.seeds=[]"], ["ablate.seeds is []"]),
             (["ablate.seeds=[1,1]"], ["each once"]),
             (["ablate.without.same=[optimizer.lr=0.1]"], ["changes nothing"]),

@@ -40,6 +40,8 @@ def test_each_combination_is_trained_in_a_folder_of_its_own(
         "2": ["lr: 0.1", "seed: 1"], "3": ["lr: 0.2", "seed: 1"],
     }  # fmt: skip
     assert "[2/4] seed=0 optimizer.lr=0.2" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="would be written over"):
+        multirun([*SIGNS, "max_steps=2", place, "seed=2,3"])
 
 
 def test_one_that_fails_does_not_keep_the_others(
@@ -60,6 +62,7 @@ def test_one_that_fails_does_not_keep_the_others(
     [
         (["seed=0"], "no argument has several"),
         (["seed=interval(0,1)"], "write them out"),
+        (["seed=range(3,3)"], "no value"),
         (["optimizer.lr=0.1,x"], "optimizer.lr is 'x'"),
     ],
 )
@@ -70,11 +73,22 @@ def test_a_mistake_is_told_before_anything_is_trained(arguments: list[str], part
 
 def test_an_ablation_measures_real_trainings(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(ablate_module, "run_jobs", train_here)
-    ablate_module._main([*SIGNS, "max_steps=10", f"run_dir={tmp_path}/a", "ablate.seeds=[0]"])
-    full, momentum = ablate_module.measure(ablate_module.Plan.load(tmp_path / "a"))
-    assert (full.without, momentum.without) == ("full", "momentum")
+    ablate_module._main(
+        [
+            *SIGNS,
+            "max_steps=10",
+            f"run_dir={tmp_path}/a",
+            "ablate.seeds=[0]",
+            "ablate.only=[momentum,train]",
+            "ablate.without.train=[optimizer.lr=0.0]",
+        ]
+    )  # as configs/train.yaml
+    full, momentum, train = ablate_module.measure(ablate_module.Plan.load(tmp_path / "a"))
+    assert (full.without, momentum.without, train.without) == ("full", "momentum", "train")
     assert full.quality is not None
-    assert full.quality != momentum.quality
+    assert len({full.quality, momentum.quality, train.quality}) == 3
+    config = (tmp_path / "a/runs/train-seed0/config.yaml").read_text()
+    assert "  lr: 0.0\n" in config
     assert min(full.samples_per_second, full.memory_bytes) > 0
     assert "momentum: one seed gives no error bar" in capsys.readouterr().out
 
@@ -85,11 +99,12 @@ class TestPlaces:
     ) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5,7")
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert places_for(1, 4, "cpu") == [{}]  # alone: as it would be without this command
         visible = [place["CUDA_VISIBLE_DEVICES"] for place in places_for(None, 2, None)]
         assert visible == ["0,3", "5,7"]  # four are enough for two of two ranks
         assert places_for(None, 2, None)[0]["OMP_NUM_THREADS"] == "2"
         assert places_for(2, 1, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 2
-        assert "CUDA_VISIBLE_DEVICES" not in places_for(1, 1, None)[0]
+        assert places_for(1, 1, None) == [{}]
         with pytest.raises(ConfigError, match="at_once is 0"):
             places_for(0, 1, "cpu")
 

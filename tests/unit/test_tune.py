@@ -92,9 +92,10 @@ def bowl(settings: dict[str, str]) -> float:
 class TestSpace:
     def test_hydras_sweeps_are_optunas_distributions(self) -> None:
         parameters = space(
-            "model=mlp,convnet", "model.hidden=[64],[8,8]", "a=range(8,33,8)",
+            "model=mlp,convnet", "model.hidden=[64],[8,8],[64]", "a=range(8,33,8)",
             "b=int(interval(1,9))", "c=interval(0.0,0.5)",
             "d=tag(log,interval(1e-4,1))", "e=range(0.0,1.0,0.25)",
+            "f=range(0.3,1.0,0.1)", "g=range(9,0,-4)",
         )  # fmt: skip
         assert {p.key: p.distribution for p in parameters} == {
             "model": CategoricalDistribution(["mlp", "convnet"]),
@@ -104,6 +105,8 @@ class TestSpace:
             "c": FloatDistribution(0.0, 0.5),
             "d": FloatDistribution(1e-4, 1.0, log=True),
             "e": FloatDistribution(0.0, 0.75, step=0.25),
+            "f": FloatDistribution(0.3, 0.9, step=0.1),
+            "g": IntDistribution(1, 9, step=4),
         }
 
     def test_a_grid_has_every_combination_once(self) -> None:
@@ -125,6 +128,11 @@ class TestSpace:
             (["tune.seed=0,1"], ["tune.seed", "one value"]),
             (["seed=0,1", "seed=2,3"], ["seed", "twice"]),
             (["optimizer.lr=tag(log,interval(0,1.0))"], ["cannot be searched"]),
+            (["optimizer.lr=interval(0.1)"], ["interval(0.1)", "cannot be read"]),
+            (["seed=range(2,2)"], ["seed=range(2,2)", "no value"]),
+            (["seed=shuffle(0,1)"], ["shuffle", "tune.sampler=random"]),
+            (["seed=shuffle(range(3))"], ["shuffle", "tune.sampler=random"]),
+            (["seed=0,1", "fast_dev_run=true"], ["fast_dev_run", "tune is about"]),
             (["seed=0,1", "tune.trials=0"], ["tune.trials is 0"]),
             (["seed=0,1", "tune.sampler=bayes"], ["tune.sampler", "'tpe'"]),
             (["seed=0,1", "tune.metric=accuracy"], ["tune.best_is"]),
@@ -219,7 +227,7 @@ class TestSearch:
                 result = {"seconds": 1.0, "evaluation": {"loss": math.inf}}
                 job.log.with_name("result.json").write_text(json.dumps({"result": result}))
                 if job.name == "0":
-                    Reporter(study, 0, "loss", None).diverged(ArithmeticError("loss was nan"))
+                    Reporter(study, 0, tuning(), None).diverged(ArithmeticError("loss was nan"))
                 ended(job, codes[job.name])
 
         with pytest.MonkeyPatch.context() as patch:
@@ -258,6 +266,9 @@ def past(study: Study, values: Sequence[dict[int, float]]) -> None:
         study.add_trial(create_trial(value=last, intermediate_values=steps))
 
 
+MEDIAN_OF_3 = tuning(startup_trials=3)
+
+
 class Losses(Callback):
     """Evaluations as they are written here, in a training that is real."""
 
@@ -273,7 +284,7 @@ class Losses(Callback):
 def trained(study: Study, losses: dict[int, float], tmp_path: Path) -> tuple[int, Any]:
     """The step at which a new trial's training ends, and the trial."""
     number = study.ask().number
-    reporter = Reporter(study, number, "loss", eval_every=2)
+    reporter = Reporter(study, number, MEDIAN_OF_3, eval_every=2)
     config = compose(
         ["data=tests.tasks.signs", "data.local_batch_size=32", "max_steps=6", "eval_every=2",
          "console=false", "device=cpu"]
@@ -302,7 +313,7 @@ class TestPruning:
     def test_a_real_training_ends_where_the_median_rule_says(
         self, losses: dict[int, float], ends_at: int, tmp_path: Path
     ) -> None:
-        study = open_study(tmp_path, tuning(startup_trials=3))
+        study = open_study(tmp_path, MEDIAN_OF_3)
         past(study, self.OTHERS)
         step, trial = trained(study, losses, tmp_path)
         assert step == ends_at
@@ -310,13 +321,13 @@ class TestPruning:
         assert trial.user_attrs[DIVERGED] is None
 
     def test_an_attempt_before_is_forgotten(self, tmp_path: Path) -> None:
-        study = open_study(tmp_path, tuning(startup_trials=3))
+        study = open_study(tmp_path, MEDIAN_OF_3)
         past(study, self.OTHERS)
         storage, number = study._storage, len(study.trials)
         own = storage.create_new_trial(study._study_id)
         storage.set_trial_intermediate_value(own, 4, 0.9)  # it had come to here, and was bad
         storage.set_trial_user_attr(own, PRUNED, 4)
-        reporter = Reporter(study, number, "loss", eval_every=2)
+        reporter = Reporter(study, number, MEDIAN_OF_3, eval_every=2)
         trainer: Any = Stub()
         reporter.on_fit_start(trainer)
         for trainer.step_count, loss in ((2, 0.1), (4, 0.1)):
@@ -330,17 +341,49 @@ class TestPruning:
             folder.mkdir()
             study = open_study(folder, options)
             past(study, self.OTHERS)
-            reporter = Reporter(study, study.ask().number, "loss", eval_every=2)
+            reporter = Reporter(study, study.ask().number, options, eval_every=2)
             trainer: Any = Stub()
             for trainer.step_count in (2, 4):
                 reporter.on_evaluation(trainer, {"loss": 0.9})
             assert not trainer.stopped
 
+    @pytest.mark.parametrize("eval_every", [64, None])  # None: after each epoch of 64 steps
+    def test_successive_halving_begins_at_the_first_evaluation(
+        self, eval_every: int | None, tmp_path: Path
+    ) -> None:
+        """Two of eight go on past the first evaluation (rung 0, a quarter), however late it is."""
+        options = tuning(pruner="asha")
+        study = open_study(tmp_path, options)
+
+        def goes_on(loss: float) -> bool:
+            reporter = Reporter(study, study.ask().number, options, eval_every)
+            trainer: Any = Stub()
+            trainer.step_count = 64
+            reporter.on_evaluation(trainer, {"loss": loss})
+            return not trainer.stopped
+
+        assert goes_on(0.1)  # the first three go on if they are the best so far
+        assert not any(goes_on(0.9) for _ in range(6))
+        assert goes_on(0.2)  # the second of eight
+
+    @pytest.mark.parametrize("pruner", ["asha", "hyperband"])
+    def test_trials_shorter_than_prune_after_steps_are_not_ended(
+        self, pruner: str, tmp_path: Path
+    ) -> None:
+        options = tuning(pruner=pruner, prune_after_steps=500)
+        study = open_study(tmp_path, options)
+        past(study, self.OTHERS)
+        reporter = Reporter(study, study.ask().number, options, 2)
+        trainer: Any = Stub()
+        for trainer.step_count in (2, 4, 6):
+            reporter.on_evaluation(trainer, {"loss": 0.9})
+        assert not trainer.stopped
+
     def test_a_late_evaluation_counts_at_the_step_it_was_due(self, tmp_path: Path) -> None:
         """Asynchronous ones pass the multiples of eval_every."""
-        study = open_study(tmp_path, tuning(startup_trials=3))
+        study = open_study(tmp_path, MEDIAN_OF_3)
         past(study, self.OTHERS)
-        reporter = Reporter(study, study.ask().number, "loss", eval_every=2)
+        reporter = Reporter(study, study.ask().number, MEDIAN_OF_3, eval_every=2)
         trainer: Any = Stub()
         trainer.step_count = 3
         reporter.on_evaluation(trainer, {"loss": 0.41})
@@ -368,10 +411,25 @@ def test_the_report_of_a_search_has_its_trials_and_plots(tmp_path: Path, capsys:
     Asked.of([*BOWL], tuning(), None).begin(folder)
     report([str(folder)])
     text = (folder / "report.html").read_text(encoding="utf-8")
-    for part in ("course of the search", "what mattered", "evaluations of each trial",
-                 f"Best: trial {study.best_trial.number}", "12 trials: 12 complete"):  # fmt: skip
+    for part in ("course of the search", "what mattered (only a hint: 12 complete trials)",
+                 "evaluations of each trial",
+                 f"Best: trial {study.best_trial.number}", "trials: 12 complete"):  # fmt: skip
         assert part in text
     tune(["show", str(folder)])
     told = capsys.readouterr().out
     assert f"best: trial {study.best_trial.number}, loss {study.best_value:.4f}" in told
     assert "optimizer.lr" in told.splitlines()[1]
+
+
+def test_the_report_of_a_search_without_an_ended_trial_says_so(tmp_path: Path) -> None:
+    """Under way, or all have crashed."""
+    study = open_study(tmp_path, tuning())
+    Asked.of([*BOWL], tuning(), None).begin(tmp_path)
+    page = tmp_path / "report.html"
+    for ask, counts in ((False, "trials: none yet"), (True, "trials: 1 running")):
+        if ask:
+            space(BOWL[0])[0].draw(study.ask())
+        report([str(tmp_path)])
+        text = page.read_text(encoding="utf-8")
+        assert counts in text
+        assert "There are plots once a trial has ended" in text
