@@ -88,7 +88,15 @@ def main_metric(metrics: Sequence[str]) -> str | None:
 
 
 def write_baselines(folder: str | Path, found: Baselines) -> Path:
-    """Write them into the folder of a run, whole or not at all; earlier ones are replaced."""
+    """Write them, whole or not at all; earlier ones are replaced.
+
+    Args:
+        folder: of the run; made where there is none.
+        found: what is written.
+
+    Returns:
+        The file.
+    """
     path = Path(folder) / BASELINES
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, f"{json.dumps(asdict(found), indent=2)}\n".encode())
@@ -97,6 +105,9 @@ def write_baselines(folder: str | Path, found: Baselines) -> Path:
 
 def read_baselines(folder: str | Path) -> Baselines | None:
     """Those in the folder of a run; None: there are none.
+
+    Args:
+        folder: of the run.
 
     Raises:
         ConfigError: the file is none of theirs.

@@ -51,7 +51,15 @@ class Evaluated:
 
 
 def write_evaluated(folder: str | Path, found: Evaluated) -> Path:
-    """Write it into the folder of a run, whole or not at all; an earlier one is replaced."""
+    """Write it, whole or not at all; an earlier one is replaced.
+
+    Args:
+        folder: of the run.
+        found: what is written.
+
+    Returns:
+        The file.
+    """
     path = Path(folder) / EVALUATION
     replace_file(path, f"{json.dumps(asdict(found), indent=1)}\n".encode())
     return path
@@ -59,6 +67,9 @@ def write_evaluated(folder: str | Path, found: Evaluated) -> Path:
 
 def read_evaluated(folder: str | Path) -> Evaluated | None:
     """What is in the folder of a run; None: it was not evaluated.
+
+    Args:
+        folder: of the run.
 
     Raises:
         ConfigError: the file is none of these.

@@ -520,7 +520,7 @@ class TestCommands:
             settings, sweeps = split_sweeps([word for word in words if word != "--multirun"])
             assert bool(sweeps) == ("--multirun" in words)
             check(compose([word for word in settings if "slowdown" not in word]))
-        assert len(examples) == 5
+        assert len(examples) == 6
 
     def test_cfg_prints_the_config(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
