@@ -27,7 +27,11 @@ class Units:
         self._channels_first: bool | None = None  # None: not known
 
     def passed(self, module: nn.Module) -> None:
-        """A module has been called; what comes next may be its outputs."""
+        """A module has been called; what comes next may be its outputs.
+
+        Args:
+            module: any.
+        """
         if isinstance(module, (_ConvNd, nn.Linear)):
             self._channels_first = isinstance(module, _ConvNd)
 
@@ -36,6 +40,9 @@ class Units:
 
         Args:
             nonzero: which outputs are not, ``[batch, ...]``.
+
+        Returns:
+            One truth value for each unit.
         """
         dims = nonzero.dim()
         channels_first = dims > 3 if self._channels_first is None else self._channels_first
