@@ -91,7 +91,8 @@ def seconds_to_open(page: Path, width: int, timeout_seconds: float = 60.0) -> fl
     watched = page.with_name("watched.html")
     head, end, tail = page.read_text("utf-8").rpartition("</body>")
     watched.write_text(f"{head}{WATCH}{end}{tail}", "utf-8")
-    with tempfile.TemporaryDirectory() as profile:
+    # Processes of the browser may still write when it has been ended.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [
             browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
