@@ -119,4 +119,5 @@ class StopAtTarget(Callback):
         if (self._at_least is not None and value >= self._at_least) or (
             self._at_most is not None and value <= self._at_most
         ):
+            trainer.metrics.say(f"goal reached: {self._metric} is {value:.4f}")
             trainer.stop()

@@ -126,9 +126,7 @@ def launch(arguments: Sequence[str], module: str, callbacks: Sequence[Callback] 
 def report_result(result: FitResult, run_dir: Path | None) -> None:
     """Print how a run ended, and where everything is."""
     values = "  ".join(f"{name} {value:.4f}" for name, value in result.evaluation.items())
-    # Of callbacks here the one that watches for the target ends runs, and AdaScale.
-    why = "goal reached" if result.stopped_by == "callback" else result.stopped_by
-    print(f"ended at step {result.step} after {result.seconds:.1f} s: {why}")
+    print(f"ended at step {result.step} after {result.seconds:.1f} s: {result.stopped_by}")
     print(f"last evaluation: {values or 'none'}")
     if run_dir is None:
         print("nothing was kept (fast_dev_run)")
