@@ -70,7 +70,7 @@ class Reporter(Callback):
         if not math.isfinite(values[self._metric]) or self._is_bad(step):
             self._storage.set_trial_user_attr(self._id, PRUNED, trainer.step_count)
             trainer.metrics.say(
-                f"this trial ends early: {self._metric} is {values[self._metric]:.4f} at step {step}"
+                f"the trial ends early: {self._metric} is {values[self._metric]:.4f} at step {step}"
             )
             trainer.stop()
 
