@@ -69,9 +69,6 @@ class Reporter(Callback):
         self._storage.set_trial_intermediate_value(self._id, step, values[self._metric])
         if not math.isfinite(values[self._metric]) or self._is_bad(step):
             self._storage.set_trial_user_attr(self._id, PRUNED, trainer.step_count)
-            trainer.metrics.say(
-                f"the trial ends early: {self._metric} is {values[self._metric]:.4f} at step {step}"
-            )
             trainer.stop()
 
     def _is_bad(self, step: int) -> bool:
