@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scaledtrain.errors import ConfigError
 from scaledtrain.schema import did_you_mean
 
-__all__ = ["compose", "config_folder", "read_command_line", "runs_and_settings"]
+__all__ = ["compose", "config_folder", "only_run", "read_command_line", "runs_and_settings"]
 
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][\w/.]*)=(?P<value>.*)", re.DOTALL)
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -114,6 +114,23 @@ def runs_and_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         is_run = Path(word).is_dir() or not (word.startswith("-") or "=" in word)
         (runs if is_run and before not in _BEFORE_A_WORD else settings).append(word)
     return runs, settings
+
+
+def only_run(runs: Sequence[str], prog: str) -> str:
+    """The one run that a command is about.
+
+    Args:
+        runs: that were given.
+        prog: the command, for the message.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    if len(runs) != 1:
+        raise ConfigError(
+            f"{len(runs) or 'no'} runs were given; write {prog} RUN, where RUN is one's folder"
+        )
+    return runs[0]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 
 from scaledtrain.baselines.results import read_baselines, verdict
 from scaledtrain.checkpoint.export import checkpoints_at, run_of
-from scaledtrain.command_line import read_command_line, runs_and_settings
-from scaledtrain.errors import ConfigError
+from scaledtrain.command_line import only_run, read_command_line, runs_and_settings
 from scaledtrain.evaluate.measure import EvaluateConfig, evaluate_run
 from scaledtrain.evaluate.results import Evaluated, write_evaluated
 from scaledtrain.launching import guarded
@@ -41,11 +40,7 @@ def _main(arguments: Sequence[str]) -> None:
     if composed is None:
         return
     options = parse("", OmegaConf.to_container(composed, resolve=True), EvaluateConfig)
-    if len(runs) != 1:
-        raise ConfigError(
-            f"{len(runs) or 'no'} runs were given; write {_PROG} RUN, where RUN is one's folder"
-        )
-    run = Path(runs[0])
+    run = Path(only_run(runs, _PROG))
     there = checkpoints_at(run)  # rather here than once all ranks have met
     link = connect(
         device=options.device,

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from scaledtrain.command_line import read_command_line, runs_and_settings
+from scaledtrain.command_line import only_run, read_command_line, runs_and_settings
 from scaledtrain.errors import ConfigError, ReplayError
 from scaledtrain.launching import guarded, tell
 from scaledtrain.replay.rerun import replay
@@ -60,17 +60,14 @@ def _main() -> None:
     if composed is None:
         return
     config = parse("", OmegaConf.to_container(composed, resolve=True), ReplayConfig)
-    if len(runs) != 1:
-        raise ConfigError(
-            f"{len(runs) or 'no'} runs were given; write {_PROG} RUN, where RUN is one's folder"
-        )
+    run = only_run(runs, _PROG)
     on_push: Callable[[Push], bool] | None = None
     if config.events is not None:
         on_push = Table(config.events[0], config.events[-1], sys.stdout)
     elif sys.stdin.isatty() and sys.stdout.isatty():
         on_push = Prompt(sys.stdin, sys.stdout)
     began = time.monotonic()
-    replayed = replay(runs[0], on_push)
+    replayed = replay(run, on_push)
     for note in replayed.notes:
         tell(f"note: {note}")
     print(verdict(replayed))
