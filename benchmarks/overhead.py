@@ -144,14 +144,20 @@ class TimedBatches:
         batches: gone through again and again.
         workload: how many steps there are.
         batches_per_step: more than 1 for a loop that takes its own share of all ranks' batches.
+        now: the clock, in seconds; where a device computes it waits for that.
     """
 
     def __init__(
-        self, batches: Sequence[Batch], workload: Workload, batches_per_step: int = 1
+        self,
+        batches: Sequence[Batch],
+        workload: Workload,
+        batches_per_step: int = 1,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._batches = batches
         self._workload = workload
         self._per_step = batches_per_step
+        self._now = now
         self.clock: list[float] = []
 
     def __len__(self) -> int:
@@ -162,9 +168,9 @@ class TimedBatches:
         source = itertools.cycle(self._batches)
         yield from itertools.islice(source, workload.warmup_steps * per_step)
         for _ in range(workload.blocks):
-            self.clock.append(time.perf_counter())
+            self.clock.append(self._now())
             yield from itertools.islice(source, workload.steps_per_block * per_step)
-        self.clock.append(time.perf_counter())
+        self.clock.append(self._now())
         yield from itertools.islice(source, per_step)
 
     @property
@@ -203,6 +209,8 @@ class Task:
     """Those of all ranks, in turn; only one of the two is used."""
     folder: Path
     """For what a contender writes."""
+    device: str = "cpu"
+    """Where the model and the batches are."""
 
 
 def _distributed(task: Task, **options: Any) -> nn.Module:

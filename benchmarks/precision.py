@@ -51,7 +51,7 @@ from benchmarks.overhead import (
     told,
 )
 from benchmarks.overhead import quick as fewer_steps
-from scaledtrain import Precision, Trainer
+from scaledtrain import Precision, Trainer, connect
 from scaledtrain.models import GPT, MLP
 
 PACKAGES = ("torch", "accelerate", "lightning", "numpy", "matplotlib")
@@ -111,9 +111,9 @@ def hand_written(
 ) -> None:
     """The loop that a careful user writes, with autocast if there is a dtype, and a scaler."""
     model, optimizer = task.model, make_optimizer(task.model.parameters())
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(task.device, enabled=dtype is torch.float16)
     for inputs, targets in task.batches:
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with torch.autocast(task.device, dtype, enabled=dtype is not None):
             loss = task.loss_fn(model(inputs), targets)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -133,21 +133,25 @@ def bare_bf16(task: Task) -> None:
 
 
 def ours(task: Task, precision: Precision) -> None:
-    with Trainer(
-        task.model,
-        task.loss_fn,
-        fused_adamw,
-        precision=precision,
-        run_dir=task.folder,
-        log_every=task.workload.log_every,
-    ) as trainer:
+    with (
+        connect(device=task.device) as link,
+        Trainer(
+            task.model,
+            task.loss_fn,
+            fused_adamw,
+            precision=precision,
+            run_dir=task.folder,
+            log_every=task.workload.log_every,
+            link=link,
+        ) as trainer,
+    ):
         trainer.fit(task.all_batches, max_steps=task.workload.steps)
 
 
 def accelerate(task: Task) -> None:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = Accelerator(cpu=task.device == "cpu", mixed_precision="bf16")
     model, optimizer = accelerator.prepare(task.model, fused_adamw(task.model.parameters()))
     for inputs, targets in task.batches:
         optimizer.zero_grad()
@@ -160,7 +164,7 @@ def accelerate(task: Task) -> None:
 def fabric(task: Task, precision: Any) -> None:
     from lightning.fabric import Fabric
 
-    runner = Fabric(accelerator="cpu", devices=1, precision=precision)
+    runner = Fabric(accelerator=task.device, devices=1, precision=precision)
     runner.launch()
     model, optimizer = runner.setup(task.model, fused_adamw(task.model.parameters()))
     for inputs, targets in task.batches:
@@ -288,7 +292,7 @@ def render(runs: Sequence[Run], where: Mapping[str, Any]) -> str:
     for name, workload in CASES.items():
         case = (name, 1)
         if any(r.case == case for r in runs):
-            lines += _table([r for r in runs if r.case == case], case, workload.title)
+            lines += table([r for r in runs if r.case == case], case, workload.title)
     matmul = ratios(runs, MATMUL, "matmul_fp32", "matmul_bf16")
     if matmul:
         lines += [
@@ -299,7 +303,8 @@ def render(runs: Sequence[Run], where: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(runs: Sequence[Run], case: tuple[str, int], title: str) -> list[str]:
+def table(runs: Sequence[Run], case: tuple[str, int], title: str) -> list[str]:
+    """One workload's, line by line."""
     lines = [
         "",
         f"**{title}**",
@@ -314,7 +319,7 @@ def _table(runs: Sequence[Run], case: tuple[str, int], title: str) -> list[str]:
         faster = ratios(runs, case, "fp32", contender)
         peaks = [r.peak_bytes for r in runs if r.contender == contender]
         cells = [
-            f"{spent.median * 1e3:.0f}",
+            f"{spent.median * 1e3:.3g}",
             f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})" if faster else "",
             _against_peers(runs, case, contender),
             f"{statistics.median(peaks) / 2**20:.0f}",

@@ -171,6 +171,8 @@ def selective(blocks: Blocks, x: Tensor) -> Tensor:
         aten.bmm.default,
         aten.convolution.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
     ]
     contexts = partial(create_selective_checkpoint_contexts, kept)
     for block in blocks:

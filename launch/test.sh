@@ -23,17 +23,20 @@ stage format "$python" -m ruff format --check .
 stage types "$python" -m mypy
 
 # Two at once: many wait for their processes. A file stays with one of them, for what its tests
-# share. What measures time comes after, one by one. Where nothing of what was asked for is of one
-# kind, pytest's code is 5.
+# share. What measures time comes after, one by one, and what needs a GPU. Where nothing of what was
+# asked for is of one kind, pytest's code is 5.
 tests() {
-    code=0
-    "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-        -m "not alone" "$@" || code=$?
-    alone=0
-    "$python" -m pytest -m alone "$@" || alone=$?
-    case $code,$alone in
-        0,0 | 0,5 | 5,0) ;;
-        *) return 1 ;;
+    codes=
+    run() {
+        code=0
+        "$python" -m pytest "$@" || code=$?
+        codes=$codes,$code
+    }
+    run --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone and not gpu" "$@"
+    run -m alone "$@"
+    run -m gpu "$@"
+    case $codes in
+        ,5,5,5 | *[!05,]*) return 1 ;;
     esac
 }
 stage tests tests "$@"

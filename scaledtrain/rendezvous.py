@@ -31,7 +31,7 @@ from scaledtrain.comm.flat import FlatBuffer, flat_bytes
 from scaledtrain.comm.local import AbsentGroup, LocalBoard, LocalGroup, LocalPeers
 from scaledtrain.comm.notes import Notes
 from scaledtrain.comm.ordered_group import OrderedGroup
-from scaledtrain.comm.process_group import TorchGroup
+from scaledtrain.comm.process_group import TorchGroup, backend_of
 from scaledtrain.comm.protocols import (
     Board,
     Group,
@@ -134,14 +134,14 @@ class Connection:
             # Its functions have the process group that is there when it is imported, which making
             # an optimizer does, as a default: they would keep it, and its threads, to the end.
             importlib.import_module("torch.distributed.nn.functional")
-            cuda = self.device.type == "cuda"
+            # Without device_id: a group bound to a device makes others by ncclCommSplit, which also
+            # ranks that are in none would have to call.
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                backend_of(self.device, self.store, info.size, self.timeout_seconds),
                 store=dist.PrefixStore("process_group", self.store),
                 rank=info.rank,
                 world_size=info.size,
                 timeout=timedelta(seconds=self.timeout_seconds),
-                device_id=self.device if cuda else None,
             )
             self._owns_process_group = True
         self._open_group()

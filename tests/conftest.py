@@ -27,10 +27,17 @@ def _nothing_left_behind() -> Iterator[None]:
         pytest.fail(str(leak), pytrace=False)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where there is a GPU, only what is marked ``gpu`` computes on it, and only if asked for."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Few files have tests that are to run alone: the others need not be imported to know it."""
-    if config.getoption("markexpr") == "alone" and collection_path.match("test_*.py"):
-        return "mark.alone" not in collection_path.read_text() or None
+    """Few files have tests of such a kind: the others need not be imported to know it."""
+    kind = config.getoption("markexpr")
+    if kind in ("alone", "gpu") and collection_path.match("test_*.py"):
+        return f"mark.{kind}" not in collection_path.read_text() or None
     return None
 
 
@@ -47,4 +54,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,13 +13,54 @@ from torch import Tensor
 
 from scaledtrain.comm.flat import FlatBuffer, bytes_of, flat_bytes
 from scaledtrain.comm.protocols import Handle, ReduceOp
-from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTimeoutError
+from scaledtrain.errors import (
+    ClusterError,
+    ConfigError,
+    PeerLostError,
+    RendezvousError,
+    WaitTimeoutError,
+)
 from scaledtrain.timeline import Timeline
 
-__all__ = ["TorchGroup"]
+__all__ = ["TorchGroup", "backend_of", "device_of_messages"]
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _GRACE_SECONDS = 4.0  # for other ranks to say that they wait, too
+
+
+def backend_of(device: torch.device, store: dist.Store, size: int, timeout_seconds: float) -> str:
+    """What `torch.distributed.init_process_group` is to use; all ranks call this together.
+
+    NCCL between GPUs, gloo for what is on the CPU. NCCL refuses two ranks on one GPU: if there are
+    such, gloo moves also what is on GPUs, by way of the CPU.
+
+    Raises:
+        RendezvousError: a rank did not come in time.
+    """
+    if device.type != "cuda":
+        return "gloo"
+    if store.add(f"gpu/{torch.cuda.get_device_properties(device).uuid}", 1) > 1:
+        store.set("gpu/shared", "1")
+    if store.add("gpu/chosen", 1) == size:
+        store.set("gpu/all", "1")
+    try:
+        store.wait(["gpu/all"], timedelta(seconds=timeout_seconds))
+    except dist.DistError as error:
+        raise RendezvousError(
+            f"a rank waited {timeout_seconds:g} s for all {size} to choose a GPU, and "
+            f"{store.add('gpu/chosen', 0)} did; look at the output of the others"
+        ) from error
+    return "cpu:gloo,cuda:gloo" if store.check(["gpu/shared"]) else "cpu:gloo,cuda:nccl"
+
+
+def device_of_messages(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Where tensors have to lie that one rank of a group sends to another: gloo takes the CPU's.
+
+    Args:
+        group: of torch.distributed.
+        device: where the rank computes.
+    """
+    return device if "nccl" in dist.get_backend_config(group) else torch.device("cpu")
 
 
 class TorchGroup:

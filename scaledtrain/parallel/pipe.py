@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
+from scaledtrain.comm.process_group import device_of_messages
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
@@ -152,7 +153,8 @@ class Pipe:
             own: of this rank's stages, in the host's memory.
         """
         link = self.links[0]
-        group, device = link.process_group(), link.device
+        group = link.process_group()
+        device = device_of_messages(group, link.device)
         if link.group.rank > 0:
             dist.send_object_list([own], group=group, group_dst=0, device=device)
             return {}

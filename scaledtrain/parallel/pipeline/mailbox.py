@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaledtrain.comm.process_group import device_of_messages
 from scaledtrain.errors import ClusterError, ConfigError, PeerLostError, WaitTimeoutError
 from scaledtrain.parallel.pipeline.schedules import Action
 from scaledtrain.timeline import Timeline
@@ -131,7 +132,8 @@ class Mailbox:
         timeout_seconds: float,
         timeline: Timeline | None = None,
     ) -> None:
-        if back is None and dist.get_backend(group) == "nccl":
+        self._wire = device_of_messages(group, device)
+        if back is None and self._wire.type == "cuda":
             raise ConfigError(
                 "a pipeline over NCCL needs two process groups of its ranks, since messages of "
                 "one group that go both ways wait for each other; give back=dist.new_group(...)"
@@ -184,14 +186,15 @@ class Mailbox:
                 )
             if (rank, *key) not in self._told:
                 self._told.add((rank, *key))
-                self._isend(rank, message, _encode(form).to(self._device))
+                self._isend(rank, message, _encode(form))
         for tensor in tensors:
-            self._isend(rank, message, tensor.detach().contiguous())
+            self._isend(rank, message, tensor.detach())
 
     def _isend(self, rank: int, message: Message, tensor: Tensor) -> None:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
         group = self._group if rank > self.rank else self._back
+        tensor = tensor.to(self._wire).contiguous()
         with self._clear_errors("to send", message, rank, "to"):
             work = dist.isend(tensor, group=group, group_dst=rank)
         assert work is not None
@@ -213,6 +216,7 @@ class Mailbox:
         self._post_ahead(source)
         form = self._form(message)
         assert form is not None
+        tensors = [tensor.to(self._device) for tensor in tensors]
         for tensor, (_, _, requires_grad) in zip(tensors, form.tensors, strict=True):
             tensor.requires_grad_(requires_grad and message.what == "activations")
         return tensors, form.is_tuple
@@ -238,13 +242,13 @@ class Mailbox:
             if not wait:
                 return False
             assert message.what in ("activations", "loss"), message
-            header = torch.empty(_HEADER, dtype=torch.int64, device=self._device)
+            header = torch.empty(_HEADER, dtype=torch.int64, device=self._wire)
             self._wait(self._irecv(source, message, header), message, source)
             form = _decode(header.tolist())
             self._forms[message.what, message.stage, message.form] = form
         self._expected[source].popleft()
         tensors = [
-            torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype, _ in form.tensors
+            torch.empty(shape, dtype=dtype, device=self._wire) for shape, dtype, _ in form.tensors
         ]
         works = [self._irecv(source, message, tensor) for tensor in tensors]
         self._posted[message] = works, tensors
@@ -272,7 +276,7 @@ class Mailbox:
             self._wait_for(work)
 
     def _wait_for(self, work: dist.Work) -> None:
-        if self._device.type == "cpu":
+        if self._wire.type == "cpu":
             work.wait(timedelta(seconds=self._timeout_seconds))
         else:  # it is the device that waits; the process group has a timeout of its own
             work.wait()

@@ -1,0 +1,151 @@
+"""Two ranks that share a GPU compute what two ranks on CPUs do: gloo carries what NCCL refuses to.
+
+And one rank's collectives over NCCL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from scaledtrain import DiLoCo, LocalSGD, Mesh, ParameterServer, Strategy, Sync, Trainer, connect
+from scaledtrain.comm.compress import PowerSGD
+from scaledtrain.models import GPT, next_token_loss
+from scaledtrain.parallel import Pipeline
+from scaledtrain.server import Synchronous
+from scaledtrain.strategies import EASGD, PushSum
+from tests.ranks import free_port, run_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = "cuda"
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def train(device: str, strategy: Callable[[], Strategy], options: Mapping[str, Any]) -> Any:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 11, "sequence_length": 6, "n_layers": 4, "n_heads": 2, "d_model": 16}
+    tokens = torch.randint(11, (32, 7), generator=torch.Generator().manual_seed(2))
+    data = TensorDataset(tokens[:, :-1], tokens[:, 1:])
+    with (
+        connect(device=device, timeout_seconds=60) as link,
+        Trainer(
+            GPT(**sizes, tied_embedding=False),
+            next_token_loss,
+            SGD,
+            strategy=strategy(),
+            max_grad_norm=0.5,
+            console=False,
+            link=link,
+            **options,
+        ) as trainer,
+    ):
+        result = trainer.fit(DataLoader(data, batch_size=4), max_epochs=3, eval=data_loader())
+        state = trainer.model.state_dict()
+        # Of shards and stages each rank has its own.
+        whole = {k: getattr(v, "full_tensor", lambda v=v: v)().cpu() for k, v in state.items()}
+        return whole, result.evaluation.get("loss"), result.step
+
+
+def data_loader() -> DataLoader[Any]:
+    tokens = torch.randint(11, (8, 7), generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        (Sync, {}),
+        (partial(Sync, overlap=True), {}),
+        (partial(Sync, compression=PowerSGD(rank=1)), {}),
+        (Sync, {"precision": "bf16-mixed"}),
+        (partial(LocalSGD, 2), {}),
+        (partial(DiLoCo, 2, fragments=2, overlap_steps=1), {}),
+        (partial(ParameterServer, Synchronous()), {}),
+        (Sync, {"mesh": Mesh(shard=2)}),
+        (Sync, {"mesh": Mesh(shard=2), "precision": "bf16-mixed"}),
+        (Sync, {"mesh": Mesh(pipe=2), "pipeline": Pipeline("1F1B", n_microbatches=2)}),
+        (Sync, {"mesh": Mesh(pipe=2), "pipeline": Pipeline("ZBVZeroBubble", n_microbatches=4)}),
+    ],
+)
+def test_two_ranks_on_one_gpu(strategy: Callable[[], Strategy], options: Any) -> None:
+    found = run_ranks(train, 2, DEVICE, strategy, options, timeout_seconds=100, fresh=True)
+    expected = run_ranks(train, 2, "cpu", strategy, options, timeout_seconds=100, fresh=True)
+    wide = options.get("precision") is None
+    for (whole, loss, steps), (whole_there, loss_there, steps_there) in zip(
+        found, expected, strict=True
+    ):
+        assert steps == steps_there
+        assert whole.keys() == whole_there.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(
+                value, whole_there[name], rtol=0.0, atol=1e-4 if wide else 2e-2, msg=name
+            )
+        if loss_there is not None:
+            assert loss == pytest.approx(loss_there, abs=1e-4 if wide else 2e-2)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [ParameterServer, partial(ParameterServer, overlap=True), partial(EASGD, 2), PushSum],
+)
+def test_two_asynchronous_ranks_share_a_gpu(strategy: Callable[[], Strategy]) -> None:
+    """Tokens are drawn from 11, so that of other ones the loss is about log 11 = 2.40."""
+    for _, loss, steps in run_ranks(
+        train, 2, DEVICE, strategy, {"seed": 1}, timeout_seconds=100, fresh=True
+    ):
+        assert steps >= 6
+        assert loss is None or loss == pytest.approx(2.4, abs=0.4)
+
+
+def over_nccl(overlap: bool) -> tuple[Tensor, str]:
+    """A group of one rank, as NCCL does it; `connect` takes one that is there."""
+    store = dist.TCPStore("127.0.0.1", free_port(), 1, True)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(64, 3)
+    loader = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8, shuffle=True)
+    with connect(device=DEVICE) as link:
+        link.group.broadcast([torch.ones(3, device=DEVICE)])
+        gathered = link.group.all_gather([torch.arange(3, device=DEVICE)])
+        assert gathered[0][0].tolist() == [0, 1, 2]
+        with Trainer(
+            model, F.cross_entropy, SGD, strategy=Sync(overlap=overlap), console=False, link=link
+        ) as trainer:
+            trainer.fit(loader, max_epochs=2)
+        transport = link.transport
+    found = torch.cat([p.detach().cpu().reshape(-1) for p in model.parameters()])
+    dist.destroy_process_group()
+    return found, transport
+
+
+def alone() -> Tensor:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(64, 3)
+    loader = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8, shuffle=True)
+    with (
+        connect(device=DEVICE) as link,
+        Trainer(model, F.cross_entropy, SGD, console=False, link=link) as trainer,
+    ):
+        trainer.fit(loader, max_epochs=2)
+    return torch.cat([p.detach().cpu().reshape(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_rank_over_nccl_is_one_rank_alone(overlap: bool) -> None:
+    ((found, transport),) = run_ranks(over_nccl, 1, overlap, timeout_seconds=100, fresh=True)
+    assert transport == "torch"
+    assert torch.equal(found, alone())
