@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -323,27 +325,34 @@ REPORT = Report("large_batch", Trained, render, draw)
 
 
 def runs(
-    names: Sequence[str], seeds: int, before: Sequence[Trained], is_quick: bool
+    names: Sequence[str], seeds: int, jobs: int, before: Sequence[Trained], is_quick: bool
 ) -> Iterator[Trained]:
-    """Seed by seed, every workload, rule and batch size."""
+    """Seed by seed, every workload, rule and batch size; nothing is timed, so some at once."""
     batches = BATCHES
     if is_quick:
-        names, seeds, batches = ["digits"], 1, BATCHES[2:]
-    for seed, name, rule, batch in itertools.product(range(seeds), names, RULES, batches):
-        run = train(name, rule, batch, seed)
-        print(f"{name:7} {rule:7} {batch:5} seed {seed}  {run.steps} {run.why}", flush=True)
-        yield run
+        names, seeds, jobs, batches = ["digits"], 1, 1, BATCHES[2:]
+    todo = [
+        (name, rule, batch, seed)
+        for seed, name, rule, batch in itertools.product(range(seeds), names, RULES, batches)
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        for run in pool.map(train, *zip(*todo, strict=True)):
+            told = f"{run.workload:7} {run.rule:7} {run.batch:5} seed {run.seed}"
+            print(f"{told}  {run.steps} {run.why}", flush=True)
+            yield run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    measure = partial(runs, options.only, options.seeds)
+    measure = partial(runs, options.only, options.seeds, options.jobs)
     return carry_out(options, REPORT, PACKAGES, SETTINGS, measure)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("large_batch", __doc__, "digits, one seed, few samples")
     add_count(parser, "seeds", 5, "of each batch and rule")
+    add_count(parser, "jobs", 1, "at once, each on a core")
     add_some(parser, "only", list(WORKLOADS))
     return parser.parse_args(arguments)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["random_bits", "stochastic_round"]
 
-_PIECE = 2**20  # numbers
+_PIECE, _PIECE_ON_A_GPU = 2**20, 2**24  # numbers
 _KEPT = -65536  # 0xFFFF0000: sign, exponent and the 7 bits of bfloat16's mantissa
 
 
@@ -51,7 +51,8 @@ def stochastic_round(x: Tensor, bits: Tensor, out: Tensor) -> Tensor:
         rounded = torch.empty(x.shape, dtype=out.dtype, device=x.device)
         return out.copy_(stochastic_round(x, bits, rounded))
     # In pieces, since the 32-bit numbers of all of it may be more memory than there is to save.
-    pieces = (torch.split(t.view(-1), _PIECE) for t in (x.contiguous(), bits, out))
+    size = _PIECE if x.device.type == "cpu" else _PIECE_ON_A_GPU
+    pieces = (torch.split(t.view(-1), size) for t in (x.contiguous(), bits, out))
     for wide, some, narrow in zip(*pieces, strict=True):
         noise = some.to(torch.int32).bitwise_and_(0xFFFF)
         kept = noise.add_(wide.view(torch.int32)).bitwise_and_(_KEPT).view(torch.float32)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -175,6 +176,8 @@ class Pipe:
         """
         forth, back = (link.process_group() for link in self.links)
         link, pipeline, stages = self.links[0], self.pipeline, self.stages.stages
+        if link.device.type == "cuda":
+            _begin_backward_thread(link.device)
         if pipeline.is_asynchronous:
             (stage,) = stages.values()
             return PipeDreamSchedule(
@@ -216,3 +219,13 @@ class Pipe:
         n = self.recipe.gradient_accumulation_steps * self.pipeline.n_microbatches
         late = delays(self.pipeline.schedule, group.size, n)  # type: ignore[arg-type]
         return pipemare(late[group.rank], self.pipeline.anneal_steps, make)
+
+
+def _begin_backward_thread(device: torch.device) -> None:
+    """Run a kernel in the thread that goes backwards on this GPU, so that it is at home there.
+
+    A stage that is not the last one begins with a matrix product, and cuBLAS warns where it is the
+    first to come.
+    """
+    with torch.enable_grad():
+        torch.zeros((), device=device, requires_grad=True).exp().backward()  # type: ignore[no-untyped-call]

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import fully_shard as _fully_shard
 from torch.distributed.tensor import DeviceMesh, DTensor
 
+from scaledtrain.comm.process_group import device_of_messages
+from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.stand_in import StandIn
 from scaledtrain.parallel.whole_tensors import for_shards
 
@@ -42,8 +44,16 @@ def divide(
         gathered: the format in which parameters are gathered; None: their own.
         group: the ranks.
         recomputed: a model that stands in for it will be asked for.
+
+    Raises:
+        ConfigError: ranks share a GPU.
     """
     device = next(roots[0].parameters()).device
+    if device_of_messages(group, device) != device:
+        raise ConfigError(
+            "some ranks share a GPU, where NCCL does not work, and gloo cannot gather what is "
+            "sharded; start as many ranks as there are GPUs, or train on CPUs (device=cpu)"
+        )
     policy = MixedPrecisionPolicy(
         param_dtype=gathered,
         reduce_dtype=None if gathered is None else torch.float32,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,11 @@ MakeContexts = Callable[[], tuple[Any, Any]]
 
 
 def contexts_of(operators: Iterable[Any] = DEAR) -> MakeContexts:
-    """Contexts in which the results of these operators are kept, and all others computed again."""
+    """Contexts in which the results of these operators are kept, and all others computed again.
+
+    What draws random numbers runs again in any case: numbers have to be drawn again for what comes
+    after it.
+    """
     return partial(create_selective_checkpoint_contexts, partial(_decide, frozenset(operators)))
 
 
@@ -46,4 +50,17 @@ def _decide(
     *args: Any,
     **kwargs: Any,
 ) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    if operator in kept and not _draws(operator, args, kwargs):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it draws random numbers; attention does with dropout alone."""
+    if torch.Tag.nondeterministic_seeded not in operator.tags:
+        return False
+    names = [argument.name for argument in operator._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")
+    return bool(kwargs.get("dropout_p", args[place] if place < len(args) else 0.0))

@@ -17,8 +17,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, whatever operators return is counted, until nobody refers to it any more.
 
     Views count with what they are views of, once; what was made outside does not count. Left out is
-    what an operator needs only while it runs, inside a kernel, what an allocator rounds up, and
-    sparse tensors.
+    what an operator needs only while it runs, inside a kernel, what an allocator rounds up, sparse
+    tensors, and page-locked memory of the host, where tensors of a GPU go that are offloaded.
 
     Attributes:
         live: bytes that are alive now.
@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._counted:
+        if key in self._counted or _is_page_locked(storage):
             return
         n_bytes = storage.nbytes()
 
@@ -70,6 +70,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _has_storage(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _is_page_locked(storage: torch.UntypedStorage) -> bool:
+    return storage.device.type == "cpu" and torch.cuda.is_initialized() and storage.is_pinned()
 
 
 def _key(tensor: Tensor) -> int:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import DiLoCo, LocalSGD, Mesh, ParameterServer, Strategy, Sync, Trainer, connect
 from scaledtrain.comm.compress import PowerSGD
+from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT, next_token_loss
 from scaledtrain.parallel import Pipeline
 from scaledtrain.server import Synchronous
@@ -73,8 +74,6 @@ def data_loader() -> DataLoader[Any]:
         (partial(LocalSGD, 2), {}),
         (partial(DiLoCo, 2, fragments=2, overlap_steps=1), {}),
         (partial(ParameterServer, Synchronous()), {}),
-        (Sync, {"mesh": Mesh(shard=2)}),
-        (Sync, {"mesh": Mesh(shard=2), "precision": "bf16-mixed"}),
         (Sync, {"mesh": Mesh(pipe=2), "pipeline": Pipeline("1F1B", n_microbatches=2)}),
         (Sync, {"mesh": Mesh(pipe=2), "pipeline": Pipeline("ZBVZeroBubble", n_microbatches=4)}),
     ],
@@ -107,6 +106,11 @@ def test_two_asynchronous_ranks_share_a_gpu(strategy: Callable[[], Strategy]) ->
     ):
         assert steps >= 6
         assert loss is None or loss == pytest.approx(2.4, abs=0.4)
+
+
+def test_shards_on_one_gpu_are_refused() -> None:
+    with pytest.raises(ConfigError, match="some ranks share a GPU, where NCCL does not work"):
+        run_ranks(train, 2, DEVICE, Sync, {"mesh": Mesh(shard=2)}, timeout_seconds=100, fresh=True)
 
 
 def over_nccl(overlap: bool) -> tuple[Tensor, str]:

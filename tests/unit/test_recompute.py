@@ -359,6 +359,31 @@ def test_a_copy_of_the_model_is_its_own() -> None:
     checkpoint_activations(model, CheckpointEvery(1))
 
 
+class Noisy(nn.Module):
+    """Two operators that draw random numbers, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return x + F.dropout(y * torch.rand_like(y), 0.5)
+
+
+def test_what_draws_random_numbers_is_never_kept() -> None:
+    """If it were, it would not draw again, and what comes after it would draw its numbers."""
+    gradients = []
+    for policy in (None, Selective(["rand_like", "addmm"])):
+        torch.manual_seed(0)
+        model = nn.Sequential(Noisy(), Noisy(), Noisy())
+        if policy is not None:
+            checkpoint_activations(model, policy)
+        model(torch.ones(4, 8)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_under_autocast_the_budget_holds_and_bits_stay() -> None:
     def sample(called: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
