@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,10 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Rounding(ABC):
-    """How a parameter of 16 bits holds a value that the optimizer sees in float32.
+    """How parameters of 16 bits hold values that the optimizer sees in float32.
+
+    It is asked for some parameters at a time, which it treats as one: on a GPU what takes time is
+    to start a kernel.
 
     Args:
         seed: of random numbers.
@@ -48,32 +51,38 @@ class Rounding(ABC):
         return f"{type(self).__name__}()"
 
     @abstractmethod
-    def widen(self, index: int, narrow: Tensor) -> Tensor:
-        """The value in float32, for the optimizer to change in place.
+    def widen(self, indices: Sequence[int], narrow: Sequence[Tensor]) -> list[Tensor]:
+        """The values in float32, for the optimizer to change in place.
 
         Args:
-            index: of the parameter.
-            narrow: its 16 bits, which somebody else may have written to since the last step.
+            indices: of the parameters.
+            narrow: their 16 bits, which somebody else may have written to since the last step.
         """
 
     @abstractmethod
-    def keep(self, index: int, narrow: Tensor, wide: Tensor, bits: Tensor) -> None:
-        """Write a value back.
+    def keep(
+        self,
+        indices: Sequence[int],
+        narrow: Sequence[Tensor],
+        wide: Sequence[Tensor],
+        bits: Tensor,
+    ) -> None:
+        """Write values back.
 
         Args:
-            index: of the parameter.
-            narrow: its 16 bits, to write to.
+            indices: of the parameters.
+            narrow: their 16 bits, to write to.
             wide: what ``widen`` returned, changed.
-            bits: random, for `stochastic_round`.
+            bits: random, as many as the parameters have entries.
         """
 
-    def bits(self, like: Tensor) -> Tensor:
-        """As many as a tensor has entries, on its device; none if nothing needs them."""
+    def bits(self, like: Sequence[Tensor]) -> Tensor:
+        """As many as the tensors have entries, on their device; none if nothing needs them."""
         if not self.narrow_state:
             return torch.empty(0, dtype=torch.int16)
         if self._generator is None:
-            self._generator = torch.Generator(like.device).manual_seed(self._seed)
-        return random_bits(like.numel(), self._generator)
+            self._generator = torch.Generator(like[0].device).manual_seed(self._seed)
+        return random_bits(sum(t.numel() for t in like), self._generator)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of what a resumed run needs."""
@@ -96,13 +105,19 @@ class StochasticRounding(Rounding):
     replica draws the same numbers as any other with the same seed.
     """
 
-    def widen(self, index: int, narrow: Tensor) -> Tensor:
-        """As it is."""
-        return narrow.float()
+    def widen(self, indices: Sequence[int], narrow: Sequence[Tensor]) -> list[Tensor]:
+        """As they are."""
+        return _wide(narrow)
 
-    def keep(self, index: int, narrow: Tensor, wide: Tensor, bits: Tensor) -> None:
+    def keep(
+        self,
+        indices: Sequence[int],
+        narrow: Sequence[Tensor],
+        wide: Sequence[Tensor],
+        bits: Tensor,
+    ) -> None:
         """Round at random."""
-        stochastic_round(wide, bits, narrow)
+        _round_all(wide, bits, narrow)
 
 
 class KahanCompensation(Rounding):
@@ -120,18 +135,30 @@ class KahanCompensation(Rounding):
         super().__init__(seed)
         self._compensation: dict[int, Tensor] = {}
 
-    def widen(self, index: int, narrow: Tensor) -> Tensor:
-        """Parameter and compensation."""
-        wide = narrow.float()
-        rest = self._compensation.get(index)
-        return wide if rest is None else wide.add_(rest)
+    def widen(self, indices: Sequence[int], narrow: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters and compensations."""
+        wide = _wide(narrow)
+        for i, values in zip(indices, wide, strict=True):
+            if i in self._compensation:
+                values.add_(self._compensation[i])
+        return wide
 
-    def keep(self, index: int, narrow: Tensor, wide: Tensor, bits: Tensor) -> None:
+    def keep(
+        self,
+        indices: Sequence[int],
+        narrow: Sequence[Tensor],
+        wide: Sequence[Tensor],
+        bits: Tensor,
+    ) -> None:
         """To the nearest, and what is left over."""
-        narrow.copy_(wide)
+        values = _flat(wide)
+        nearest = values.to(narrow[0].dtype)
         # Of an overflow the rest would be no number.
-        rest = torch.where(narrow.isfinite(), wide - narrow.float(), 0.0)
-        self._compensation[index] = rest.to(narrow.dtype)
+        rest = values.sub_(nearest.float()).masked_fill_(~nearest.isfinite(), 0.0)
+        for i, like in zip(indices, narrow, strict=True):
+            self._compensation.setdefault(i, torch.empty_like(like))
+        _spread(nearest, narrow)
+        _spread(rest, [self._compensation[i] for i in indices])
 
     def state_dict(self) -> dict[str, Any]:
         """The generator's state, and c."""
@@ -163,18 +190,25 @@ class MasterWeights(Rounding):
         super().__init__(seed)
         self._masters: dict[int, Tensor] = {}
 
-    def widen(self, index: int, narrow: Tensor) -> Tensor:
-        """The copy, with what was changed from outside."""
-        master = self._masters.get(index)
-        if master is None:
-            master = self._masters[index] = narrow.float()
-        else:
-            torch.where(master.to(narrow.dtype) == narrow, master, narrow.float(), out=master)
-        return master
+    def widen(self, indices: Sequence[int], narrow: Sequence[Tensor]) -> list[Tensor]:
+        """The copies, with what was changed from outside."""
+        for i, values in zip(indices, narrow, strict=True):
+            master = self._masters.get(i)
+            if master is None:
+                self._masters[i] = values.float()
+            else:
+                torch.where(master.to(values.dtype) == values, master, values.float(), out=master)
+        return [self._masters[i] for i in indices]
 
-    def keep(self, index: int, narrow: Tensor, wide: Tensor, bits: Tensor) -> None:
+    def keep(
+        self,
+        indices: Sequence[int],
+        narrow: Sequence[Tensor],
+        wide: Sequence[Tensor],
+        bits: Tensor,
+    ) -> None:
         """To the nearest."""
-        narrow.copy_(wide)
+        torch._foreach_copy_(list(narrow), list(wide))
 
     def state_dict(self) -> dict[str, Any]:
         """The copies."""
@@ -236,16 +270,19 @@ class WideStep:
         for index in gradients:
             parameters[index].grad = None
         for some in _portions(parameters, list(gradients), self._most_at_once()):
-            narrow = {i: parameters[i].data for i in some if parameters[i].dtype in _HALF}
+            of_dtypes = [
+                {i: parameters[i].data for i in some if parameters[i].dtype == dtype}
+                for dtype in _HALF
+            ]
+            for narrow in filter(None, of_dtypes):
+                self._widen(parameters, narrow)
             for i in some:
-                if i in narrow:
-                    self._widen(parameters[i], i)
                 parameters[i].grad = gradients[i].to(parameters[i].dtype)
             self._optimizer.step()
             for i in some:
                 parameters[i].grad = None
-                if i in narrow:
-                    self._narrow(parameters[i], i, narrow[i])
+            for narrow in filter(None, of_dtypes):
+                self._narrow(parameters, narrow)
         for index, gradient in gradients.items():
             parameters[index].grad = gradient
 
@@ -263,22 +300,38 @@ class WideStep:
         for group in self._optimizer.param_groups:
             yield from group["params"]
 
-    def _widen(self, parameter: nn.Parameter, index: int) -> None:
-        narrow = parameter.data
-        parameter.data = self._rounding.widen(index, narrow)
-        for key, value in self._state_of(parameter):
-            if value.dtype == narrow.dtype:
-                self._optimizer.state[parameter][key] = value.float()
+    def _widen(self, parameters: Sequence[nn.Parameter], narrow: Mapping[int, Tensor]) -> None:
+        values = self._rounding.widen(list(narrow), list(narrow.values()))
+        for i, wide in zip(narrow, values, strict=True):
+            dtype, parameters[i].data = parameters[i].dtype, wide
+            state = {k: v for k, v in self._state_of(parameters[i]) if v.dtype == dtype}
+            widened = _wide(list(state.values()))
+            self._optimizer.state[parameters[i]].update(zip(state, widened, strict=True))
 
-    def _narrow(self, parameter: nn.Parameter, index: int, narrow: Tensor) -> None:
-        bits = self._rounding.bits(narrow)
-        self._rounding.keep(index, narrow, parameter.data, bits)
-        if self._rounding.narrow_state and narrow.dtype == torch.bfloat16:
+    def _narrow(self, parameters: Sequence[nn.Parameter], narrow: Mapping[int, Tensor]) -> None:
+        bits = self._rounding.bits(list(narrow.values()))
+        wide = [parameters[i].data for i in narrow]
+        self._rounding.keep(list(narrow), list(narrow.values()), wide, bits)
+        if self._rounding.narrow_state and next(iter(narrow.values())).dtype == torch.bfloat16:
+            self._narrow_state([parameters[i] for i in narrow], bits)
+        for i, own in narrow.items():
+            parameters[i].data = own
+
+    def _narrow_state(self, parameters: Sequence[nn.Parameter], bits: Tensor) -> None:
+        """With the bits of their parameters."""
+        of_keys: dict[str, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
+        own_bits = torch.split(bits, [parameter.numel() for parameter in parameters])
+        for parameter, own in zip(parameters, own_bits, strict=True):
             for key, value in self._state_of(parameter):
                 if value.dtype == torch.float32:
-                    out = torch.empty_like(value, dtype=narrow.dtype)
-                    self._optimizer.state[parameter][key] = stochastic_round(value, bits, out)
-        parameter.data = narrow
+                    of_keys.setdefault(key, []).append((parameter, value, own))
+        for key, found in of_keys.items():
+            wide = [value for _, value, _ in found]
+            out = [torch.empty_like(value, dtype=torch.bfloat16) for value in wide]
+            some = bits if len(found) == len(parameters) else torch.cat([own for *_, own in found])
+            _round_all(wide, some, out)
+            for (parameter, *_), value in zip(found, out, strict=True):
+                self._optimizer.state[parameter][key] = value
 
     def _state_of(self, parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
         """Tensors of the parameter's shape: not the count of steps, which would stand still."""
@@ -308,6 +361,35 @@ class WideStep:
             for key, value in self._state_of(parameter):
                 exact = of_optimizer["state"][i][key]
                 self._optimizer.state[parameter][key] = exact.to(value.device, copy=True)
+
+
+def _wide(narrow: Sequence[Tensor]) -> list[Tensor]:
+    """The same values in float32."""
+    wide = [torch.empty_like(t, dtype=torch.float32) for t in narrow]
+    if wide:
+        torch._foreach_copy_(wide, list(narrow))
+    return wide
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write what `_flat` has put together."""
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    values = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(list(tensors), values)
+
+
+def _round_all(wide: Sequence[Tensor], bits: Tensor, out: Sequence[Tensor]) -> None:
+    """`stochastic_round` of several tensors, with as many bits as they have entries together."""
+    if len(wide) == 1:
+        stochastic_round(wide[0], bits, out[0])
+        return
+    flat = torch.empty(bits.numel(), dtype=torch.bfloat16, device=bits.device)
+    _spread(stochastic_round(_flat(wide), bits, flat), out)
 
 
 def _portions(

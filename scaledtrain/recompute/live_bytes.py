@@ -73,7 +73,9 @@ def _has_storage(value: Any) -> bool:
 
 
 def _is_page_locked(storage: torch.UntypedStorage) -> bool:
-    return storage.device.type == "cpu" and torch.cuda.is_initialized() and storage.is_pinned()
+    if storage.device.type != "cpu" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return bool(storage.is_pinned())
 
 
 def _key(tensor: Tensor) -> int:
