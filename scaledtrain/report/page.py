@@ -16,6 +16,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.evaluate.results import read_evaluated
 from scaledtrain.report.against import against_table, levels, sentences
 from scaledtrain.report.differences import differences, read_config
+from scaledtrain.report.figures import embed
 from scaledtrain.report.findings import SLOW, RankRow, findings, rank_rows
 from scaledtrain.report.gantt import MAX_RANKS
 from scaledtrain.report.layers import heat_maps, read_layers
@@ -92,7 +93,6 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _page(logs: Mapping[str, RunLog]) -> str:
-    from bokeh.embed import components
     from bokeh.resources import Resources
     from jinja2 import Template
 
@@ -124,7 +124,7 @@ def _page(logs: Mapping[str, RunLog]) -> str:
     evaluated = {name: read_evaluated(log.folder) for name, log in logs.items()}
     sections = {name: section(found) for name, found in evaluated.items() if found is not None}
     others = [figure for each in sections.values() for figure in each.figures]
-    script, places = components([*drawn, *bars, *inside, *others], wrap_script=True)
+    script, places = embed([*drawn, *bars, *inside, *others])
     left = iter(places[len(drawn) + len(bars) :])
     layer_maps = [
         {

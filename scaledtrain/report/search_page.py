@@ -9,6 +9,7 @@ from pathlib import Path
 
 import scaledtrain
 from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.report.figures import embed
 from scaledtrain.report.page import require_bokeh
 from scaledtrain.tune.settings import ASKED, Asked, require_optuna
 
@@ -39,7 +40,6 @@ def write_search_report(path: str | Path, folder: str | Path) -> Path:
 
 
 def _page(folder: Path) -> str:
-    from bokeh.embed import components
     from bokeh.resources import Resources
     from jinja2 import Template
 
@@ -70,7 +70,7 @@ def _page(folder: Path) -> str:
         keys = [*shares, *(key for key in distributions if key not in shares)]
         slices = [charts.slice_of(key, distributions[key], trials, metric) for key in keys]
     drawn = [*overview, *slices]
-    script, places = components(drawn, wrap_script=True) if drawn else ("", ())
+    script, places = embed(drawn)
     head, cells = rows(study, metric)
     counts = Counter(how_it_ended(trial).partition(",")[0] for trial in trials)
     best = trials[0] if counts["complete"] else None
