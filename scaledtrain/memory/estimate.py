@@ -89,7 +89,7 @@ class MemoryEstimator:
         >>> adam = partial(torch.optim.AdamW, fused=True)
         >>> estimator = MemoryEstimator(model, nn.functional.mse_loss, batch, adam)
         >>> estimator.estimate("fp32").peak, estimator.estimate("bf16-true").peak
-        (534088, 711744)
+        (534088, 770112)
         >>> estimator.largest_batch(2**30)
         381152
     """

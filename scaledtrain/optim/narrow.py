@@ -151,14 +151,15 @@ class KahanCompensation(Rounding):
         bits: Tensor,
     ) -> None:
         """To the nearest, and what is left over."""
-        values = _flat(wide)
-        nearest = values.to(narrow[0].dtype)
-        # Of an overflow the rest would be no number.
-        rest = values.sub_(nearest.float()).masked_fill_(~nearest.isfinite(), 0.0)
         for i, like in zip(indices, narrow, strict=True):
             self._compensation.setdefault(i, torch.empty_like(like))
-        _spread(nearest, narrow)
-        _spread(rest, [self._compensation[i] for i in indices])
+        for some in _as_one(wide):
+            values = _flat([wide[place] for place in some])
+            nearest = values.to(narrow[0].dtype)
+            # Of an overflow the rest would be no number.
+            rest = values.sub_(nearest.float()).masked_fill_(~nearest.isfinite(), 0.0)
+            _spread(nearest, [narrow[place] for place in some])
+            _spread(rest, [self._compensation[indices[place]] for place in some])
 
     def state_dict(self) -> dict[str, Any]:
         """The generator's state, and c."""
@@ -371,9 +372,16 @@ def _wide(narrow: Sequence[Tensor]) -> list[Tensor]:
     return wide
 
 
+def _as_one(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Places of those that are rounded as one: on a CPU each by itself, which takes no memory."""
+    on_cpu = tensors[0].device.type == "cpu"
+    return _portions(tensors, range(len(tensors)), 0 if on_cpu else _AT_ONCE_ON_A_GPU)
+
+
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other."""
-    return torch.cat([t.reshape(-1) for t in tensors])
+    """One after the other; one by itself as it is."""
+    parts = [t.reshape(-1) for t in tensors]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -385,15 +393,19 @@ def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def _round_all(wide: Sequence[Tensor], bits: Tensor, out: Sequence[Tensor]) -> None:
     """`stochastic_round` of several tensors, with as many bits as they have entries together."""
-    if len(wide) == 1:
-        stochastic_round(wide[0], bits, out[0])
-        return
-    flat = torch.empty(bits.numel(), dtype=torch.bfloat16, device=bits.device)
-    _spread(stochastic_round(_flat(wide), bits, flat), out)
+    for some in _as_one(wide):
+        n = sum(wide[place].numel() for place in some)
+        own, bits = bits[:n], bits[n:]
+        if len(some) == 1:
+            stochastic_round(wide[some[0]], own, out[some[0]])
+        else:
+            values = _flat([wide[place] for place in some])
+            flat = torch.empty(n, dtype=torch.bfloat16, device=values.device)
+            _spread(stochastic_round(values, own, flat), [out[place] for place in some])
 
 
 def _portions(
-    parameters: list[nn.Parameter], indices: list[int], n_at_once: float
+    parameters: Sequence[Tensor], indices: Sequence[int], n_at_once: float
 ) -> list[list[int]]:
     """Indices in order, of at most so many numbers together or of one tensor; never no list."""
     portions: list[list[int]] = [[]]

@@ -292,3 +292,29 @@ class TestQuadratic:
         error = self.train(StochasticRounding(seed=0))
         assert error.std().item() < 2.0**-7
         assert abs(error.mean().item() - 6e-4) < 4 * 2.0**-8 / math.sqrt(1000)
+
+
+@every_rounding
+def test_tensors_that_are_rounded_as_one_get_what_each_gets_by_itself(
+    rounding: type[Rounding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one: what a GPU does, whose kernels take as long for few numbers as for many."""
+
+    def trained() -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 16), nn.Linear(16, 4)
+        model = nn.Sequential(*layers).bfloat16()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step = WideStep(optimizer, rounding(seed=0))
+        for _ in range(20):
+            model(torch.randn(32, 8).bfloat16()).square().mean().backward()
+            step.step()
+            optimizer.zero_grad()
+        state = [value for of in optimizer.state.values() for value in of.values()]
+        return [*(p.detach() for p in model.parameters()), *state]
+
+    expected = trained()
+    monkeypatch.setattr(
+        "scaledtrain.optim.narrow._as_one", lambda tensors: [[*range(len(tensors))]]
+    )
+    assert all(map(torch.equal, trained(), expected))
