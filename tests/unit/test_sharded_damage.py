@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaledtrain.data import Column, ShardedDataset
+from scaledtrain.data import Column, ShardedDataset, ShardWriter
 from scaledtrain.data.sharded.header import build_header, parse_header
 from scaledtrain.data.sharded.manifest import Manifest
 from scaledtrain.errors import ConfigError, DataError
@@ -54,6 +55,30 @@ class TestDamage:
         assert len(data) == 10
         assert list(data.damaged) == ["shard-00001.safetensors"]
         assert data.samples_skipped == 4 + 2
+
+    @pytest.mark.parametrize("row_bytes", [65_536, 2 * 65_536, 100_000, 30_000])
+    def test_in_large_rows_each_byte_is_checked(self, row_bytes: int, tmp_path: Path) -> None:
+        """Rows read by themselves are checked where they are copied to, in chunks of 64 KiB, of
+        which a row has some whole and some in part. A row whose chunk was altered is told, also if
+        the byte is its neighbour's; others are read."""
+        rows = torch.randint(256, (9, row_bytes), dtype=torch.uint8)
+        with ShardWriter(tmp_path / "set", {"x": Column("uint8", (row_bytes,))}) as writer:
+            writer.write_batch({"x": rows})
+        file = shard(tmp_path / "set", 0)
+        first = file.stat().st_size - rows.numel()  # of the values, which are the last tensor
+        for row in range(9):
+            for place in (0, row_bytes // 2, row_bytes - 1):
+                damage(file, first + row * row_bytes + place)
+                chunk = (row * row_bytes + place) // 65_536
+                for asked in range(9):
+                    low, high = asked * row_bytes, (asked + 1) * row_bytes - 1
+                    data = ShardedDataset(tmp_path / "set")
+                    if low // 65_536 <= chunk <= high // 65_536:
+                        with pytest.raises(DataError, match="bytes .* of tensor 'x', were altered"):
+                            data[[asked]]
+                    else:
+                        assert torch.equal(data[[asked]]["x"][0], rows[asked])
+                damage(file, first + row * row_bytes + place)  # and back
 
     def test_unverified_data_is_read_as_it_is(self, ten: Path) -> None:
         damage(shard(ten, 1), -1)

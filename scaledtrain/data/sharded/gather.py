@@ -85,26 +85,55 @@ Parts = Sequence[tuple[Reader, Piece]]
 def _fixed(parts: Parts, samples: int, name: str, column: Column, memory: Memory) -> Tensor:
     tensor, batch = memory.empty(column, samples, *column.shape)
     for shard, (_, rows, places) in parts:
-        shard.check(name, rows * column.nbytes, (rows + 1) * column.nbytes)
-        _copy(shard.rows(name), rows, batch, places, column.nbytes)
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        runs = [0, *breaks.tolist(), len(rows)]
+        are_long = len(rows) >= LONG_RUN_ROWS * (len(breaks) + 1)
+        if column.nbytes >= LARGE_ROW_BYTES and not are_long:
+            _copy_large(shard, name, rows, batch, places, column.nbytes)
+        else:
+            shard.check(name, rows * column.nbytes, (rows + 1) * column.nbytes)
+            _copy(shard.rows(name), rows, batch, places, column.nbytes, runs if are_long else None)
     return tensor
 
 
-def _copy(source: Array, rows: Array, batch: Array, places: Array, row_bytes: int) -> None:
-    """``batch[places] = source[rows]``, with as few copies and turns as can be."""
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    if len(rows) >= LONG_RUN_ROWS * (len(breaks) + 1):
-        source, batch = _as_items(source, row_bytes), _as_items(batch, row_bytes)
-        edges = [0, *breaks.tolist(), len(rows)]
-        for low, high in pairwise(edges):
+def _copy_large(
+    shard: Reader, name: str, rows: Array, batch: Array, places: Array, row_bytes: int
+) -> None:
+    """Row by row; each is checked where it is copied to, while it is in a core's cache."""
+    shard.check_edges(name, rows * row_bytes, (rows + 1) * row_bytes)
+    source, copies = _as_words(shard.rows(name), row_bytes), _as_words(batch, row_bytes)
+    memory = batch.data.cast("B")
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        copies[place] = source[row]
+        copy = memory[place * row_bytes : (place + 1) * row_bytes]
+        shard.check_copy(name, row * row_bytes, copy)
+
+
+def _copy(
+    source: Array,
+    rows: Array,
+    batch: Array,
+    places: Array,
+    row_bytes: int,
+    runs: Sequence[int] | None,
+) -> None:
+    """``batch[places] = source[rows]``, with as few copies and turns as can be.
+
+    Args:
+        source: a shard's rows.
+        rows: which of them.
+        batch: where they go.
+        places: to which of its rows.
+        row_bytes: of each.
+        runs: where runs of rows that follow each other begin, and where all end; None: they are
+            short.
+    """
+    source, batch = _as_items(source, row_bytes), _as_items(batch, row_bytes)
+    if runs is not None:
+        for low, high in pairwise(runs):
             first = int(rows[low])
             batch[places[low:high]] = source[first : first + high - low]
-    elif row_bytes >= LARGE_ROW_BYTES:
-        source, batch = _as_words(source, row_bytes), _as_words(batch, row_bytes)
-        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-            batch[place] = source[row]
     else:
-        source, batch = _as_items(source, row_bytes), _as_items(batch, row_bytes)
         few = max(1, PICKED_BYTES // max(1, row_bytes))
         for low in range(0, len(rows), few):
             batch[places[low : low + few]] = source[rows[low : low + few]]

@@ -45,6 +45,12 @@ class Reader(Protocol):
     def check(self, tensor: str, starts: Array, stops: Array) -> None:
         """Make sure that these bytes of a tensor are what was written."""
 
+    def check_edges(self, tensor: str, starts: Array, stops: Array) -> None:
+        """Make so sure of these bytes that they may be copied, and then `check_copy`'d."""
+
+    def check_copy(self, tensor: str, start: int, copy: memoryview) -> None:
+        """Make sure that a copy of bytes of a tensor, from there on, is what was written."""
+
     def read_ahead(self, tensor: str, starts: Array, stops: Array) -> None:
         """Say that these bytes of a tensor will be needed."""
 
@@ -179,12 +185,57 @@ class Shard:
         with memoryview(self._map) as data:
             for chunk, told in zip(chunks.tolist(), info.sums[chunks].tolist(), strict=True):
                 start = info.start + chunk * CHUNK_BYTES
-                stop = min(start + CHUNK_BYTES, end)
-                if checksum(data[start:stop]) != told:
-                    raise self.damaged(
-                        f"bytes {start} to {stop}, of tensor {tensor!r}, were altered"
-                    )
+                if checksum(data[start : min(start + CHUNK_BYTES, end)]) != told:
+                    raise self._altered(tensor, chunk)
         done[chunks] = True
+
+    def _altered(self, tensor: str, chunk: int) -> DataError:
+        info = self.tensors[tensor]
+        start = info.start + chunk * CHUNK_BYTES
+        stop = min(start + CHUNK_BYTES, info.start + info.nbytes)
+        return self.damaged(f"bytes {start} to {stop}, of tensor {tensor!r}, were altered")
+
+    def check_edges(self, tensor: str, starts: Array, stops: Array) -> None:
+        """Check those chunks of which these ranges have only a part.
+
+        Args:
+            tensor: its name.
+            starts: as in `check`.
+            stops: likewise.
+
+        Raises:
+            DataError: one does not have its checksum.
+        """
+        firsts, lasts = -(-starts // CHUNK_BYTES) * CHUNK_BYTES, stops - stops % CHUNK_BYTES
+        lasts = np.where(stops == self.tensors[tensor].nbytes, stops, lasts)
+        self.check(
+            tensor,
+            np.concatenate([starts, np.maximum(lasts, starts)]),
+            np.concatenate([np.minimum(firsts, stops), stops]),
+        )
+
+    def check_copy(self, tensor: str, start: int, copy: memoryview) -> None:
+        """Check the chunks that are whole in a copy, unless that has been done.
+
+        Args:
+            tensor: its name.
+            start: the copy's first byte, counted from the tensor's first.
+            copy: of some bytes of it.
+
+        Raises:
+            DataError: one does not have its checksum.
+        """
+        if self._checked is None:
+            return
+        info, done = self.tensors[tensor], self._checked[tensor]
+        stop = start + len(copy)
+        last = len(done) if stop == info.nbytes else stop // CHUNK_BYTES
+        for chunk in range(-(-start // CHUNK_BYTES), last):
+            if not done[chunk]:
+                low = chunk * CHUNK_BYTES - start
+                if checksum(copy[low : low + CHUNK_BYTES]) != info.sums[chunk]:
+                    raise self._altered(tensor, chunk)
+                done[chunk] = True
 
     def check_all(self) -> None:
         """Check everything.

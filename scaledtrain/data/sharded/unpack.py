@@ -76,6 +76,16 @@ class _Unpacked:
             memory[first : first + size] = np.frombuffer(data, np.uint8)
             done[block] = True
 
+    def check_edges(self, tensor: str, starts: Array, stops: Array) -> None:
+        if self._blocks(tensor) is None:
+            self._shard.check_edges(tensor, starts, stops)
+        else:
+            self.check(tensor, starts, stops)
+
+    def check_copy(self, tensor: str, start: int, copy: memoryview) -> None:
+        if self._blocks(tensor) is None:
+            self._shard.check_copy(tensor, start, copy)
+
     def read_ahead(self, tensor: str, starts: Array, stops: Array) -> None:
         blocks = self._blocks(tensor)
         if blocks is not None:
