@@ -114,6 +114,14 @@ def now() -> float:
     return time.perf_counter()
 
 
+def warm_up() -> None:
+    """Have cuBLAS take the memory that it works in, and keeps."""
+    layer = nn.Linear(8, 8, device=device())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with torch.autocast(device(), dtype, enabled=dtype != torch.float32):
+            layer(torch.ones(8, 8, device=device())).sum().backward()
+
+
 class Allocated:
     """What the allocator gave at most, since this was made, above what it had given then."""
 
@@ -301,6 +309,7 @@ REPORT = Report("gpu", Run, render)
 def _rounds(
     names: Sequence[str], rounds: int, before: Sequence[Run], is_quick: bool
 ) -> Iterator[Run]:
+    warm_up()
     rounds = 1 if is_quick else rounds
     first = max(next_round(before, (name, 1)) for name in names)
     for number in range(first, first + rounds):

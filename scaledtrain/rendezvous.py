@@ -137,7 +137,7 @@ class Connection:
             # Without device_id: a group bound to a device makes others by ncclCommSplit, which also
             # ranks that are in none would have to call.
             dist.init_process_group(
-                backend_of(self.device, self.store, info.size, self.timeout_seconds),
+                backend_of(self.device, self.store, info.rank, info.size, self.timeout_seconds),
                 store=dist.PrefixStore("process_group", self.store),
                 rank=info.rank,
                 world_size=info.size,

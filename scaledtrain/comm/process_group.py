@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import combinations
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,15 @@ from scaledtrain.errors import (
 )
 from scaledtrain.timeline import Timeline
 
-__all__ = ["TorchGroup", "backend_of", "device_of_messages"]
+__all__ = ["TorchGroup", "backend_of", "device_of_messages", "meet_in_pairs"]
 
 _OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _GRACE_SECONDS = 4.0  # for other ranks to say that they wait, too
 
 
-def backend_of(device: torch.device, store: dist.Store, size: int, timeout_seconds: float) -> str:
+def backend_of(
+    device: torch.device, store: dist.Store, rank: int, size: int, timeout_seconds: float
+) -> str:
     """What `torch.distributed.init_process_group` is to use; all ranks call this together.
 
     NCCL between GPUs, gloo for what is on the CPU. NCCL refuses two ranks on one GPU: if there are
@@ -36,21 +39,30 @@ def backend_of(device: torch.device, store: dist.Store, size: int, timeout_secon
 
     Raises:
         RendezvousError: a rank did not come in time.
+        PeerLostError: rank 0 died.
     """
     if device.type != "cuda":
         return "gloo"
     if store.add(f"gpu/{torch.cuda.get_device_properties(device).uuid}", 1) > 1:
         store.set("gpu/shared", "1")
+    store.set(f"gpu/of/{rank}", "1")
     if store.add("gpu/chosen", 1) == size:
         store.set("gpu/all", "1")
     try:
         store.wait(["gpu/all"], timedelta(seconds=timeout_seconds))
-    except dist.DistError as error:
+        return "cpu:gloo,cuda:gloo" if store.check(["gpu/shared"]) else "cpu:gloo,cuda:nccl"
+    except dist.DistStoreError as error:
+        missing = [other for other in range(size) if not store.check([f"gpu/of/{other}"])]
         raise RendezvousError(
-            f"a rank waited {timeout_seconds:g} s for all {size} to choose a GPU, and "
-            f"{store.add('gpu/chosen', 0)} did; look at the output of the others"
+            f"rank {rank} waited {timeout_seconds:g} s for ranks {', '.join(map(str, missing))} to "
+            "choose a GPU; all ranks of a job compute on GPUs, or none does: look at their output, "
+            "and at device"
         ) from error
-    return "cpu:gloo,cuda:gloo" if store.check(["gpu/shared"]) else "cpu:gloo,cuda:nccl"
+    except dist.DistError as error:
+        raise PeerLostError(
+            f"rank 0, which has the job's store, ended while rank {rank} waited for all ranks to "
+            "choose a GPU; its own message says why"
+        ) from error
 
 
 def device_of_messages(group: dist.ProcessGroup, device: torch.device) -> torch.device:
@@ -61,6 +73,27 @@ def device_of_messages(group: dist.ProcessGroup, device: torch.device) -> torch.
         device: where the rank computes.
     """
     return device if "nccl" in dist.get_backend_config(group) else torch.device("cpu")
+
+
+def meet_in_pairs(up: dist.ProcessGroup, down: dist.ProcessGroup, device: torch.device) -> None:
+    """Have every two ranks connected, each pair after the last; all ranks call this together.
+
+    NCCL connects two ranks with their first message, for which each waits until the other comes to
+    it. Ranks that come to several first messages in different orders would wait in a ring.
+
+    Args:
+        up: for messages to higher ranks.
+        down: the same ranks, for messages to lower ones.
+        device: where messages lie.
+    """
+    rank, token = dist.get_rank(up), torch.zeros(1, device=device)
+    for low, high in combinations(range(dist.get_world_size(up)), 2):
+        for group, source, target in ((up, low, high), (down, high, low)):
+            if rank == source:
+                dist.send(token, group=group, group_dst=target)
+            elif rank == target:
+                dist.recv(token, group=group, group_src=source)
+    token.item()  # the device has done it
 
 
 class TorchGroup:

@@ -29,8 +29,8 @@ _HALF = (torch.float16, torch.bfloat16)
 class Rounding(ABC):
     """How parameters of 16 bits hold values that the optimizer sees in float32.
 
-    It is asked for some parameters at a time, which it treats as one: on a GPU what takes time is
-    to start a kernel.
+    It is asked for some parameters at a time, which on a GPU it rounds as one, since what takes
+    time there is to start a kernel.
 
     Args:
         seed: of random numbers.
@@ -152,7 +152,8 @@ class KahanCompensation(Rounding):
     ) -> None:
         """To the nearest, and what is left over."""
         for i, like in zip(indices, narrow, strict=True):
-            self._compensation.setdefault(i, torch.empty_like(like))
+            if i not in self._compensation:
+                self._compensation[i] = torch.empty_like(like)
         for some in _as_one(wide):
             values = _flat([wide[place] for place in some])
             nearest = values.to(narrow[0].dtype)
@@ -306,8 +307,9 @@ class WideStep:
         for i, wide in zip(narrow, values, strict=True):
             dtype, parameters[i].data = parameters[i].dtype, wide
             state = {k: v for k, v in self._state_of(parameters[i]) if v.dtype == dtype}
-            widened = _wide(list(state.values()))
-            self._optimizer.state[parameters[i]].update(zip(state, widened, strict=True))
+            if state:
+                widened = _wide(list(state.values()))
+                self._optimizer.state[parameters[i]].update(zip(state, widened, strict=True))
 
     def _narrow(self, parameters: Sequence[nn.Parameter], narrow: Mapping[int, Tensor]) -> None:
         bits = self._rounding.bits(list(narrow.values()))
@@ -367,8 +369,7 @@ class WideStep:
 def _wide(narrow: Sequence[Tensor]) -> list[Tensor]:
     """The same values in float32."""
     wide = [torch.empty_like(t, dtype=torch.float32) for t in narrow]
-    if wide:
-        torch._foreach_copy_(wide, list(narrow))
+    torch._foreach_copy_(wide, list(narrow))
     return wide
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from scaledtrain.comm.process_group import device_of_messages
+from scaledtrain.comm.process_group import device_of_messages, meet_in_pairs
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
@@ -178,6 +178,8 @@ class Pipe:
         link, pipeline, stages = self.links[0], self.pipeline, self.stages.stages
         if link.device.type == "cuda":
             _begin_backward_thread(link.device)
+            if device_of_messages(forth, link.device).type == "cuda":
+                meet_in_pairs(forth, back, link.device)
         if pipeline.is_asynchronous:
             (stage,) = stages.values()
             return PipeDreamSchedule(

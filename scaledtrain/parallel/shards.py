@@ -46,13 +46,14 @@ def divide(
         recomputed: a model that stands in for it will be asked for.
 
     Raises:
-        ConfigError: ranks share a GPU.
+        ConfigError: it is on a GPU, but the ranks do not meet over NCCL.
     """
     device = next(roots[0].parameters()).device
     if device_of_messages(group, device) != device:
         raise ConfigError(
-            "some ranks share a GPU, where NCCL does not work, and gloo cannot gather what is "
-            "sharded; start as many ranks as there are GPUs, or train on CPUs (device=cpu)"
+            "the ranks meet over gloo, which cannot gather what is sharded on GPUs: some ranks "
+            "share a GPU, or the process group was made so; start as many ranks as there are GPUs, "
+            "make the group with NCCL, or train on CPUs (device=cpu)"
         )
     policy = MixedPrecisionPolicy(
         param_dtype=gathered,

@@ -135,6 +135,7 @@ class Selective(CheckpointPolicy):
     Args:
         operators: names of operators in ``torch.ops.aten`` whose results are kept, as
             ``"addmm"`` or ``"convolution"``; None: matrix products, convolutions and attention.
+            Those that draw random numbers, as attention with dropout, run again in any case.
 
     Raises:
         ConfigError: there is no such operator.

@@ -1,4 +1,4 @@
-"""Figures of a page, each drawn when it is about to be seen: a page of many opens sooner."""
+"""Figures of a page, those in sight drawn first: a page of many opens sooner."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["embed"]
 def embed(figures: Sequence[Any]) -> tuple[str, list[str]]:
     """What a page needs to draw figures of Bokeh.
 
-    When a figure has been drawn the document gets an event, ``figure``; ``figures.html`` says what
-    else a page's own script may use.
+    When a figure has been drawn the document gets an event ``figure`` whose ``detail`` are its
+    models; ``figures.html`` says what else a page's own script may use.
 
     Args:
         figures: of a fixed height.

@@ -109,7 +109,7 @@ def test_two_asynchronous_ranks_share_a_gpu(strategy: Callable[[], Strategy]) ->
 
 
 def test_shards_on_one_gpu_are_refused() -> None:
-    with pytest.raises(ConfigError, match="some ranks share a GPU, where NCCL does not work"):
+    with pytest.raises(ConfigError, match="meet over gloo, which cannot gather"):
         run_ranks(train, 2, DEVICE, Sync, {"mesh": Mesh(shard=2)}, timeout_seconds=100, fresh=True)
 
 

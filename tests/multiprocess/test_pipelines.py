@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from scaledtrain import Precision
+from scaledtrain.comm.process_group import meet_in_pairs
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError, PeerLostError, WaitTimeoutError
 from scaledtrain.loss_scale import DynamicScaler, LossScale
@@ -452,3 +453,16 @@ def test_what_was_measured_is_what_was_planned() -> None:
     # The ranks of one host share a clock: nobody can be faster than the plan with these durations.
     assert table.seconds >= simulate(order, lambda action: seconds[action]).seconds
     assert 0.0 <= table.idle_share < 1.0
+
+
+def in_pairs() -> int:
+    join()
+    meet_in_pairs(dist.group.WORLD, dist.new_group(), torch.device("cpu"))
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return rank
+
+
+def test_ranks_meet_in_pairs() -> None:
+    """As NCCL needs it; each of 6 pairs in both directions, and nobody waits for nobody."""
+    assert run_ranks(in_pairs, 4, timeout_seconds=60) == [0, 1, 2, 3]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.columns import OFFSETS, Array, Column
+from scaledtrain.data.sharded.header import CHUNK_BYTES
 from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.shard import Reader
 
@@ -88,18 +89,18 @@ def _fixed(parts: Parts, samples: int, name: str, column: Column, memory: Memory
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         runs = [0, *breaks.tolist(), len(rows)]
         are_long = len(rows) >= LONG_RUN_ROWS * (len(breaks) + 1)
-        if column.nbytes >= LARGE_ROW_BYTES and not are_long:
-            _copy_large(shard, name, rows, batch, places, column.nbytes)
+        if column.nbytes >= CHUNK_BYTES and not are_long:
+            _copy_checked(shard, name, rows, batch, places, column.nbytes)
         else:
             shard.check(name, rows * column.nbytes, (rows + 1) * column.nbytes)
             _copy(shard.rows(name), rows, batch, places, column.nbytes, runs if are_long else None)
     return tensor
 
 
-def _copy_large(
+def _copy_checked(
     shard: Reader, name: str, rows: Array, batch: Array, places: Array, row_bytes: int
 ) -> None:
-    """Row by row; each is checked where it is copied to, while it is in a core's cache."""
+    """Row by row, of a chunk and more, which is checked in the copy: a core's cache has that."""
     shard.check_edges(name, rows * row_bytes, (rows + 1) * row_bytes)
     source, copies = _as_words(shard.rows(name), row_bytes), _as_words(batch, row_bytes)
     memory = batch.data.cast("B")
@@ -128,6 +129,11 @@ def _copy(
         runs: where runs of rows that follow each other begin, and where all end; None: they are
             short.
     """
+    if runs is None and row_bytes >= LARGE_ROW_BYTES:
+        source, batch = _as_words(source, row_bytes), _as_words(batch, row_bytes)
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            batch[place] = source[row]
+        return
     source, batch = _as_items(source, row_bytes), _as_items(batch, row_bytes)
     if runs is not None:
         for low, high in pairwise(runs):
