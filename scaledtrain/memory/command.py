@@ -117,7 +117,9 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
     training.mesh.check(workers)
     limit = asked.memory_bytes
     size = batch_sizes(training).local(
-        workers, training.gradient_accumulation_steps, training.elastic
+        training.mesh.replicas(workers) * training.mesh.shard,
+        training.gradient_accumulation_steps,
+        training.elastic,
     )
     training, task = settle(training)
     device = training.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -34,7 +34,7 @@ Divert = Callable[[int, Call, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's chain: of all ``nn.Sequential`` and ``nn.ModuleList``, the one with most in it.
+    """The model's chain: the ``nn.Sequential`` or ``nn.ModuleList`` with most modules of one kind.
 
     Args:
         model: any; it may be the ``nn.Sequential`` itself.

@@ -62,6 +62,17 @@ def test_json_has_bytes_of_every_rank(
     assert cell["largest_batch"] > 8
 
 
+@pytest.mark.parametrize(("mesh", "expected"), [("replicate", 32), ("shard", 32), ("pipe", 64)])
+def test_a_batch_is_shared_by_replicas_and_shards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mesh: str, expected: int
+) -> None:
+    """Of a step's 64 samples; the stages of a pipeline have all of them."""
+    words = ["data.local_batch_size=null", "data.global_batch_size=64", "model.hidden=[16,16]"]
+    only = ["precisions=[fp32]", "policies=[none]", "workers=2", f"mesh.{mesh}=2"]
+    (cell,) = told(monkeypatch, capsys, *only, *words)["cells"]
+    assert cell["estimate"]["batch_size"] == expected
+
+
 def test_the_ways_of_the_config_take_the_place_of_the_usual_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

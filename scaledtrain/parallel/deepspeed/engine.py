@@ -46,11 +46,10 @@ class DeepSpeed:
     and how much each loss counts, so that the gradient is the mean over all samples of the ranks.
     Norms and clipping are over all ranks, as everywhere here.
 
-    With ``mesh.replicate`` above 1, for which the stage is 1 or 2, the strategy sees the float32
-    parameters and gradients that ZeRO keeps on this rank, and averages them with the same part of
-    other replicas: `Sync`, `LocalSGD`, `DiLoCo` and all others whose replicas step together and
-    keep their optimizer. Strategies with a server, and those whose replicas go their own way, need
-    ``engine=fully_shard``.
+    With ``mesh.replicate`` above 1 the strategy sees the float32 parameters and gradients that ZeRO
+    keeps on this rank, and averages them with the same part of other replicas: `Sync`, `LocalSGD`,
+    `DiLoCo` and all others whose replicas step together and keep their optimizer. Strategies with
+    a server, and those whose replicas go their own way, need ``engine=fully_shard``.
 
     With stage 3 ``deepspeed.zero.GatheredParameters(model.parameters())`` is the context in which a
     model's parameters are whole, to look at or to save them; all ranks of a replica enter it.
