@@ -254,6 +254,7 @@ def staleness_rank(updates: int) -> list[int]:
         return log.seen
 
 
+@pytest.mark.alone
 def test_mean_staleness_among_n_equal_workers_is_n_minus_1() -> None:
     """Measured when a push arrives: updates since the pull of the parameters it was computed with.
 
