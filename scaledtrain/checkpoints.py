@@ -28,6 +28,7 @@ from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
 from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.errors import CheckpointError, ConfigError
 from scaledtrain.launching import guarded
+from scaledtrain.run_dir import CONFIG
 
 __all__ = ["main", "run"]
 
@@ -176,12 +177,12 @@ def _export(parsed: Any) -> int:
 
 def _export_program(checkpoint: Path, run_dir: Path, to: Path) -> Path:
     """With the model, and a batch, of the config that the training command left in the run."""
+    from scaledtrain.build import settle
     from scaledtrain.checkpoint.program import export_program
     from scaledtrain.run_config import load_config
     from scaledtrain.schema import make
-    from scaledtrain.train import settle
 
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / CONFIG).is_file():
         raise ConfigError(
             f"there is no {run_dir / 'config.yaml'}, which says how the model is made; for a run "
             "of your own script call "

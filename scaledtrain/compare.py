@@ -34,9 +34,10 @@ from scaledtrain.rendezvous import Connection
 from scaledtrain.report.comparison import Comparison, report
 from scaledtrain.report.picture import require_matplotlib
 from scaledtrain.report.summary import Goal
+from scaledtrain.run_dir import choose_run_dir, has_run
 from scaledtrain.schedule import Slowdown
 from scaledtrain.short_run import refuse_fast_dev_run
-from scaledtrain.train import choose_run_dir, join, run
+from scaledtrain.train import join, run
 from scaledtrain.trainer import Trainer
 
 __all__ = ["main"]
@@ -185,7 +186,7 @@ def compare(configs: Mapping[str, TrainConfig], goal: Goal, link: Connection, fo
 
 
 def _check_empty(folder: Path) -> None:
-    if any(folder.glob("metrics-rank*.jsonl")):
+    if has_run(folder):
         raise ConfigError(f"{folder} holds a run already; give another run_dir, or remove it")
 
 

@@ -18,6 +18,7 @@ import torch
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import INTERRUPTED, PREEMPTED, TERMINATED, is_launched
 from scaledtrain.local_job import SAVE_SECONDS, threads_for, worker_command
+from scaledtrain.run_dir import has_run
 
 __all__ = [
     "Job",
@@ -171,7 +172,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def arguments_for(run_dir: Path) -> list[str]:
     """Where a run goes; and, if one was begun there, that it goes on or begins anew."""
     path = str(run_dir.resolve()).replace("'", r"\'")
-    is_begun = any(run_dir.glob("metrics-rank*.jsonl"))
+    is_begun = has_run(run_dir)
     return [f"run_dir='{path}'", *(["resume=auto"] if is_begun else [])]
 
 

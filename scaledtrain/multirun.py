@@ -11,8 +11,8 @@ from scaledtrain.config import check
 from scaledtrain.errors import ConfigError
 from scaledtrain.jobs import Job, arguments_for, hold_folder, places_for, run_jobs, was_interrupted
 from scaledtrain.launching import FAILED, tell
+from scaledtrain.run_dir import has_run, make_run_dir
 from scaledtrain.sweeps import split_sweeps, texts
-from scaledtrain.train import make_run_dir
 
 __all__ = ["multirun"]
 
@@ -63,7 +63,7 @@ def multirun(arguments: Sequence[str]) -> None:
             failed.append(job.name)
 
     with hold_folder(folder) as lock:
-        if config.resume is None and any(folder.glob("*/metrics-rank*.jsonl")):
+        if config.resume is None and any(map(has_run, folder.glob("*/"))):
             raise ConfigError(
                 f"run_dir {folder} holds runs already, which would be written over; give another "
                 "run_dir, remove it, or go on with these (the same combinations, resume=auto)"

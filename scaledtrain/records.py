@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.run_dir import file_of_rank
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -103,7 +104,7 @@ class Records:
 
     def _path(self, what: str) -> Path:
         assert self._run_dir is not None
-        return self._run_dir / f"{what}-rank{self._rank}.jsonl"
+        return file_of_rank(self._run_dir, what, self._rank)
 
     def _add_event(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

@@ -14,10 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from scaledtrain.config import TrainConfig, check, to_yaml
 from scaledtrain.errors import ConfigError
 from scaledtrain.records import write_file
+from scaledtrain.run_dir import CONFIG
 
 __all__ = ["dotted", "load_config", "write_config"]
 
-_CONFIG = "config.yaml"
 _OF_A_START = ("resume", "run_dir", "workers", "console")  # they may be others each time
 _NOTHING = "nothing"
 
@@ -28,7 +28,7 @@ def write_config(run_dir: Path, config: TrainConfig) -> str | None:
     Returns:
         What differs, for people to read; None: nothing of weight.
     """
-    path, text = run_dir / _CONFIG, to_yaml(config)
+    path, text = run_dir / CONFIG, to_yaml(config)
     earlier = path.read_text(encoding="utf-8") if path.exists() else text
     if earlier == text:
         write_file(path, text)
@@ -53,7 +53,7 @@ def load_config(run_dir: Path) -> TrainConfig:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    path = run_dir / _CONFIG
+    path = run_dir / CONFIG
     if not path.is_file():
         raise ConfigError(
             f"there is no {path}, which says what the run was made with; give the folder of a run "

@@ -37,6 +37,7 @@ from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy, Executor
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
+from scaledtrain.run_dir import EVENTS
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
 from scaledtrain.seeding import (
     be_deterministic,
@@ -49,9 +50,7 @@ from scaledtrain.strategies import Strategy, Sync
 from scaledtrain.watch import Watch
 from scaledtrain.watch.watcher import Watcher
 
-__all__ = ["EVENTS", "FitResult", "Trainer", "eval_mode"]
-
-EVENTS = "events.bin"  # of a server, in the folder of the run
+__all__ = ["FitResult", "Trainer", "eval_mode"]
 
 
 @dataclass(frozen=True)

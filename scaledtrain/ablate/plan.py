@@ -17,6 +17,7 @@ from scaledtrain.config import check, to_yaml
 from scaledtrain.errors import ConfigError
 from scaledtrain.judged import NO_TARGET, BestIs
 from scaledtrain.parallel.accelerate import with_accelerate
+from scaledtrain.run_dir import RESULT
 from scaledtrain.schema import did_you_mean
 
 __all__ = ["FULL", "Ablation", "Plan", "quoted", "variants"]
@@ -196,7 +197,7 @@ class Plan:
 
     def is_made(self, name: str, seed: int) -> bool:
         """Whether the run came to its end."""
-        return (self.run_dir(name, seed) / "result.json").exists()
+        return (self.run_dir(name, seed) / RESULT).exists()
 
     def order(self) -> Iterator[tuple[str, int]]:
         """Name and seed of all runs: seed by seed, so that what changes on the host meets all.

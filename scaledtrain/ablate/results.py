@@ -12,6 +12,7 @@ from scaledtrain.ablate.interval import Interval
 from scaledtrain.ablate.plan import FULL, Plan
 from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.report.runs import read_run
+from scaledtrain.run_dir import RESULT
 
 __all__ = ["LINES", "Effect", "Measured", "effects", "measure", "told", "write_lines"]
 
@@ -66,7 +67,7 @@ def measure(plan: Plan) -> list[Measured]:
 
 def _measured(plan: Plan, name: str, seed: int) -> Measured:
     folder = plan.run_dir(name, seed)
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))["result"]
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))["result"]
     quality = result["evaluation"].get(plan.metric)
     log = read_run(folder)
     peaks = [interval.memory_bytes for worker in log.workers for interval in worker.intervals]

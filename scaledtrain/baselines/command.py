@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from scaledtrain.baselines.measure import BaselineOptions, measure_baselines
 from scaledtrain.baselines.results import write_baselines
 from scaledtrain.baselines.table import to_text
+from scaledtrain.build import settle
 from scaledtrain.command_line import read_command_line, runs_and_settings
 from scaledtrain.config import TrainConfig, check
 from scaledtrain.errors import ConfigError
@@ -25,7 +26,6 @@ from scaledtrain.launching import guarded
 from scaledtrain.report.runs import read_run
 from scaledtrain.run_config import load_config
 from scaledtrain.schema import parse
-from scaledtrain.train import settle
 
 __all__ = ["main"]
 

@@ -21,6 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from scaledtrain.build import batch_sizes, build_settled, make_of, settle
 from scaledtrain.callbacks import Callback
 from scaledtrain.check.ladder import climb, summary
 from scaledtrain.check.subject import Plan, Subject
@@ -41,7 +42,6 @@ from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.tasks import Task
-from scaledtrain.train import batch_sizes, build_settled, make_of, settle
 from scaledtrain.trainer import Trainer
 
 __all__ = ["CheckConfig", "main", "subject_of"]

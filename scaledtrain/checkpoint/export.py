@@ -17,6 +17,7 @@ from scaledtrain.checkpoint.resume import CHECKPOINTS
 from scaledtrain.checkpoint.tensor_file import replace_file, sync_folder, write_tensors
 from scaledtrain.checkpoint.tree import restore, tensor_names
 from scaledtrain.errors import CheckpointError, ConfigError
+from scaledtrain.run_dir import CONFIG
 
 __all__ = ["checkpoints_at", "config_of", "export", "model_state", "newest_intact", "run_of"]
 
@@ -97,7 +98,7 @@ def checkpoints_at(path: Path) -> list[SavedStep]:
 
 def run_of(checkpoint: Path, given: Path) -> Path:
     """The folder of the run that a checkpoint is of, which may have been what was given."""
-    return given if (given / "config.yaml").is_file() else checkpoint.absolute().parent.parent
+    return given if (given / CONFIG).is_file() else checkpoint.absolute().parent.parent
 
 
 def export(checkpoint: str | Path, to: str | Path) -> list[Path]:

@@ -18,6 +18,7 @@ from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.errors import ConfigError
 from scaledtrain.evaluate.results import Calibration, Evaluated, read_evaluated
+from scaledtrain.run_dir import CONFIG, RESULT
 
 __all__ = ["CARD", "write_card"]
 
@@ -84,7 +85,7 @@ def write_card(checkpoint: str | Path, to: str | Path, run_dir: str | Path | Non
 
 
 def _config(run: Path) -> dict[str, Any]:
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.is_file():
         return {}
     try:
@@ -110,7 +111,7 @@ def _public(text: str) -> str:
 
 
 def _result(run: Path) -> dict[str, Any]:
-    path = run / "result.json"
+    path = run / RESULT
     if not path.is_file():  # it has not ended, or was a script of one's own
         return {}
     try:

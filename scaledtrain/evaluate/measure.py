@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from scaledtrain.build import batch_sizes, settle
 from scaledtrain.checkpoint.export import newest_intact, run_of
 from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.weights import load_weights
@@ -30,7 +31,6 @@ from scaledtrain.run_config import load_config
 from scaledtrain.schema import Kind as NodeKind
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.tasks import Kind, Task, kind_of
-from scaledtrain.train import batch_sizes, settle
 from scaledtrain.trainer import Trainer
 
 __all__ = ["EvaluateConfig", "calibrate", "evaluate_run"]

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
+from scaledtrain.build import batch_sizes, make_of, settle
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import TrainConfig, check
 from scaledtrain.data.replica_loader import ReplicaLoader
@@ -32,7 +33,6 @@ from scaledtrain.recompute import CheckpointEvery, CheckpointPolicy, CheckpointS
 from scaledtrain.recompute.budget import MemoryBudget
 from scaledtrain.schema import make, parse
 from scaledtrain.tasks import Task
-from scaledtrain.train import batch_sizes, make_of, settle
 
 __all__ = ["MemoryConfig", "main", "make_estimator", "report"]
 
@@ -162,7 +162,7 @@ def make_estimator(training: TrainConfig, task: Task, workers: int, device: str)
     """What tells how much memory the training of a config takes.
 
     Args:
-        training: as `scaledtrain.train.settle` returned it, as the task.
+        training: as `scaledtrain.build.settle` returned it, as the task.
         task: its data.
         workers: ranks.
         device: whose kernels are meant.

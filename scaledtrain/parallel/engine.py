@@ -148,6 +148,8 @@ class Engine(Protocol):
 
     takes_stages: ClassVar[bool]
     """Whether it can divide stages of a pipeline, too."""
+    makes_own_groups: ClassVar[bool]
+    """Whether it makes the optimizer of parameter groups of its own, before a strategy is there."""
 
     def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> Divided:
         """Divide a model, in place, among the ranks of a group. Collective.

@@ -57,6 +57,7 @@ class FullyShard:
     blocks: Sequence[str] | None = None
 
     takes_stages: ClassVar[bool] = True
+    makes_own_groups: ClassVar[bool] = False
 
     def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> Shards:
         """Shard a model, or stages of one, in place, over the ranks of a group. Collective.

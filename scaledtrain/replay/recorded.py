@@ -20,7 +20,7 @@ from scaledtrain.config import TrainConfig, check
 from scaledtrain.environment import cpu
 from scaledtrain.errors import ConfigError
 from scaledtrain.local_job import threads_for
-from scaledtrain.trainer import EVENTS
+from scaledtrain.run_dir import CONFIG, EVENTS, RESULT, file_of_rank, metrics_files
 
 __all__ = ["Recorded", "read_run"]
 
@@ -51,9 +51,9 @@ def read_run(folder: Path) -> Recorded:
     Raises:
         ConfigError: it is no run, or one that cannot be replayed.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
-    written = (folder / "config.yaml").read_bytes()
+    written = (folder / CONFIG).read_bytes()
     if not (folder / EVENTS).is_file():
         raise ConfigError(
             f"{folder} has no {EVENTS}: only strategies with a server write one. A run without a "
@@ -64,7 +64,7 @@ def read_run(folder: Path) -> Recorded:
         raise ConfigError(
             f"{folder / 'config.yaml'} was changed after the run; put it back as it was"
         )
-    config = check(cast(DictConfig, OmegaConf.load(folder / "config.yaml")))
+    config = check(cast(DictConfig, OmegaConf.load(folder / CONFIG)))
     environment = {} if result is None else result["environment"]
     _refuse(config, environment)
     workers, threads = _size(folder, config, environment)
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Recorded:
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
-    path = folder / "result.json"
+    path = folder / RESULT
     if not path.is_file():
         return None
     try:
@@ -142,14 +142,14 @@ def _size(folder: Path, config: TrainConfig, environment: dict[str, Any]) -> tup
     """How many workers there were, and the threads of each."""
     if environment:
         return environment["world_size"], environment["threads"]
-    workers = config.workers or len(list(folder.glob("metrics-rank*.jsonl")))
+    workers = config.workers or len(metrics_files(folder))
     if workers < 1:
         raise ConfigError(f"{folder} does not say how many workers there were")
     return workers, int(os.environ.get("OMP_NUM_THREADS", threads_for(workers)))
 
 
 def _steps(folder: Path, config: TrainConfig, rank: int) -> int | None:
-    path = folder / f"metrics-rank{rank}.jsonl"
+    path = file_of_rank(folder, "metrics", rank)
     if (config.max_seconds is None and config.target.metric is None) or not path.is_file():
         return None
     records = map(json.loads, path.read_text(encoding="utf-8").splitlines())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from scaledtrain.build import settle
 from scaledtrain.callbacks import Callback
 from scaledtrain.config import TrainConfig
 from scaledtrain.data.replica_loader import StepBatch, count_samples
@@ -30,7 +31,7 @@ from scaledtrain.sim.network import Network
 from scaledtrain.sim.topology import Topology, Wire
 from scaledtrain.sim.world import Rank, World
 from scaledtrain.tasks import Task
-from scaledtrain.train import run_settled, settle
+from scaledtrain.train import run_settled
 from scaledtrain.trainer import Trainer, eval_mode
 
 __all__ = ["replay"]

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.run_config import dotted
+from scaledtrain.run_dir import CONFIG
 
 __all__ = ["differences", "read_config"]
 
@@ -23,7 +24,7 @@ def read_config(folder: Path) -> dict[str, str]:
     Raises:
         ConfigError: it is there, but no YAML mapping.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     if not path.exists():  # a Trainer in a script of one's own
         return {}
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scaledtrain.report.lines import parse_lines
+from scaledtrain.run_dir import metrics_files
 
 __all__ = ["LayersLog", "heat_maps", "read_layers"]
 
@@ -36,10 +37,7 @@ def read_layers(folder: Path) -> LayersLog | None:
     """What the ranks of a run wrote of its layers, stage by stage; None: nothing."""
     rows: dict[int, dict[str, Mapping[str, float | None]]] = {}
     warnings: list[tuple[int, str]] = []
-    paths = sorted(
-        folder.glob("metrics-rank*.jsonl"), key=lambda path: int(path.stem.rpartition("rank")[2])
-    )
-    for path in paths:
+    for path in metrics_files(folder).values():
         for kind, step, layers in parse_lines(path, _parse):
             if kind == "layers":
                 rows.setdefault(step, {}).update(layers)

@@ -25,6 +25,7 @@ from scaledtrain.report.progress import Point, progress
 from scaledtrain.report.runs import RunLog, read_run
 from scaledtrain.report.timeline_page import write_timeline_page
 from scaledtrain.report.traces import find_trace
+from scaledtrain.run_dir import has_run
 
 __all__ = ["find_runs", "require_bokeh", "write_report"]
 
@@ -42,9 +43,8 @@ def find_runs(folders: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for folder in map(Path, folders):
-        inner = sorted({path.parent for path in folder.glob("*/metrics-rank0.jsonl")})
-        is_run = (folder / "metrics-rank0.jsonl").exists()
-        found += inner if inner and not is_run else [folder]
+        inner = sorted(path for path in folder.glob("*/") if has_run(path))
+        found += inner if inner and not has_run(folder) else [folder]
     return list(dict.fromkeys(found))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from scaledtrain.errors import ConfigError
 from scaledtrain.report.lines import parse_lines
 from scaledtrain.report.traces import PHASES, read_spans
+from scaledtrain.run_dir import file_of_rank, metrics_files
 from scaledtrain.timeline import Phase, Span
 
 __all__ = ["PHASES", "Evaluation", "Interval", "RunLog", "WorkerLog", "read_run"]
@@ -141,11 +141,7 @@ def read_run(folder: str | Path) -> RunLog:
             other than the last is not what `Metrics` writes.
     """
     folder = Path(folder)
-    paths = {
-        int(match[1]): path
-        for path in folder.glob("metrics-rank*.jsonl")
-        if (match := re.fullmatch(r"metrics-rank(\d+)\.jsonl", path.name))
-    }
+    paths = metrics_files(folder)
     if not paths:
         what = "holds no metrics-rank0.jsonl" if folder.is_dir() else "is no folder"
         raise ConfigError(
@@ -158,11 +154,11 @@ def read_run(folder: str | Path) -> RunLog:
             f"{folder} holds the metrics of rank {max(paths)} but not of "
             f"{', '.join(map(str, missing))}; copy the files of all ranks into one folder"
         )
-    return RunLog(folder, tuple(_read_worker(folder, rank) for rank in sorted(paths)))
+    return RunLog(folder, tuple(_read_worker(folder, rank) for rank in paths))
 
 
 def _read_worker(folder: Path, rank: int) -> WorkerLog:
-    path = folder / f"metrics-rank{rank}.jsonl"
+    path = file_of_rank(folder, "metrics", rank)
     records = list(parse_lines(path, _record))
     intervals = tuple(r for r in records if isinstance(r, Interval))
     if not intervals:
@@ -171,7 +167,7 @@ def _read_worker(folder: Path, rank: int) -> WorkerLog:
             "longer, or make a record more often (log_every)"
         )
     evaluations = tuple(r for r in records if isinstance(r, Evaluation))
-    trace = folder / f"trace-rank{rank}.jsonl"
+    trace = file_of_rank(folder, "trace", rank)
     spans = tuple(read_spans(trace)) if trace.exists() else ()
     return WorkerLog(rank, intervals, evaluations, spans)
 

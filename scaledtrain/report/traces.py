@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args
 from scaledtrain.comm.serving.event_log import begun_at, read_events
 from scaledtrain.errors import ConfigError
 from scaledtrain.report.lines import parse_lines
+from scaledtrain.run_dir import EVENTS
 from scaledtrain.server.operations import Kind
 from scaledtrain.timeline import Named, Phase, Span
 
@@ -21,7 +22,6 @@ __all__ = ["PHASES", "WHOLE", "Arrival", "Trace", "Window", "find_trace", "flatt
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-_EVENTS = "events.bin"
 _ACTION = re.compile(r"\d+[FBIW]\d+")  # of a pipeline
 # What a person looks for on a timeline; pulls are the ends of the waiting that is there already.
 _SHOWN = {
@@ -116,7 +116,7 @@ class Trace:
 
     def arrivals(self, window: Window = WHOLE) -> Iterator[Arrival]:
         """What happened at the server on behalf of these ranks; nothing where there was none."""
-        path = self.folder / _EVENTS
+        path = self.folder / EVENTS
         if not path.exists():
             return
         shift = 0.0 if self.origin is None else begun_at(path) - self.origin.seconds

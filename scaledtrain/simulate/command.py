@@ -20,18 +20,20 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from scaledtrain.build import settle
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import TrainConfig, check
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
+from scaledtrain.run_dir import make_run_dir
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Node, make, parse
 from scaledtrain.short_run import refuse_fast_dev_run
 from scaledtrain.sim import Cluster, simulate, simulate_times
 from scaledtrain.sim.times import Times
-from scaledtrain.train import make_run_dir, report_result, run_settled, settle
+from scaledtrain.train import report_result, run_settled
 from scaledtrain.trainer import FitResult
 
 __all__ = ["SimulateConfig", "main", "run_times", "run_training"]

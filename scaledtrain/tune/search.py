@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scaledtrain.errors import ConfigError
 from scaledtrain.jobs import Job, Place, arguments_for, last_lines, run_jobs, was_interrupted
 from scaledtrain.launching import tell
+from scaledtrain.run_dir import RESULT
 from scaledtrain.tune.settings import Tuning
 from scaledtrain.tune.space import Parameter, Value
 from scaledtrain.tune.study import make_sampler
@@ -110,7 +111,7 @@ class Search:
             return
         trial = self._study.get_trials()[number]
         diverged = trial.user_attrs.get(DIVERGED)
-        result = job.log.with_name("result.json")
+        result = job.log.with_name(RESULT)
         if code == 0 and result.exists():
             self._finished(trial, result)
         elif diverged:  # its settings were bad, from which a sampler learns

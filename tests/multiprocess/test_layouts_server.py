@@ -26,6 +26,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.rendezvous import Transport
 from scaledtrain.replica import Updater
+from scaledtrain.run_dir import EVENTS
 from scaledtrain.server import (
     Admission,
     Asynchronous,
@@ -37,7 +38,6 @@ from scaledtrain.server import (
 )
 from scaledtrain.server.operations import Kind, apply
 from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, Hogwild, PushSum
-from scaledtrain.trainer import EVENTS
 from tests.ranks import run_ranks
 
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]

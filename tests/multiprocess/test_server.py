@@ -30,6 +30,7 @@ from scaledtrain.command_line import compose
 from scaledtrain.config import check
 from scaledtrain.errors import ConfigError
 from scaledtrain.rendezvous import Transport
+from scaledtrain.run_dir import choose_run_dir
 from scaledtrain.server import (
     AdaptiveDelayCompensated,
     Asynchronous,
@@ -42,7 +43,7 @@ from scaledtrain.server import (
     Synchronous,
 )
 from scaledtrain.server.operations import Kind, apply
-from scaledtrain.train import choose_run_dir, join, run
+from scaledtrain.train import join, run
 from tests.ranks import end_rank, free_port, run_ranks, start_rank
 
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 import scaledtrain
 from scaledtrain import cli, tasks
+from scaledtrain.build import build
 from scaledtrain.command_line import compose, config_folder, read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
 from scaledtrain.data import (
@@ -24,7 +25,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.launching import workers_to_start
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.sweeps import split_sweeps
-from scaledtrain.train import build, run
+from scaledtrain.train import run
 
 FILES = sorted(
     file.relative_to(config_folder())

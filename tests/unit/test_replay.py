@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from scaledtrain import Replica, cli, connect
+from scaledtrain.build import settle
 from scaledtrain.comm.serving.event_log import Event, EventLog, read_events
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
@@ -30,7 +31,7 @@ from scaledtrain.server.operations import Kind, Operation
 from scaledtrain.sim import Cluster, Constant, SlowWorkers, Topology, Wire, simulate
 from scaledtrain.sim.failures import Failure, GivenFailures
 from scaledtrain.tasks import Task
-from scaledtrain.train import run, run_settled, settle
+from scaledtrain.train import run, run_settled
 
 
 class One(nn.Linear):

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from scaledtrain import Callback
+from scaledtrain.build import build
 from scaledtrain.command_line import compose
 from scaledtrain.errors import ConfigError
 from scaledtrain.models import MLP, ConvNet
 from scaledtrain.optim import LearningRateScaling, WarmupDecay, zero_gamma
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
-from scaledtrain.train import build
 
 PORT = Wire(0.0, gigabits_per_second=float("inf"))
 CLUSTER = Cluster(Constant(1.0), Topology(ranks_per_host=2, hosts=1, port=PORT))

@@ -84,6 +84,7 @@ class DeepSpeed:
     config: Path | str | None = None
 
     takes_stages: ClassVar[bool] = False
+    makes_own_groups: ClassVar[bool] = True
 
     def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> ZeroModel:
         """Give a model to DeepSpeed, over the ranks of a group. Collective.
