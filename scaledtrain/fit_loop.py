@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from scaledtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from scaledtrain.parallel.batches import Steps
     from scaledtrain.trainer import Trainer
 
-__all__ = ["FitLoop"]
+__all__ = ["FitLoop", "FitResult", "Limits"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    step: int
+    """Updates made to the parameters since training began."""
+    seconds: float
+    """Wall time of this fit."""
+    stopped_by: str
+    """``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"callback"`` or, when it was not
+    this replica's own decision, ``"another replica"``; the same on all ranks of a replica."""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    """The last evaluation's values, on the ranks that evaluate."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a fit ends, and how often it is evaluated; as `Trainer.fit` has them.
+
+    Raises:
+        ConfigError: one is not above 0.
+    """
+
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_seconds: float | None = None
+    eval_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in asdict(self).items():
+            if limit is not None and not limit > 0:  # so that NaN is refused, too
+                raise ConfigError(f"{name} is {limit}; it is > 0, or None for no such limit")
+
+    @property
+    def has_end(self) -> bool:
+        """Whether one of them ends the fit."""
+        return (self.max_steps, self.max_epochs, self.max_seconds) != (None, None, None)
+
+    def at_most(self, steps: int) -> Limits:
+        """The same, but so many steps at most."""
+        fewer = steps if self.max_steps is None else min(self.max_steps, steps)
+        return replace(self, max_steps=fewer)
 
 
 class FitLoop:
@@ -20,11 +67,8 @@ class FitLoop:
         trainer: makes the steps and evaluations.
         loader: this replica's share of the batches.
         tell: called with the name of a callback's method, and its further arguments.
-        max_steps: see `Trainer.fit`, as for the other limits.
-        max_epochs: the same.
-        max_seconds: the same.
+        limits: of this fit.
         eval_loader: to evaluate on; None: nothing is.
-        eval_every: the same.
         may_stop: whether this replica, or another in lockstep, may want to end before the limits.
         after_step: called when a step, and what follows it, has been made.
         ready: called when the first batch is about to be read.
@@ -39,12 +83,9 @@ class FitLoop:
         trainer: Trainer,
         loader: Steps,
         tell: Callable[..., None],
+        limits: Limits,
         *,
-        max_steps: int | None,
-        max_epochs: int | None,
-        max_seconds: float | None,
         eval_loader: Iterable[Any] | None,
-        eval_every: int | None,
         may_stop: bool,
         after_step: Callable[[], None],
         ready: Callable[[], None],
@@ -55,11 +96,8 @@ class FitLoop:
         self._trainer = trainer
         self._loader = loader
         self._tell = tell
-        self._max_steps = max_steps
-        self._max_epochs = max_epochs
-        self._max_seconds = max_seconds
+        self._limits = limits
         self._eval_loader = eval_loader
-        self._eval_every = eval_every
         self._after_step = after_step
         self._ready: Callable[[], None] | None = ready
         self._evaluated_at = trainer.step_count
@@ -70,7 +108,7 @@ class FitLoop:
         trainer, timeline = self._trainer, self._trainer.timeline
         enter = trainer.watcher.enter
         trainer.model.train()
-        while self._max_epochs is None or trainer.epoch < self._max_epochs:
+        while self._limits.max_epochs is None or trainer.epoch < self._limits.max_epochs:
             enter("data")
             start = timeline.now()
             ready, self._ready = self._ready, None
@@ -94,7 +132,7 @@ class FitLoop:
                     start = timeline.now()
             trainer.epoch += 1
             trained, trainer.steps_in_epoch = trainer.steps_in_epoch > 0, 0
-            if trained and self._eval_every is None and self._eval_loader is not None:
+            if trained and self._limits.eval_every is None and self._eval_loader is not None:
                 evaluated = self._evaluate()
                 if reason := self._reason_to_stop(evaluated):
                     return reason
@@ -111,12 +149,15 @@ class FitLoop:
             self._evaluate()
 
     def _ended_by_strategy(self) -> str:
-        reached = self._max_steps is not None and self._trainer.step_count >= self._max_steps
+        reached = (
+            self._limits.max_steps is not None
+            and self._trainer.step_count >= self._limits.max_steps
+        )
         return "max_steps" if reached else "another replica"
 
     def _evaluation_is_due(self) -> bool:
         """Whether a multiple of ``eval_every`` has been reached or passed since the last one."""
-        every = self._eval_every
+        every = self._limits.eval_every
         if every is None or self._eval_loader is None:
             return False
         return self._trainer.step_count // every > self._evaluated_at // every
@@ -141,7 +182,10 @@ class FitLoop:
         evaluation and every ``log_every`` steps.
         """
         trainer = self._trainer
-        late = self._max_seconds is not None and trainer.metrics.seconds >= self._max_seconds
+        late = (
+            self._limits.max_seconds is not None
+            and trainer.metrics.seconds >= self._limits.max_seconds
+        )
         stopping = self.stopping
         if trainer.strategy.lockstep.size == 1 and trainer.layout.pieces.size == 1:
             ask = stopping or late

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scaledtrain.batch_growth import BatchGrowth
 from scaledtrain.callbacks import Callback
+from scaledtrain.comm.votes import any_rank
 from scaledtrain.errors import ConfigError
 from scaledtrain.optim.noise_scale import GradientNoise, SmoothedNoise, gradient_noise
 
@@ -225,9 +226,9 @@ class NoiseScale(Callback):
         following = grow.following(self._multiple, configured)
         called = following > self._multiple and scale >= following * configured
         self._calls = self._calls + 1 if called else 0
-        votes = torch.tensor([int(self._calls >= grow.patience)], device=trainer.link.device)
-        trainer.strategy.lockstep.all_reduce([votes], "max").wait()  # should rounding differ
-        if trainer.layout.agree(bool(votes.item())):
+        grows = self._calls >= grow.patience  # asked for, should rounding differ
+        grows = any_rank(trainer.strategy.lockstep, grows, trainer.link.device)
+        if trainer.layout.agree(grows):
             self._multiple, self._calls = following, 0
             self._use_multiple(trainer, grow)
             trainer.metrics.say(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,50 +20,36 @@ from scaledtrain.checkpoint.begin import resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
-from scaledtrain.copies import copied
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, must_end
+from scaledtrain.comm.votes import any_rank
+from scaledtrain.data.replica_loader import StepBatch, Weigh, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
-from scaledtrain.fit_loop import FitLoop
-from scaledtrain.measures import Measures, Metric
+from scaledtrain.evaluation import Evaluator, as_numbers
+from scaledtrain.fit_loop import FitLoop, FitResult, Limits
+from scaledtrain.measures import Metric
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
 from scaledtrain.parallel.batches import Steps, share_out
 from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision, PrecisionName
-from scaledtrain.recompute import CheckpointPolicy, Executor
+from scaledtrain.recompute import CheckpointPolicy
+from scaledtrain.recompute.late import LatePlan
 from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.run_dir import EVENTS
-from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown, call_model
+from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown
 from scaledtrain.seeding import (
     be_deterministic,
-    generator_states,
     seed_everything,
-    set_generator_states,
 )
 from scaledtrain.short_run import ShortRun
 from scaledtrain.strategies import Strategy, Sync
+from scaledtrain.trainer_state import Resumed, restore, state_of
 from scaledtrain.watch import Watch
 from scaledtrain.watch.watcher import Watcher
 
-__all__ = ["FitResult", "Trainer", "eval_mode"]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a run ended."""
-
-    step: int
-    """Updates made to the parameters since training began."""
-    seconds: float
-    """Wall time of this fit."""
-    stopped_by: str
-    """``"max_steps"``, ``"max_epochs"``, ``"max_seconds"``, ``"callback"`` or, when it was not
-    this replica's own decision, ``"another replica"``; the same on all ranks of a replica."""
-    evaluation: Mapping[str, float] = field(default_factory=dict)
-    """The last evaluation's values, on the ranks that evaluate."""
+__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -122,6 +106,21 @@ class Trainer:
             same order: to see that they can be learnt by heart; 0: on all there are.
         link: an existing connection to the other ranks; default: ``connect()``, or, on a rank of a
             simulated cluster, that rank's link.
+
+    Attributes:
+        model: this rank's piece of it, as it is trained.
+        replica: its trainable tensors, of which optimizers are made.
+        layout: which ranks have the replica together, and what each has.
+        strategy: attached to the replica.
+        schedule: runs the passes of a step.
+        scaler: of the loss.
+        link: to the other ranks; ``trainer.link.group.rank == 0`` is the first of all.
+        metrics: what is recorded and shown; ``say`` shows a line.
+        timeline: spans of time.
+        balancer: divides the samples of a step; None: all replicas have equally many.
+        callbacks: called in this order; others may be added before a fit.
+        epoch: passes over the data that are complete.
+        steps_in_epoch: of this replica, in the pass under way.
 
     Raises:
         ConfigError: something asked for cannot be; the message says what to change.
@@ -267,20 +266,26 @@ class Trainer:
         self.balancer = make_balancer(balance, self.strategy, self.layout, self.metrics.say)
         self.epoch = 0
         self.steps_in_epoch = 0
-        self._loss_fn = loss_fn
         self._loss_weight = loss_weight
         self._accumulation = gradient_accumulation_steps
         self._batches_per_step = batches_per_step
         self._max_grad_norm = max_grad_norm
         self.eval_metrics = dict(eval_metrics or {})
-        self._callbacks = list(callbacks)
+        self.callbacks = list(callbacks)
         self._seed = seed
         self._loop: FitLoop | None = None
         self._introduced = False
-        self._unplanned = activation_checkpointing  # until there is a batch
-        self._checkpointing: Executor | None = None
+        self._recomputation = LatePlan(
+            activation_checkpointing,
+            self.layout,
+            self.precision,
+            loss_fn,
+            compile,
+            self.link.device,
+            self.metrics.say,
+        )
         self._loader: Steps | None = None
-        self._resumed: dict[str, Any] = {}  # what only the next fit can restore
+        self._resumed = Resumed()
         self._saver: Saver | None = None
         try:
             self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
@@ -288,33 +293,9 @@ class Trainer:
         except BaseException:
             self._release()
             raise
-
-    def _plan_activations(self, batch: StepBatch) -> None:
-        """With a batch it can be seen what activations take, and that the loss stays; once."""
-        policy = self._unplanned
-        if policy is None or not batch.microbatches:
-            return
-        largest = max(range(len(batch.sizes)), key=batch.sizes.__getitem__)
-
-        def sample(called: Callable[..., Any]) -> Tensor:
-            with self.precision.autocast(self.link.device):
-                return call_model(called, batch.microbatches[largest], self._loss_fn)[1]
-
-        refused = None
-        try:
-            self._checkpointing = self.layout.checkpoint(
-                policy, sample, self._compile, batch.microbatches[largest]
-            )
-        except ConfigError as error:  # with batches of another shape another rank may have none
-            refused = error
-        if self.layout.agree(refused is not None):
-            raise refused or ConfigError(
-                "another rank of this replica cannot run with this activation checkpointing; its "
-                "own error says why"
-            )
-        assert self._checkpointing is not None
-        self._unplanned = None
-        self.metrics.say(self._checkpointing.told)
+        self._evaluator = Evaluator(
+            self.layout, self.schedule, self.strategy, self.link, loss_weight, self.watcher.enter
+        )
 
     @property
     def in_lockstep(self) -> bool:
@@ -359,12 +340,12 @@ class Trainer:
 
     def step(self, batch: StepBatch) -> bool:
         """Make one step; False if the strategy says that the run is over."""
-        self._plan_activations(batch)
+        self._recomputation.plan(batch)
         computed = None
         while computed is None:  # once, unless the strategy abandons what was begun
             self.replica.zero_grad()
             weight = self.schedule.weight(batch)
-            whole = [c.needs_own_gradients(self, batch) for c in self._callbacks]
+            whole = [c.needs_own_gradients(self, batch) for c in self.callbacks]
             passes = 0 if any(whole) else self.schedule.backward_passes(batch)
             self.watcher.enter("pull")
             going = self.strategy.before_forward(passes, weight)
@@ -409,12 +390,12 @@ class Trainer:
             weight = self.schedule.weight(nothing)
             self.schedule.run(nothing)
             found = any(p.grad is not None for p in self.replica.parameters)
-            here = torch.tensor([int(found)], device=self.link.device)
-            self.strategy.lockstep.all_reduce([here], "max").wait()
-            if here.item():  # else none of them has samples of that batch, or it was none
+            # Some replica has samples of the batch that is through now, if it was one.
+            found = any_rank(self.strategy.lockstep, found, self.link.device)
+            if found:
                 self.strategy.reduce_gradients(weight)
             self.scaler.check_and_clip(self.replica, self._max_grad_norm, False)
-            if here.item():
+            if found:
                 self.strategy.apply_gradients()
 
     def fit(
@@ -437,7 +418,7 @@ class Trainer:
             max_epochs: end when every replica has passed over its share this many times since
                 training began. A fit that ended inside an epoch is continued there.
             max_seconds: end after this time; replicas in lockstep, and ranks that have one
-                together, look at it every ``log_every`` steps.
+                together, look at it after evaluations and every ``log_every`` steps.
             eval: loader to evaluate on: after each epoch, or every ``eval_every`` steps, and at the
                 end. Replicas in lockstep share it; asynchronous ones leave it to rank 0.
             eval_every: steps (updates) between evaluations.
@@ -447,18 +428,11 @@ class Trainer:
             NonFiniteLossError: the loss became NaN or infinite.
             WaitTimeoutError, PeerLostError: another rank is stuck or died.
         """
-        limited = (max_steps, max_epochs, max_seconds) != (None, None, None)
-        if not limited and not self._short.steps:
+        if self._short.batches and eval_every is None:  # an epoch may be one step
+            eval_every = self.metrics.log_every
+        limits = Limits(max_steps, max_epochs, max_seconds, eval_every)
+        if not (limits.has_end or self._short.steps):
             raise ConfigError("fit would never end; give max_steps, max_epochs or max_seconds")
-        limits = {
-            "max_steps": max_steps,
-            "max_epochs": max_epochs,
-            "max_seconds": max_seconds,
-            "eval_every": eval_every,
-        }
-        for name, limit in limits.items():
-            if limit is not None and not limit > 0:  # so that NaN is refused, too
-                raise ConfigError(f"{name} is {limit}; it is > 0, or None for no such limit")
         if max_epochs is not None and not self._short.batches:
             must_end(train, f"the first of max_epochs={max_epochs} epochs")
         if eval is not None and not self._short.batches:
@@ -466,8 +440,6 @@ class Trainer:
         replicas = self.layout.link.group
         sharing = replicas.size * self.layout.data_ranks
         train, eval = self._short.data(train, eval, self._seed, sharing)
-        if self._short.batches and eval_every is None:  # an epoch may be one step
-            eval_every = self.metrics.log_every
         loader = self.layout.steps(
             train,
             replicas.rank,
@@ -480,47 +452,43 @@ class Trainer:
             batches_per_step=self._batches_per_step,
         )
         self._loader = loader
-        self._find_place(loader)
+        self._resumed.find_place(self, loader)
         self._introduce(loader)
         for line in self._short.told(train, loader.step_size[0]):
             self.metrics.say(line)
         if self._short.steps:
             gradients = self._short.steps * replicas.size
             last = self.step_count + max(1, int(gradients // self.strategy.gradients_per_step))
-            max_steps = last if max_steps is None else min(max_steps, last)
+            limits = limits.at_most(last)
         run = self._loop = FitLoop(
             self,
             loader,
             self._call,
-            max_steps=max_steps,
-            max_epochs=max_epochs,
-            max_seconds=max_seconds,
+            limits,
             eval_loader=eval,
-            eval_every=eval_every,
             # Without these nobody can want to stop, and replicas need not ask each other.
-            may_stop=max_seconds is not None or bool(self._callbacks),
+            may_stop=max_seconds is not None or bool(self.callbacks),
             after_step=self._step_ended,
-            ready=self._ready,
+            ready=self._resumed.restore_generators,
         )
-        total = max_steps
+        total = limits.max_steps
         if total is None and max_epochs is not None and loader.steps_per_epoch is not None:
             left = (max_epochs - self.epoch) * loader.steps_per_epoch - self.steps_in_epoch
             gradients = left * replicas.size
             total = self.step_count + gradients // self.strategy.gradients_per_step
         # If one of those in lockstep may want to stop early, all must be ready to be asked.
-        early = torch.tensor([int(self.layout.agree(run.may_stop))], device=self.link.device)
-        self.strategy.lockstep.all_reduce([early], "max").wait()
-        run.may_stop = bool(early.item())
+        may_stop = self.layout.agree(run.may_stop)
+        run.may_stop = any_rank(self.strategy.lockstep, may_stop, self.link.device)
         if self.balancer is not None:
             self.balancer.start()
         stop_request = self._saver.stop_request if self._saver is not None else nullcontext()
         try:
             with self.watcher.watching(loader), stop_request:
                 # All begin at once, so times of different ranks are seconds since the same moment.
-                self.strategy.start(max_steps)
+                self.strategy.start(limits.max_steps)
                 self.metrics.start(self.step_count, total, max_seconds)
                 if self._saver is not None:
-                    self._saver.start(max_steps)
+                    self._saver.start(limits.max_steps)
                 self._call("on_fit_start")
                 stopped_by = run.run()
                 is_drained = self.schedule.pending > 0
@@ -534,7 +502,7 @@ class Trainer:
                 else:
                     self.strategy.settle()
                 self.layout.share_buffers()
-            self._resumed = {}
+            self._resumed = Resumed()
             self.layout.refresh()
             run.evaluate_at_end()
             self.metrics.flush(self.strategy)
@@ -574,41 +542,11 @@ class Trainer:
             ConfigError: there are ``eval_metrics``, but the batches have no targets; or the loader
                 has no end; or a metric is no number.
         """
-        found = self.measure(loader, self.eval_metrics)
-        for name, value in found.items():
-            if value.numel() != 1:
-                raise ConfigError(
-                    f"eval_metrics has {name!r}, whose value is no number but "
-                    f"{tuple(value.shape)} of them; call trainer.measure(loader, {{...}}) for it, "
-                    "or python -m scaledtrain.evaluate"
-                )
-        return {name: value.item() for name, value in found.items()}
+        return as_numbers(self.measure(loader, self.eval_metrics))
 
     def measure(self, loader: Iterable[Any], metrics: Mapping[str, Metric]) -> dict[str, Tensor]:
         """As `evaluate`, of these metrics, whose values may have any shape."""
-        must_end(loader, "an evaluation")
-        group = self.strategy.lockstep
-        group.broadcast(self.replica.buffers)
-        self.layout.share_buffers()
-        self.watcher.enter("evaluate")
-        start = self.timeline.now()
-        share = self.layout.steps(loader, group.rank, group.size, weigh=self._loss_weight)
-        measures = Measures(metrics, self.link.device)
-        with (
-            self.strategy.consensus(),
-            eval_mode(self.model),
-            closing(share.epoch(0)) as steps,
-        ):
-            self.layout.refresh()
-            for step in steps:
-                self.watcher.enter("evaluate")
-                for batch, size in zip(step.microbatches, step.sizes, strict=True):
-                    outputs, loss = self.schedule.predict(StepBatch([batch], [size]))
-                    if outputs is not None:  # else another rank has them
-                        targets = _targets(batch, metrics)
-                        measures.add(loss, outputs[0], targets, size)
-        self.timeline.add("evaluation", start)
-        return measures.values([group, self.layout.pieces])
+        return self._evaluator.measure(loader, metrics)
 
     def predict(self, loader: Iterable[Any]) -> list[Any]:
         """The model's outputs for each batch of a loader, in its order, in eval mode.
@@ -619,36 +557,11 @@ class Trainer:
         stage has the outputs (the last rank, with ``ZBVZeroBubble`` and ``DualPipeV`` the first),
         the others an empty list.
         """
-        must_end(loader, "a prediction")
-        self.layout.refresh()
-        outputs = []
-        with eval_mode(self.model):
-            for step in ReplicaLoader(loader, device=self.link.device).epoch(0):
-                for batch in step.microbatches:
-                    made = self.schedule.outputs(batch)
-                    if made is not None:  # else another rank has them
-                        outputs.append(made)
-        return outputs
+        return self._evaluator.predict(loader)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of what this rank needs to go on: also its place in the data, and generators."""
-        loader = self._loader
-        self.layout.refresh()
-        return {
-            "model": copied(self.model.state_dict()),
-            "strategy": self.strategy.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "steps_in_epoch": self.steps_in_epoch,
-            "seed": self._seed,
-            "loader": None if loader is None else copy.deepcopy(loader.state_dict()),
-            "step_size": None if loader is None else loader.step_size,
-            "steps_per_epoch": None if loader is None else loader.steps_per_epoch,
-            "generators": generator_states(),
-            "metrics": self.metrics.state_dict(),
-            "callbacks": [[type(c).__name__, c.state_dict()] for c in self._callbacks],
-            "balance": None if self.balancer is None else self.balancer.state_dict(),
-        }
+        return state_of(self, self._seed, self._loader)
 
     def full_state_dict(self) -> dict[str, Any]:
         """The whole model's state dict: plain tensors on the host, by the model's own names.
@@ -665,58 +578,7 @@ class Trainer:
         Raises:
             ConfigError: it is of a run with another seed, whose data have another order.
         """
-        if state["seed"] != self._seed:
-            raise ConfigError(
-                f"the state is of a run with seed {state['seed']}, this one has {self._seed}, by "
-                "which the samples come in another order; give it the same seed"
-            )
-        self.model.load_state_dict(state["model"])
-        self.strategy.load_state_dict(state["strategy"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.epoch = state["epoch"]
-        self.steps_in_epoch = state["steps_in_epoch"]
-        self.metrics.load_state_dict(state["metrics"], self.step_count)
-        if self.balancer is not None and state.get("balance") is not None:
-            self.balancer.load_state_dict(state["balance"])
-        saved = list(state.get("callbacks", []))
-        for callback in self._callbacks:  # of several of a class, the first gets the first's
-            mine = next((s for s in saved if s[0] == type(callback).__name__), None)
-            if mine is not None:
-                saved.remove(mine)
-                callback.load_state_dict(mine[1])
-        self._resumed = {
-            "loader": state["loader"],
-            "step_size": state["step_size"],
-            "steps_per_epoch": state.get("steps_per_epoch"),
-            "generators": state.get("generators"),
-        }
-        self._ready()
-
-    def _ready(self) -> None:
-        """All is as it was, and nothing random has happened since: so are the generators."""
-        if self._resumed.get("generators") is not None:
-            set_generator_states(self._resumed["generators"])
-
-    def _find_place(self, loader: Steps) -> None:
-        """Go on in the epoch where a resumed run was, also if steps have another size now."""
-        then = self._resumed.get("step_size")
-        if then is not None:
-            self.steps_in_epoch = loader.moved(self.steps_in_epoch, then)
-            before, after = _samples_of(then), _samples_of(loader.step_size)
-            if None not in (before, after) and before != after:
-                self.metrics.say(
-                    f"steps had {before} samples, and have {after} from here on; settings that "
-                    "lr_scaling made (learning rate, betas, eps) follow, others stay as saved"
-                )
-            long, now = self._resumed["steps_per_epoch"], loader.steps_per_epoch
-            if then == loader.step_size and None not in (long, now) and long != now:
-                self.metrics.say(
-                    f"the data have another size: an epoch had {long} steps, and has {now} from "
-                    "here on, in another order, so that this one misses some samples or has some "
-                    "twice"
-                )
-        if self._resumed.get("loader") is not None:
-            loader.load_state_dict(self._resumed["loader"])
+        self._resumed = restore(self, self._seed, state)
 
     def close(self) -> None:
         """Close files, and the connection if the Trainer made it; all ranks call it."""
@@ -748,19 +610,17 @@ class Trainer:
         self._short.close()
         self.metrics.finish()
         self.layout.close()
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.close()
-        if self._checkpointing is not None:
-            self._checkpointing.remove()
-            self._checkpointing = None
+        self._recomputation.close()
 
     def _call(self, moment: str, *arguments: Any) -> None:
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             getattr(callback, moment)(self, *arguments)
 
     def _more_metrics(self) -> dict[str, float]:
         told = {**self.scaler.metrics()}
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             told.update(callback.metrics())
         return told
 
@@ -782,32 +642,3 @@ class Trainer:
         )
         if self.layout.told:
             self.metrics.say(self.layout.told)
-
-
-def _targets(batch: Any, metrics: Mapping[str, Metric]) -> Any:
-    if not metrics:
-        return None
-    if not isinstance(batch, (tuple, list)):
-        raise ConfigError(
-            f"eval_metrics ({', '.join(metrics)}) compare outputs with targets, but the loader "
-            f"gave a {type(batch).__name__} instead of (inputs, targets)"
-        )
-    return batch[1]
-
-
-def _samples_of(step_size: tuple[int, int | None]) -> int | None:
-    batches, samples = step_size
-    return None if samples is None else batches * samples
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module is then put back into the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -16,6 +16,7 @@ from scaledtrain.checkpoint.folder import (
     saved_steps,
 )
 from scaledtrain.comm.protocols import Link
+from scaledtrain.comm.votes import any_rank
 from scaledtrain.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -103,9 +104,7 @@ def _newest_intact(folder: Path, link: Link) -> SavedStep | None:
 def _damage(saved: SavedStep, link: Link) -> str | None:
     """Every rank looks at some of the files; what one of them found, or that another one did."""
     own = saved.damage(slice(link.group.rank, None, link.group.size))
-    found = torch.tensor([int(own is not None)], device=link.device)
-    link.group.all_reduce([found], "max").wait()
-    if not found.item():
+    if not any_rank(link.group, own is not None, link.device):
         return None
     return own or "another rank found it damaged, and says how"
 

@@ -14,6 +14,7 @@ from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.comm.votes import any_rank
 from scaledtrain.data.replica_loader import ReplicaLoader, Weigh, to_device
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
@@ -121,7 +122,7 @@ class Layout:
         """Names of parameters that another rank of this replica has as well, and counts."""
         return set() if self._pipe is None else self._pipe.stages.counted_elsewhere()
 
-    def checkpoint(
+    def recompute(
         self, policy: CheckpointPolicy, sample: Sample, compile: str | None, batch: Any
     ) -> Executor:
         """Let a policy decide what this rank's piece keeps. Collective.
@@ -146,7 +147,7 @@ class Layout:
                 "they are; leave activation_checkpointing.blocks and compile out"
             )
         assert self._stages is not None
-        return self._pipe.checkpoint(policy, batch, self._stages, self._shards is not None)
+        return self._pipe.recompute(policy, batch, self._stages, self._shards is not None)
 
     def scheduler(self, make: MakeScheduler | None) -> MakeScheduler | None:
         """A learning-rate schedule as this piece of the model wants it."""
@@ -318,11 +319,7 @@ class Layout:
 
     def agree(self, vote: bool) -> bool:
         """Whether a rank of this replica says so; all of them ask together."""
-        if self.pieces.size == 1:
-            return vote
-        votes = torch.tensor([int(vote)])
-        self.pieces.all_reduce([votes], "max").wait()
-        return bool(votes.item())
+        return any_rank(self.pieces, vote)
 
     def sum(self, values: Tensor) -> None:
         """Add up, in place, over the ranks of this replica."""

@@ -88,7 +88,7 @@ class Pipe:
                 "hooks; choose GPipe, 1F1B or Interleaved1F1B, or set mesh.shard to 1"
             )
 
-    def checkpoint(
+    def recompute(
         self, policy: CheckpointPolicy, batch: Any, schedule: StagesSchedule, sharded: bool
     ) -> Executor:
         """Let a policy decide what each stage here keeps. Collective.

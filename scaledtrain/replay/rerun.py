@@ -18,6 +18,7 @@ from scaledtrain.callbacks import Callback
 from scaledtrain.config import TrainConfig
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError, ReplayError
+from scaledtrain.evaluation import eval_mode
 from scaledtrain.replay.history import History, Life
 from scaledtrain.replay.link import ReplayLink
 from scaledtrain.replay.player import Arrived, Player
@@ -32,7 +33,7 @@ from scaledtrain.sim.topology import Topology, Wire
 from scaledtrain.sim.world import Rank, World
 from scaledtrain.tasks import Task
 from scaledtrain.train import run_settled
-from scaledtrain.trainer import Trainer, eval_mode
+from scaledtrain.trainer import Trainer
 
 __all__ = ["replay"]
 

@@ -26,6 +26,7 @@ from scaledtrain.command_line import read_command_line
 from scaledtrain.config import TrainConfig, check
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
+from scaledtrain.fit_loop import FitResult
 from scaledtrain.launching import guarded
 from scaledtrain.run_dir import make_run_dir
 from scaledtrain.schedule import Slowdown
@@ -34,7 +35,6 @@ from scaledtrain.short_run import refuse_fast_dev_run
 from scaledtrain.sim import Cluster, simulate, simulate_times
 from scaledtrain.sim.times import Times
 from scaledtrain.train import report_result, run_settled
-from scaledtrain.trainer import FitResult
 
 __all__ = ["SimulateConfig", "main", "run_times", "run_training"]
 

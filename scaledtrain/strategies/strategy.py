@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from scaledtrain.comm.protocols import Group, Link
+from scaledtrain.comm.votes import any_rank
 from scaledtrain.optim.scaling import LearningRateScaling
 from scaledtrain.replica import Replica
 
@@ -122,9 +123,7 @@ class Strategy(ABC):
 
     def agree_to_stop(self, vote: bool) -> bool:
         """Whether to stop now; replicas in lockstep ask together and get the same answer."""
-        votes = torch.tensor([int(vote)], device=self._replica.device)
-        self.lockstep.all_reduce([votes], "max").wait()
-        return bool(votes.item())
+        return any_rank(self.lockstep, vote, self._replica.device)
 
     @contextmanager
     def consensus(self) -> Iterator[None]:

@@ -83,7 +83,7 @@ def everything_rank(transport: Transport) -> dict[str, dict[str, Any]]:
             again = t.evaluate(everything)["loss"]
             steps = t.fit(loader, max_steps=epochs.step + 20)
             second = flat(t)
-            t._callbacks = [StopOnLast(after=10)]
+            t.callbacks = [StopOnLast(after=10)]
             stopped = t.fit(loader, max_seconds=60)
             slowed = Trainer(
                 net(), F.cross_entropy, SGD, strategy=strategies()[name], callbacks=[Count()],
@@ -96,7 +96,7 @@ def everything_rank(transport: Transport) -> dict[str, dict[str, Any]]:
                 "steps": (epochs.step, steps.step),
                 "ended_by": (epochs.stopped_by, steps.stopped_by, stopped.stopped_by),
                 "parameters": (first, second, flat(t)),
-                "with_a_straggler": slowed._callbacks[0].steps,
+                "with_a_straggler": slowed.callbacks[0].steps,
             }
     return results
 

@@ -217,7 +217,7 @@ def async_rank(transport: Transport) -> dict[str, Any]:
                 if link.group.rank == link.group.size - 1:
                     trainer.stop()
 
-        t._callbacks = [StopOnLast()]
+        t.callbacks = [StopOnLast()]
         stopped = t.fit(loader, max_seconds=60)
         return {
             "limited": limited.step,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.evaluation import eval_mode
 from scaledtrain.parallel.pipeline import (
     Cut,
     Held,
@@ -23,7 +24,6 @@ from scaledtrain.parallel.pipeline import (
 from scaledtrain.parallel.pipeline.pipeline import OwnStages
 from scaledtrain.recompute import CheckpointEvery, checkpoint_activations
 from scaledtrain.recompute.blocks import find_blocks
-from scaledtrain.trainer import eval_mode
 from tests.unit.test_pipeline_parts import assert_all_state, assert_same_gradients, run, stages_of
 
 pytestmark = pytest.mark.timeout(300)

@@ -124,7 +124,7 @@ def trained_rates(workers: int, *overrides: str) -> list[list[float]]:
     def program(link: Any) -> list[float]:
         trainer, train, _ = build(config, link)
         found: list[float] = []
-        trainer._callbacks.append(Note(found))
+        trainer.callbacks.append(Note(found))
         with trainer:
             trainer.fit(train, max_steps=config.max_steps)
         return found

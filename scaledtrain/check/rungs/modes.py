@@ -118,12 +118,13 @@ def _predicts(
         where = f" with {named(dict.fromkeys(ran_in_train_mode))} in train mode"
         yield failed(
             f"predict runs the model{where if ran_in_train_mode else ' so that answers differ'}",
-            "call model.eval() in it, and model.train() behind it (scaledtrain.trainer.eval_mode)",
+            "call model.eval() in it, and model.train() behind it, or run it inside "
+            "scaledtrain.evaluation.eval_mode(model)",
         )
         return
     changed = [name or "the model itself" for name, m in model.named_modules() if not m.training]
     if changed:
         yield failed(
             f"predict leaves {named(changed)} in eval mode, and training goes on in it",
-            "put each module back into the mode in which it was (scaledtrain.trainer.eval_mode)",
+            "put each module back into the mode in which it was (scaledtrain.evaluation.eval_mode)",
         )
