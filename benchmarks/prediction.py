@@ -3,7 +3,7 @@
 python -m benchmarks.prediction                  everything; results/ and README.md
 python -m benchmarks.prediction --only sync,ssp  some of sync, async, ssp, local_sgd
 python -m benchmarks.prediction --workers 4      one number of workers
-python -m benchmarks.prediction --quick          does it run? Two workers, half a second each, stores nothing
+python -m benchmarks.prediction --quick          does it run? Two workers, half a second each
 python -m benchmarks.prediction --table          write README.md's table anew
 python -m benchmarks.prediction --check          fail if README.md is not up to date
 
