@@ -91,7 +91,7 @@ def choose_threshold(
 
     Args:
         seconds: shape [workers, steps, microbatches]: what each took. ``Trainer.schedule`` has
-            those of its last step in ``microbatch_seconds``.
+            those of its last step in ``microbatch_seconds``, without shards and pipelines.
         communication_seconds: c, for each step or for all.
 
     Raises:

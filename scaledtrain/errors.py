@@ -1,4 +1,6 @@
-"""Every exception that scaledtrain raises on purpose.
+"""The exceptions that scaledtrain raises on purpose, but for those that end a process as asked.
+
+`Interrupted` is a KeyboardInterrupt, and `Preempted` a SystemExit: neither is an error.
 
     ScaledTrainError
     ├── ConfigError            what was asked for cannot be: a wrong key, size, model or loader

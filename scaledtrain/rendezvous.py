@@ -79,7 +79,8 @@ class Connection:
         store: the job's key-value store; None for a job of one process.
         event_log: where the next server writes its events; None: nowhere.
         attempt: how often this rank has come back to its job.
-        transport: how ``group`` moves its bytes: ``"local"``, or as `connect` has it.
+        transport: how ``group`` moves its bytes: ``"local"`` alone, ``"server"`` where this rank
+            came back to its job and can only talk to the server, or as `connect` has it.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Connection:
         self.timeline: Timeline = whole[0].timeline if whole else Timeline(device, clock=self.clock)
         self.timeout_seconds = timeout_seconds
         self.store: dist.Store | None = None
-        # For threads, which only look: whoever waits in a client of the store keeps them out of it.
+        # A second client, for threads that only look: one that waits in a client blocks it.
         self._store_of_threads: dist.Store | None = None
         self.transport = "local"
         self.group: Group = LocalGroup()
@@ -131,8 +132,8 @@ class Connection:
             if self.attempt > 0:
                 self.group, self.transport = AbsentGroup(info.rank, info.size), "server"
                 return
-            # Its functions have the process group that is there when it is imported, which making
-            # an optimizer does, as a default: they would keep it, and its threads, to the end.
+            # Importing this module stores the process group that is there then as a default
+            # argument, which keeps it and its threads to the end; making an optimizer imports it.
             importlib.import_module("torch.distributed.nn.functional")
             # Without device_id: a group bound to a device makes others by ncclCommSplit, which also
             # ranks that are in none would have to call.

@@ -114,7 +114,7 @@ class StepBatch(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Samples in all microbatches."""
+        """Samples in all microbatches, or how much else they count (`Weigh`)."""
         return sum(self.sizes)
 
     @property

@@ -52,7 +52,8 @@ def test_the_readme_names_every_guide() -> None:
     assert linked == {name(guide) for guide in GUIDES}
 
 
-QUOTED = {  # what the README says of strategies -> the stored row that it is taken from
+CHOOSING = ROOT / "docs/choosing.md"
+QUOTED = {  # what is said of strategies -> the stored row that it is taken from
     "95 % and 99 % of the sum": "| auto | 514 | 95.3 % (95.0 to 96.6) |",
     "and 99 % of the sum of their rates": "| async | 538 | 99.5 % (99.2 to 99.6) |",
     "an even split 37 %": "| even | 197 | 36.6 % (36.4 to 36.6) |",
@@ -94,10 +95,19 @@ QUOTED = {  # what the README says of strategies -> the stored row that it is ta
 
 
 @pytest.mark.parametrize(("said", "row"), QUOTED.items())
-def test_what_the_readme_says_of_strategies_was_measured(said: str, row: str) -> None:
-    """Where measurements were repeated, change the README's guide, and the rows here."""
-    assert said in DOCUMENTS[0].read_text(encoding="utf-8")
+def test_what_is_said_of_strategies_was_measured(said: str, row: str) -> None:
+    """Where measurements were repeated, change the guide, and the rows here."""
+    assert said in CHOOSING.read_text(encoding="utf-8")
     assert row in (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_has_no_other_figures_of_strategies() -> None:
+    readme = without_code(DOCUMENTS[0].read_text(encoding="utf-8"))
+    guide = readme.partition("### Which strategy should I use?")[2].partition("\n## ")[0]
+    figures = re.compile(r"\d+(?:\.\d+)?(?: %| s\b)?")
+    found = figures.findall(guide)
+    assert len(found) > 30
+    assert set(found) <= set(figures.findall(without_code(CHOOSING.read_text(encoding="utf-8"))))
 
 
 def without_code(text: str) -> str:
