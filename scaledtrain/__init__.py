@@ -7,6 +7,7 @@ server in `scaledtrain.server`, layouts and engines in `scaledtrain.parallel`, e
 
 from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.checkpoint import Checkpointing
+from scaledtrain.connection import connect
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ScaledTrainError
 from scaledtrain.layers import LayerWatch
@@ -14,7 +15,6 @@ from scaledtrain.memory import estimate_memory
 from scaledtrain.mesh import Mesh
 from scaledtrain.noise_scale import NoiseScale
 from scaledtrain.precision import Precision
-from scaledtrain.rendezvous import connect
 from scaledtrain.replica import Replica
 from scaledtrain.seeding import seed_everything
 from scaledtrain.simulate import simulate

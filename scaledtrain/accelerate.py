@@ -13,8 +13,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from scaledtrain.connection import Connection, connect
 from scaledtrain.errors import ConfigError
-from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import Replica
 from scaledtrain.strategies import Strategy
 

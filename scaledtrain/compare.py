@@ -26,11 +26,11 @@ from tqdm import tqdm
 from scaledtrain.callbacks import Callback
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import Target, TrainConfig, check
+from scaledtrain.connection import Connection
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded, workers_to_start
 from scaledtrain.local_job import start_workers
-from scaledtrain.rendezvous import Connection
 from scaledtrain.report.comparison import Comparison, report
 from scaledtrain.report.picture import require_matplotlib
 from scaledtrain.report.summary import Goal

@@ -23,7 +23,8 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from scaledtrain.errors import ClusterError, ConfigError, RendezvousError, ScaledTrainError
-from scaledtrain.ranks import RankInfo, life_of
+from scaledtrain.ranks import RankInfo
+from scaledtrain.rendezvous import life_of
 
 __all__ = ["Interrupted", "guarded", "is_launched", "tell", "workers_to_start"]
 

@@ -12,7 +12,7 @@ from scaledtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from scaledtrain.config import TrainConfig
-    from scaledtrain.rendezvous import Connection
+    from scaledtrain.connection import Connection
 
 __all__ = [
     "CONFIG",

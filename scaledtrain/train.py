@@ -22,13 +22,13 @@ from scaledtrain.callbacks import Callback
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import TrainConfig, check, to_yaml
+from scaledtrain.connection import Connection, Transport, connect
 from scaledtrain.environment import environment
 from scaledtrain.fit_loop import FitResult
 from scaledtrain.launching import Interrupted, guarded, workers_to_start
 from scaledtrain.local_job import SAVE_SECONDS, UNWIND_SECONDS, start_workers
 from scaledtrain.parallel.accelerate import with_accelerate
 from scaledtrain.records import write_file
-from scaledtrain.rendezvous import Connection, Transport, connect
 from scaledtrain.run_config import write_config
 from scaledtrain.run_dir import RESULT, choose_run_dir
 from scaledtrain.tasks import Task

@@ -21,6 +21,7 @@ from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
 from scaledtrain.comm.votes import any_rank
+from scaledtrain.connection import Connection, connect
 from scaledtrain.data.replica_loader import StepBatch, Weigh, must_end
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
@@ -35,7 +36,6 @@ from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy
 from scaledtrain.recompute.late import LatePlan
-from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.run_dir import EVENTS
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.comm.protocols import Link
+from scaledtrain.connection import connect
 from scaledtrain.data.cut import count_samples, cut
 from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, to_device
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory.estimate import MemoryEstimate
 from scaledtrain.precision import Precision
-from scaledtrain.rendezvous import connect
 from scaledtrain.replica import MakeOptimizer
 from scaledtrain.schedule import LossFn, call_model, inputs_and_targets
 from scaledtrain.seeding import seed_everything

@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from scaledtrain.baselines.results import read_baselines, verdict
 from scaledtrain.checkpoint.export import checkpoints_at, run_of
 from scaledtrain.command_line import only_run, read_command_line, runs_and_settings
+from scaledtrain.connection import Transport, connect
 from scaledtrain.evaluate.measure import EvaluateConfig, evaluate_run
 from scaledtrain.evaluate.results import Evaluated, write_evaluated
 from scaledtrain.launching import guarded
-from scaledtrain.rendezvous import Transport, connect
 from scaledtrain.schema import parse
 
 __all__ = ["main", "to_text"]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from scaledtrain import Checkpointing, Trainer, connect
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.comm.protocols import Link
-from scaledtrain.rendezvous import Transport
+from scaledtrain.connection import Transport
 from scaledtrain.sim import simulate
 from tests.contract.cases import CASES, Case
 from tests.contract.test_replicas import REAL, UNEVEN, WORLDS, World

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from scaledtrain import Replica, connect
 from scaledtrain.comm.protocols import Link
-from scaledtrain.rendezvous import Transport
+from scaledtrain.connection import Transport
 from scaledtrain.sim import Cluster, Gamma, SlowWorkers, Topology, Wire, simulate
 from tests.contract.cases import CASES, Case
 from tests.contract.training import SGD, SaveAt, batches, flat, net, plain_training, trainer

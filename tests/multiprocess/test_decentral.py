@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import Callback, Strategy, Trainer, connect
-from scaledtrain.rendezvous import Transport
+from scaledtrain.connection import Transport
 from scaledtrain.schedule import Slowdown
 from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, Hogwild, PushSum
 from tests.ranks import run_ranks

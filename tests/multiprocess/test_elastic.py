@@ -16,7 +16,7 @@ import pytest
 
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.command_line import compose
-from scaledtrain.rendezvous import connect
+from scaledtrain.connection import connect
 from scaledtrain.train import run
 from tests.ranks import free_port
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import Callback, ParameterServer, StopAtTarget, Sync, Trainer, connect
-from scaledtrain.rendezvous import Transport
+from scaledtrain.connection import Transport
 from scaledtrain.schedule import Slowdown
 from scaledtrain.server import Synchronous
 from tests.ranks import run_ranks

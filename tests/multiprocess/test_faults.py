@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from scaledtrain import DiLoCo, ParameterServer, Strategy, Sync, Trainer, connect
+from scaledtrain.connection import Transport
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.faults import FaultInjector
-from scaledtrain.rendezvous import Transport
 from scaledtrain.schedule import Slowdown
 from tests.ranks import run_ranks
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from scaledtrain import ParameterServer, Replica, connect
-from scaledtrain.rendezvous import Transport
+from scaledtrain.connection import Transport
 from scaledtrain.server import StaleSynchronous
 from tests.ranks import run_ranks
 

@@ -12,7 +12,7 @@ import pytest
 
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import check
-from scaledtrain.rendezvous import connect
+from scaledtrain.connection import connect
 from scaledtrain.train import run
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "hosts.sh"

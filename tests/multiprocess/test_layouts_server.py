@@ -22,9 +22,9 @@ from scaledtrain.callbacks import Callback, StopAtTarget
 from scaledtrain.comm.compress import TopK
 from scaledtrain.comm.protocols import Link
 from scaledtrain.comm.serving.event_log import read_events
+from scaledtrain.connection import Transport
 from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
-from scaledtrain.rendezvous import Transport
 from scaledtrain.replica import Updater
 from scaledtrain.run_dir import EVENTS
 from scaledtrain.server import (

@@ -28,8 +28,8 @@ from scaledtrain.comm.protocols import Store
 from scaledtrain.comm.serving.event_log import Event, read_events
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.connection import Transport
 from scaledtrain.errors import ConfigError
-from scaledtrain.rendezvous import Transport
 from scaledtrain.run_dir import choose_run_dir
 from scaledtrain.server import (
     AdaptiveDelayCompensated,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from scaledtrain import DiLoCo, LocalSGD, Strategy, Sync, Trainer, connect
 from scaledtrain.comm.compress import PowerSGD, TopK
 from scaledtrain.comm.protocols import Link
-from scaledtrain.rendezvous import Transport
+from scaledtrain.connection import Transport
 from scaledtrain.sim import Cluster, Gamma, Nic, Topology, Wire, simulate
 from scaledtrain.strategies import SlowMo
 from tests.ranks import run_ranks

@@ -23,9 +23,9 @@ from scaledtrain.comm.compress import (
     TopK,
     compressed,
 )
+from scaledtrain.connection import Connection, Transport
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.faults import FaultInjector
-from scaledtrain.rendezvous import Connection, Transport
 from tests.ranks import run_ranks
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -24,8 +24,8 @@ from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.checkpoints import run
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.connection import connect
 from scaledtrain.errors import ConfigError
-from scaledtrain.rendezvous import connect
 from scaledtrain.train import run as train
 
 ROOT = Path(__file__).parents[2]

@@ -14,6 +14,7 @@ from scaledtrain import cli, tasks
 from scaledtrain.build import build
 from scaledtrain.command_line import compose, config_folder, read_command_line
 from scaledtrain.config import BatchSizes, TrainConfig, check, to_yaml
+from scaledtrain.connection import Connection, connect
 from scaledtrain.data import (
     Column,
     Normalization,
@@ -23,7 +24,6 @@ from scaledtrain.data import (
 )
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import workers_to_start
-from scaledtrain.rendezvous import Connection, connect
 from scaledtrain.sweeps import split_sweeps
 from scaledtrain.train import run
 

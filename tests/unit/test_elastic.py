@@ -22,7 +22,8 @@ from scaledtrain.config import BatchSizes, check
 from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.batches import share_out
-from scaledtrain.ranks import RankInfo, meet
+from scaledtrain.ranks import RankInfo
+from scaledtrain.rendezvous import meet
 from scaledtrain.sim import Cluster, Gamma, Topology, Wire, simulate
 
 HOSTS = Topology(ranks_per_host=4, hosts=1, port=Wire(1e-4, gigabits_per_second=1.0))

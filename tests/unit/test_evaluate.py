@@ -22,6 +22,7 @@ from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.checkpoints import run as checkpoints
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.connection import connect
 from scaledtrain.errors import ConfigError
 from scaledtrain.evaluate import (
     EvaluateConfig,
@@ -34,7 +35,6 @@ from scaledtrain.evaluate import (
 )
 from scaledtrain.evaluate.card import write_card
 from scaledtrain.models import MLP
-from scaledtrain.rendezvous import connect
 from scaledtrain.report.evaluated import section
 from scaledtrain.report.page import write_report
 from scaledtrain.tasks import digits

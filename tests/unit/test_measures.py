@@ -27,10 +27,10 @@ from scaledtrain import Trainer
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
+from scaledtrain.connection import connect
 from scaledtrain.errors import ConfigError
 from scaledtrain.measures import Measures, gather_unequal
 from scaledtrain.models import next_token_loss
-from scaledtrain.rendezvous import connect
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
 from scaledtrain.tasks import accuracy
 from scaledtrain.train import run

@@ -18,9 +18,9 @@ import scaledtrain.tune.search as search_module
 from scaledtrain.callbacks import Callback
 from scaledtrain.command_line import compose
 from scaledtrain.config import Target
+from scaledtrain.connection import connect
 from scaledtrain.errors import ConfigError
 from scaledtrain.jobs import Job
-from scaledtrain.rendezvous import connect
 from scaledtrain.report.command import main as report
 from scaledtrain.sweeps import split_sweeps
 from scaledtrain.train import run
