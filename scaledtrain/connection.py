@@ -269,7 +269,6 @@ class Connection:
         Raises:
             ConfigError: they are not on the CPU, or the ranks not on one host.
         """
-        self._check_whole()
         if any(t.device.type != "cpu" for t in like):
             raise ConfigError(
                 "only the CPU's memory can be shared by ranks as if it were their own, but the "
@@ -315,16 +314,6 @@ class Connection:
         peers = WirePeers(self._job(store), like, peer, answers)
         self._peers.append(peers)
         return peers
-
-    def _check_whole(self) -> None:
-        """Raise ConfigError where others would have to share pieces of parameters."""
-        if self._pieces is not None:
-            raise ConfigError(
-                "Hogwild lets all ranks compute with the same memory, so that each needs a whole "
-                "replica in it, but mesh.shard or mesh.pipe divides one over "
-                f"{self._pieces.group.size} ranks; set both to 1, or take another strategy: "
-                "Gossip, PushSum, ParameterServer, AsyncLocalSGD, LocalSGD or DiLoCo"
-            )
 
     def _share(self, store: dist.Store, n_bytes: int) -> SharedSegment | None:
         return SharedSegment.connect(

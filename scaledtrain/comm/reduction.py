@@ -1,9 +1,13 @@
-"""Sums, means and maxima over ranks, taken in the order of ranks: the same bits everywhere."""
+"""Sums, means and maxima over ranks, taken in the order of ranks: the same bits everywhere.
+
+Once for whole tensors, and once for blocks of them that lie in shared memory.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +15,7 @@ from torch import Tensor
 from scaledtrain.comm.protocols import ReduceOp
 from scaledtrain.errors import ConfigError
 
-__all__ = ["reduce_in_rank_order", "total_weight"]
+__all__ = ["Reduction", "divisors", "reduce_block", "reduce_in_rank_order", "total_weight"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -83,3 +87,58 @@ def total_weight(weights: Sequence[float]) -> float:
             "least one rank must have a sample"
         )
     return total
+
+
+class Reduction(NamedTuple):
+    """What is computed: the ranks that count with their weights, and by what the sum is divided."""
+
+    call: str
+    terms: tuple[tuple[int, float], ...]
+    divisors: dict[torch.dtype, Tensor] | None
+
+
+def divisors(total: float) -> dict[torch.dtype, Tensor]:
+    """The sum of the weights as torch divides by it fastest: a tensor of the dividend's dtype."""
+    with torch.inference_mode(False):
+        dtypes = (torch.float32, torch.float64)
+        return {dtype: torch.tensor(total, dtype=dtype, device="cpu") for dtype in dtypes}
+
+
+def reduce_block(reduction: Reduction, slots: list[Tensor], out: Tensor, scratch: Tensor) -> None:
+    """Reduce one block of all slots, in the order of ranks.
+
+    Args:
+        reduction: what to compute.
+        slots: by rank, each of shape [n] with n <= 32768.
+        out: shape [n], the same dtype.
+        scratch: uint8 of shape [2, 32768 * 8].
+    """
+    call, terms, divisors = reduction
+    if call == "max":
+        out.copy_(slots[0])
+        for slot in slots[1:]:
+            torch.maximum(out, slot, out=out)
+        return
+    n = out.numel()
+    half = out.dtype in _HALF
+    total = scratch[0].view(torch.float32)[:n] if half else out
+    (first, weight), others = terms[0], terms[1:]
+    if others and weight == others[0][1] == 1.0 and not half:
+        torch.add(slots[first], slots[others[0][0]], out=total)
+        others = others[1:]
+    else:
+        total.copy_(slots[first])
+        if weight != 1.0:
+            total.mul_(weight)
+    for rank, weight in others:
+        term = slots[rank]
+        if weight != 1.0:
+            # Not add's alpha: that rounds once where a product and a sum round twice, or not,
+            # depending on the processor.
+            product = scratch[1].view(total.dtype)[:n]
+            term = product.copy_(term).mul_(weight)
+        total.add_(term)
+    if divisors is not None:
+        total.div_(divisors[total.dtype])
+    if half:
+        out.copy_(total)

@@ -15,13 +15,12 @@ is the same on every rank, bit by bit, and from run to run.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import struct
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -30,16 +29,28 @@ from torch.autograd.graph import increment_version
 
 from scaledtrain.comm.flat import bytes_of
 from scaledtrain.comm.protocols import ReduceOp
-from scaledtrain.comm.reduction import total_weight
-from scaledtrain.comm.shared_memory import SharedSegment, aligned
+from scaledtrain.comm.reduction import Reduction, divisors, reduce_block, total_weight
+from scaledtrain.comm.shared_memory import SharedSegment
+from scaledtrain.comm.shared_plan import (
+    BLOCK_ELEMENTS,
+    CALLS,
+    DTYPES,
+    HEADER_BYTES,
+    SMALL_BYTES,
+    Block,
+    Piece,
+    Plan,
+    check_memory,
+    describe,
+    header_offset,
+    memory_bytes,
+    result_offset,
+    slot_offset,
+)
 from scaledtrain.errors import ClusterError, ConfigError
 
 __all__ = ["SharedMemoryGroup"]
 
-_CHUNK_BYTES = 512 * 1024  # of a slot: few enough to stay in a cache, enough to be worth meeting
-_SMALL_BYTES = 32 * 1024  # up to here one barrier less is worth more than sharing the additions
-_BLOCK_ELEMENTS = 32 * 1024  # up to here torch uses one thread: ranks already share the cores
-_HEADER_BYTES = 64
 _HEADER = struct.Struct("<8sdIIQQ")  # digest, weight, call, source, tensors, bytes
 _SHORT_BYTES = 16 * 1024
 _MAX_PLANS = 64
@@ -47,12 +58,6 @@ _MAX_BLOCKS = 4096
 _SHORT_SECONDS = 20e-6  # waiting as short as this is what meeting costs, not somebody's delay
 
 Observe = Callable[[Literal["waiting", "communication"], float, float], object]
-
-_CALLS = ("sum", "mean", "max", "broadcast")
-_HALF = (torch.float16, torch.bfloat16)
-_FLOATING = {torch.float32, torch.float64, *_HALF}
-_NUMBERS = {*_FLOATING, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
-_DTYPES = {"mean": _FLOATING, "sum": _NUMBERS, "max": {*_NUMBERS, torch.bool}}
 
 # (to, from, bytes). The second lets other threads of Python run meanwhile; that costs more than a
 # short copy, above all where one of them then keeps the lock.
@@ -104,14 +109,14 @@ class SharedMemoryGroup:
         self._headers = segment.memory.numpy().data
         base = segment.memory.data_ptr()
         self._slots = [
-            [base + _slot_offset(size, parity, r) for r in range(size)] for parity in (0, 1)
+            [base + slot_offset(size, parity, r) for r in range(size)] for parity in (0, 1)
         ]
-        self._results = [base + _result_offset(size, parity) for parity in (0, 1)]
+        self._results = [base + result_offset(size, parity) for parity in (0, 1)]
         with torch.inference_mode(False):  # else it could not be written outside of it
-            self._private = torch.empty(_SMALL_BYTES, dtype=torch.uint8, device="cpu")
-            self._scratch = torch.empty(2, _BLOCK_ELEMENTS * 8, dtype=torch.uint8, device="cpu")
-        self._plans: OrderedDict[object, _Plan] = OrderedDict()
-        self._blocks: dict[tuple[int, bool, _Block], tuple[list[Tensor], Tensor]] = {}
+            self._private = torch.empty(SMALL_BYTES, dtype=torch.uint8, device="cpu")
+            self._scratch = torch.empty(2, BLOCK_ELEMENTS * 8, dtype=torch.uint8, device="cpu")
+        self._plans: OrderedDict[object, Plan] = OrderedDict()
+        self._blocks: dict[tuple[int, bool, Block], tuple[list[Tensor], Tensor]] = {}
         self._pending: deque[_Pending] = deque()
         self._lock = threading.Lock()
         self._ones = [1.0] * size
@@ -151,7 +156,7 @@ class SharedMemoryGroup:
             "shared_memory_group",
             rank,
             size,
-            n_bytes=_memory_bytes(size),
+            n_bytes=memory_bytes(size),
             n_semaphores=size * size,
             ranks=ranks,
             timeout_seconds=timeout_seconds,
@@ -185,7 +190,7 @@ class SharedMemoryGroup:
             WaitTimeoutError: a rank did not come in time.
         """
         self._raise_broken()
-        if op not in _DTYPES:
+        if op not in DTYPES:
             raise ConfigError(f"op={op!r} is none of 'sum', 'mean', 'max'")
         tensors = list(tensors)
         pending = _Pending(self, tensors, self._plan(tensors, op, 0), weight)
@@ -242,11 +247,11 @@ class SharedMemoryGroup:
         self._headers = memoryview(b"")
         self._segment.close()
 
-    def _plan(self, tensors: Sequence[Tensor], call: str, src: int) -> _Plan:
+    def _plan(self, tensors: Sequence[Tensor], call: str, src: int) -> Plan:
         key = (call, src, *[(t.shape, t.dtype, t.is_cpu) for t in tensors])
         plan = self._plans.get(key)
         if plan is None:
-            plan = _Plan(tensors, call, src, self.rank, self.size)
+            plan = Plan(tensors, call, src, self.rank, self.size)
             self._plans[key] = plan
             if len(self._plans) > _MAX_PLANS:
                 self._plans.popitem(last=False)
@@ -280,10 +285,10 @@ class SharedMemoryGroup:
         originals = pending.tensors
         tensors = [t if t.is_contiguous() else t.detach().contiguous() for t in originals]
         pointers = [t.data_ptr() for t in tensors]
-        _check_memory(plan, pointers)
+        check_memory(plan, pointers)
         if plan.call == "broadcast":
             self._broadcast(plan, pointers)
-        elif plan.n_bytes <= _SMALL_BYTES:
+        elif plan.n_bytes <= SMALL_BYTES:
             self._reduce_small(plan, pointers, pending.weight)
         else:
             self._reduce_large(plan, pointers, pending.weight)
@@ -296,7 +301,7 @@ class SharedMemoryGroup:
         if observe is not None:
             observe("communication", self._since, time.perf_counter())
 
-    def _broadcast(self, plan: _Plan, pointers: list[int]) -> None:
+    def _broadcast(self, plan: Plan, pointers: list[int]) -> None:
         sends = self.rank == plan.src
         for k in range(plan.n_chunks):
             parity = self._step & 1
@@ -312,7 +317,7 @@ class SharedMemoryGroup:
         if not sends:
             _copy_out(plan.pieces[-1], pointers, self._slots[1 - (self._step & 1)][plan.src])
 
-    def _reduce_small(self, plan: _Plan, pointers: list[int], weight: float) -> None:
+    def _reduce_small(self, plan: Plan, pointers: list[int], weight: float) -> None:
         parity = self._step & 1
         slot = self._slots[parity][self.rank]
         for index, _, offset, n_bytes in plan.pieces[0]:
@@ -326,7 +331,7 @@ class SharedMemoryGroup:
         for index, _, offset, n_bytes in plan.pieces[0]:
             _copy_short(pointers[index], result + offset, n_bytes)
 
-    def _reduce_large(self, plan: _Plan, pointers: list[int], weight: float) -> None:
+    def _reduce_large(self, plan: Plan, pointers: list[int], weight: float) -> None:
         n_chunks = plan.n_chunks
         reduction = plan.unweighted
         for k in range(n_chunks + 1):
@@ -345,7 +350,7 @@ class SharedMemoryGroup:
                 reduction = self._reduction(plan, self._compare_headers(plan))
         _copy_out(plan.pieces[-1], pointers, self._results[1 - (self._step & 1)])
 
-    def _reduce(self, reduction: _Reduction, parity: int, private: bool, block: _Block) -> None:
+    def _reduce(self, reduction: Reduction, parity: int, private: bool, block: Block) -> None:
         key = (parity, private, block)
         views = self._blocks.get(key)
         if views is None:
@@ -353,39 +358,39 @@ class SharedMemoryGroup:
                 self._blocks.clear()
             views = self._blocks[key] = self._view(parity, private, block)
         slots, out = views
-        _reduce(reduction, slots, out, self._scratch)
+        reduce_block(reduction, slots, out, self._scratch)
 
-    def _view(self, parity: int, private: bool, block: _Block) -> tuple[list[Tensor], Tensor]:
+    def _view(self, parity: int, private: bool, block: Block) -> tuple[list[Tensor], Tensor]:
         """The slots of one parity at a block, and where its result goes."""
         dtype, offset, n = block
         tensor, size = self._segment.tensor, self.size
-        slots = [tensor(_slot_offset(size, parity, r) + offset, [n], dtype) for r in range(size)]
+        slots = [tensor(slot_offset(size, parity, r) + offset, [n], dtype) for r in range(size)]
         if private:
             return slots, self._private[offset : offset + n * dtype.itemsize].view(dtype)
-        return slots, tensor(_result_offset(size, 1 - parity) + offset, [n], dtype)
+        return slots, tensor(result_offset(size, 1 - parity) + offset, [n], dtype)
 
-    def _write_header(self, plan: _Plan, weight: float) -> None:
+    def _write_header(self, plan: Plan, weight: float) -> None:
         _HEADER.pack_into(
             self._headers,
-            _header_offset(self.size, self._step & 1, self.rank),
+            header_offset(self.size, self._step & 1, self.rank),
             plan.digest,
             weight,
-            _CALLS.index(plan.call),
+            CALLS.index(plan.call),
             plan.src,
             plan.n_tensors,
             plan.n_bytes,
         )
 
-    def _compare_headers(self, plan: _Plan) -> list[float]:
+    def _compare_headers(self, plan: Plan) -> list[float]:
         """See that all ranks called the same; returns their weights."""
         parity = 1 - (self._step & 1)
-        start = _header_offset(self.size, parity, 0)
+        start = header_offset(self.size, parity, 0)
         headers = [
-            _HEADER.unpack_from(self._headers, start + rank * _HEADER_BYTES)
+            _HEADER.unpack_from(self._headers, start + rank * HEADER_BYTES)
             for rank in range(self.size)
         ]
         if any(digest != plan.digest for digest, *_ in headers):
-            calls = [f"rank {r}: {_describe(*header[2:])}" for r, header in enumerate(headers)]
+            calls = [f"rank {r}: {describe(*header[2:])}" for r, header in enumerate(headers)]
             raise ClusterError(
                 f"the ranks called different collectives at once: {'; '.join(calls)}. Every rank "
                 "must make the same calls in the same order, with tensors of the same shapes and "
@@ -393,11 +398,11 @@ class SharedMemoryGroup:
             )
         return [header[1] for header in headers]
 
-    def _reduction(self, plan: _Plan, weights: list[float]) -> _Reduction:
+    def _reduction(self, plan: Plan, weights: list[float]) -> Reduction:
         if plan.call != "mean" or weights == self._ones:
             return plan.unweighted
         terms = tuple((r, w) for r, w in enumerate(weights) if w != 0.0)
-        return _Reduction("mean", terms, _divisors(total_weight(weights)))
+        return Reduction("mean", terms, divisors(total_weight(weights)))
 
     def _barrier(self, doing: str) -> None:
         for semaphore in self._posts:
@@ -429,7 +434,7 @@ class _Pending:
     __slots__ = ("_group", "done", "error", "plan", "tensors", "weight")
 
     def __init__(
-        self, group: SharedMemoryGroup, tensors: list[Tensor], plan: _Plan, weight: float
+        self, group: SharedMemoryGroup, tensors: list[Tensor], plan: Plan, weight: float
     ) -> None:
         self._group = group
         self.tensors = tensors
@@ -446,206 +451,13 @@ class _Pending:
             raise self.error
 
 
-class _Piece(NamedTuple):
-    """A part of one tensor that lies in one chunk."""
-
-    tensor: int
-    tensor_offset: int
-    chunk_offset: int
-    n_bytes: int
-
-
-class _Block(NamedTuple):
-    """Elements of one dtype that lie side by side in a chunk."""
-
-    dtype: torch.dtype
-    chunk_offset: int
-    n_elements: int
-
-
-class _Reduction(NamedTuple):
-    """What is computed: the ranks that count with their weights, and by what the sum is divided."""
-
-    call: str
-    terms: tuple[tuple[int, float], ...]
-    divisors: dict[torch.dtype, Tensor] | None
-
-
-def _divisors(total: float) -> dict[torch.dtype, Tensor]:
-    """The sum of the weights as torch divides by it fastest: a tensor of the dividend's dtype."""
-    with torch.inference_mode(False):
-        dtypes = (torch.float32, torch.float64)
-        return {dtype: torch.tensor(total, dtype=dtype, device="cpu") for dtype in dtypes}
-
-
-class _Plan:
-    """Where tensors of given shapes and dtypes lie in the payload, and how it is cut.
-
-    The payload holds all tensors of one dtype, then all of the next, each dtype from a multiple of
-    64 bytes on; it is cut into chunks of a slot's size.
-    """
-
-    def __init__(
-        self, tensors: Sequence[Tensor], call: str, src: int, rank: int, size: int
-    ) -> None:
-        _check(tensors, call)
-        self.call = call
-        self.src = src
-        self.n_tensors = len(tensors)
-        terms = tuple((r, 1.0) for r in range(size))
-        self.unweighted = _Reduction(call, terms, _divisors(size) if call == "mean" else None)
-        self._rank = rank
-        self._size = size
-        self._regions: list[tuple[torch.dtype, int, int]] = []
-        by_dtype: dict[torch.dtype, list[int]] = {}
-        for index, t in enumerate(tensors):
-            by_dtype.setdefault(t.dtype, []).append(index)
-        pieces: dict[int, list[_Piece]] = {}
-        end = 0
-        for dtype, indices in by_dtype.items():
-            start = end = aligned(end)
-            for index in indices:
-                n_bytes = tensors[index].numel() * dtype.itemsize
-                _cut(index, end, n_bytes, pieces)
-                end += n_bytes
-            self._regions.append((dtype, start, end))
-        self.filled = [index for index, t in enumerate(tensors) if t.numel()]
-        self.n_bytes = end
-        self.n_chunks = max(1, -(-end // _CHUNK_BYTES))
-        self.pieces = [pieces.get(k, []) for k in range(self.n_chunks)]
-        self._blocks: dict[int, list[_Block]] = {}
-        text = f"{call} {src} {[(tuple(t.shape), str(t.dtype)) for t in tensors]}"
-        self.digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-    def blocks(self, chunk: int) -> list[_Block]:
-        """What this rank reduces of a chunk: its share, or all if the payload is small."""
-        blocks = self._blocks.get(chunk)
-        if blocks is None:
-            blocks = self._blocks[chunk] = self._make_blocks(chunk)
-        return blocks
-
-    def _make_blocks(self, chunk: int) -> list[_Block]:
-        base = chunk * _CHUNK_BYTES
-        start, stop = base, min(base + _CHUNK_BYTES, self.n_bytes)
-        if self.n_bytes > _SMALL_BYTES:
-            share = aligned(-(-(stop - start) // self._size))
-            start, stop = start + self._rank * share, min(stop, start + (self._rank + 1) * share)
-        blocks = []
-        for dtype, first, last in self._regions:
-            low, high = max(start, first), min(stop, last)
-            step = _BLOCK_ELEMENTS * dtype.itemsize
-            for offset in range(low, high, step):
-                n_elements = (min(step, high - offset)) // dtype.itemsize
-                blocks.append(_Block(dtype, offset - base, n_elements))
-        return blocks
-
-
-def _check(tensors: Sequence[Tensor], call: str) -> None:
-    for index, t in enumerate(tensors):
-        if not t.is_cpu or t.layout is not torch.strided:
-            raise ConfigError(
-                f"tensor {index} is on {t.device} ({t.layout}); ranks share memory only for dense "
-                "tensors on the CPU: move it there, or use transport='torch'"
-            )
-        if t.dtype not in _DTYPES.get(call, {t.dtype}):
-            raise ConfigError(
-                f"tensor {index} is {t.dtype}, of which no {call} is taken; convert it (a mean "
-                "needs floats; bool has only 'max', which says whether any rank's is True)"
-            )
-
-
-def _check_memory(plan: _Plan, pointers: list[int]) -> None:
-    all_filled = len(plan.filled) == len(pointers)
-    used = pointers if all_filled else [pointers[index] for index in plan.filled]
-    if 0 in used:
-        raise ConfigError(
-            f"tensor {plan.filled[used.index(0)]} has no memory (a tensor subclass, or one whose "
-            "storage was given back); pass plain tensors"
-        )
-    if len(set(used)) < len(used):
-        # A large payload is copied out in part while other parts are still copied in.
-        raise ConfigError("two tensors of one call lie in the same memory; pass each only once")
-
-
-def _cut(index: int, start: int, n_bytes: int, pieces: dict[int, list[_Piece]]) -> None:
-    """Cut one tensor, which lies from byte ``start`` of the payload on, at the ends of chunks."""
-    done = 0
-    while done < n_bytes:
-        chunk, offset = divmod(start + done, _CHUNK_BYTES)
-        length = min(n_bytes - done, _CHUNK_BYTES - offset)
-        pieces.setdefault(chunk, []).append(_Piece(index, done, offset, length))
-        done += length
-
-
-def _copy_in(pieces: list[_Piece], pointers: list[int], slot: int) -> None:
+def _copy_in(pieces: list[Piece], pointers: list[int], slot: int) -> None:
     for index, tensor_offset, chunk_offset, n_bytes in pieces:
         copy = _copy_short if n_bytes <= _SHORT_BYTES else _copy_long
         copy(slot + chunk_offset, pointers[index] + tensor_offset, n_bytes)
 
 
-def _copy_out(pieces: list[_Piece], pointers: list[int], slot: int) -> None:
+def _copy_out(pieces: list[Piece], pointers: list[int], slot: int) -> None:
     for index, tensor_offset, chunk_offset, n_bytes in pieces:
         copy = _copy_short if n_bytes <= _SHORT_BYTES else _copy_long
         copy(pointers[index] + tensor_offset, slot + chunk_offset, n_bytes)
-
-
-def _reduce(reduction: _Reduction, slots: list[Tensor], out: Tensor, scratch: Tensor) -> None:
-    """Reduce one block of all slots, in the order of ranks.
-
-    Args:
-        reduction: what to compute.
-        slots: by rank, each of shape [n] with n <= 32768.
-        out: shape [n], the same dtype.
-        scratch: uint8 of shape [2, 32768 * 8].
-    """
-    call, terms, divisors = reduction
-    if call == "max":
-        out.copy_(slots[0])
-        for slot in slots[1:]:
-            torch.maximum(out, slot, out=out)
-        return
-    n = out.numel()
-    half = out.dtype in _HALF
-    total = scratch[0].view(torch.float32)[:n] if half else out
-    (first, weight), others = terms[0], terms[1:]
-    if others and weight == others[0][1] == 1.0 and not half:
-        torch.add(slots[first], slots[others[0][0]], out=total)
-        others = others[1:]
-    else:
-        total.copy_(slots[first])
-        if weight != 1.0:
-            total.mul_(weight)
-    for rank, weight in others:
-        term = slots[rank]
-        if weight != 1.0:
-            # Not add's alpha: that rounds once where a product and a sum round twice, or not,
-            # depending on the processor.
-            product = scratch[1].view(total.dtype)[:n]
-            term = product.copy_(term).mul_(weight)
-        total.add_(term)
-    if divisors is not None:
-        total.div_(divisors[total.dtype])
-    if half:
-        out.copy_(total)
-
-
-def _header_offset(size: int, parity: int, rank: int) -> int:
-    return (parity * size + rank) * _HEADER_BYTES
-
-
-def _slot_offset(size: int, parity: int, rank: int) -> int:
-    return aligned(2 * size * _HEADER_BYTES, 4096) + (parity * (size + 1) + rank) * _CHUNK_BYTES
-
-
-def _result_offset(size: int, parity: int) -> int:
-    return _slot_offset(size, parity, size)
-
-
-def _memory_bytes(size: int) -> int:
-    return _slot_offset(size, 1, size) + _CHUNK_BYTES
-
-
-def _describe(call: int, src: int, n_tensors: int, n_bytes: int) -> str:
-    op = _CALLS[call]
-    name = f"broadcast(src={src})" if op == "broadcast" else f"all_reduce(op={op!r})"
-    return f"{name} of {n_tensors} tensors, {n_bytes} bytes"

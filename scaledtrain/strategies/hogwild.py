@@ -62,6 +62,13 @@ class Hogwild(Alone):
 
     def attach(self, replica: Replica, link: Link) -> None:
         """Give every replica rank 0's state, and make the memory that they will share."""
+        if link.pieces.size > 1:
+            raise ConfigError(
+                "Hogwild lets all ranks compute with the same memory, so that each needs a whole "
+                "replica in it, but mesh.shard or mesh.pipe divides one over "
+                f"{link.pieces.size} ranks; set both to 1, or take another strategy: "
+                "Gossip, PushSum, ParameterServer, AsyncLocalSGD, LocalSGD or DiLoCo"
+            )
         super().attach(replica, link)
         counts = torch.zeros(link.group.size, dtype=torch.int64)
         *self._shared, self._counts = link.share([*replica.parameters, counts])
