@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FlatBuffer", "bytes_of", "flat_bytes"]
+__all__ = ["FlatBuffer", "aligned", "bytes_of", "flat_bytes"]
 
 _PIECE_ELEMENTS = 128 * 1024
 _ALIGNMENT = 64  # bytes: a cache line, and enough for every vector load
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+def aligned(n_bytes: int, to: int = _ALIGNMENT) -> int:
+    """The next multiple of ``to`` bytes, a cache line if not given."""
+    return -(-n_bytes // to) * to
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -32,7 +33,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 def flat_bytes(like: Sequence[Tensor]) -> int:
     """Bytes that a ``FlatBuffer`` for tensors like these needs."""
-    return sum(_aligned(t.numel() * t.element_size()) for t in like)
+    return sum(aligned(t.numel() * t.element_size()) for t in like)
 
 
 class FlatBuffer:
@@ -60,7 +61,7 @@ class FlatBuffer:
             nbytes = t.numel() * t.element_size()
             piece = self.bytes[offset : offset + nbytes]
             self.views.append(piece.view(t.dtype).view(t.shape))
-            offset += _aligned(nbytes)
+            offset += aligned(nbytes)
 
     @torch.no_grad()
     def write(self, tensors: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Memory and semaphores that the processes of one Linux host share, without a name anywhere.
+"""Memory, with semaphores in it, that the processes of one Linux host share; it has no name.
 
 The memory comes from ``memfd_create``: it exists only as long as a process maps it, so nothing is
 left behind whatever kills a job, and the size of /dev/shm does not matter. The other processes open
@@ -7,27 +7,27 @@ it through /proc/<pid>/fd of its creator.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import mmap
 import os
 import secrets
-import select
 import stat
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scaledtrain.comm.flat import aligned
+from scaledtrain.comm.process import Process
+from scaledtrain.comm.semaphore import Semaphore, available
 from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError, WaitTimeoutError
 
-__all__ = ["Process", "Semaphore", "SharedSegment", "aligned", "available"]
+__all__ = ["SharedSegment"]
 
 _logger = logging.getLogger(__name__)
 
@@ -38,145 +38,6 @@ _SPIN_SECONDS = 60e-6  # about twice what waking a sleeper costs: spinning longe
 _ASK_SECONDS = 0.002  # between two looks into the store
 _SLICE_SECONDS = 0.1  # so long at most until a death is noticed, or Ctrl-C heard
 _OPEN, _CLOSED, _FAILED = 0, 1, 2  # what each rank says of itself in the segment
-
-
-class _TimeSpec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-class _Library(NamedTuple):
-    """The semaphores of the C library.
-
-    What returns at once is called with the GIL held (PyDLL): letting it go costs more than the
-    call, and a busy thread beside would keep it for 5 ms. What may sleep lets it go (CDLL).
-    """
-
-    init: Any
-    post: Any
-    try_wait: Any
-    timed_wait: Any
-    clock: int
-
-
-def _load() -> _Library | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        _ = os.memfd_create, os.sched_getaffinity
-        held, released = ctypes.PyDLL(None), ctypes.CDLL(None, use_errno=True)
-        init, post, try_wait = held.sem_init, held.sem_post, held.sem_trywait
-        try:
-            timed_wait, clock = released.sem_clockwait, time.CLOCK_MONOTONIC
-            timed_wait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_TimeSpec)]
-        except AttributeError:  # before glibc 2.30: only the clock that may be set
-            timed_wait, clock = released.sem_timedwait, time.CLOCK_REALTIME
-            timed_wait.argtypes = [ctypes.c_void_p, ctypes.POINTER(_TimeSpec)]
-    except (OSError, AttributeError):
-        return None
-    init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
-    post.argtypes = try_wait.argtypes = [ctypes.c_void_p]
-    return _Library(init, post, try_wait, timed_wait, clock)
-
-
-_LIBRARY = _load()
-
-
-def available() -> bool:
-    """Whether this host can share memory this way: Linux with memfd and POSIX semaphores."""
-    return _LIBRARY is not None
-
-
-def aligned(n_bytes: int, to: int = _LINE) -> int:
-    """The next multiple of ``to`` bytes, a cache line if not given."""
-    return -(-n_bytes // to) * to
-
-
-class Semaphore:
-    """A POSIX semaphore in shared memory: what was written before `post` is read after a wait.
-
-    Args:
-        memory: the mapping it lies in, kept for as long as the semaphore is.
-        address: where it lies, in this process.
-    """
-
-    __slots__ = ("_address", "_library", "_memory")
-
-    def __init__(self, memory: Tensor, address: int) -> None:
-        assert _LIBRARY is not None
-        self._memory = memory
-        self._address = address
-        self._library = _LIBRARY
-
-    def initialize(self) -> None:
-        """Make it one of value 0, for all processes; once, by the creator of the memory."""
-        if self._library.init(self._address, 1, 0) != 0:
-            raise OSError("sem_init failed")
-
-    def post(self) -> None:
-        """Add one; wakes one that waits."""
-        self._library.post(self._address)
-
-    def try_wait(self) -> bool:
-        """Take one if there is one; never sleeps."""
-        taken: bool = self._library.try_wait(self._address) == 0
-        return taken
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep until one could be taken, for ``seconds`` at most, or until a signal comes.
-
-        Other threads run meanwhile, and Python's handlers of signals on return.
-
-        Returns:
-            Whether one was taken.
-        """
-        library = self._library
-        at = time.clock_gettime(library.clock) + seconds
-        until = _TimeSpec(int(at), int(at % 1.0 * 1e9))
-        if library.clock == time.CLOCK_REALTIME:
-            taken: bool = library.timed_wait(self._address, until) == 0
-        else:
-            taken = library.timed_wait(self._address, library.clock, until) == 0
-        return taken
-
-
-class Process:
-    """Another process of this host, to be asked whether it is alive.
-
-    Args:
-        pid: its number, in this process's namespace.
-    """
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._born = _born(pid)
-        self._fd = -1
-        with suppress(OSError, AttributeError):  # an old kernel: /proc is asked instead
-            self._fd = os.pidfd_open(pid)
-
-    def alive(self) -> bool:
-        """Whether it still runs; a zombie does not."""
-        if self._fd >= 0:
-            ended = select.poll()  # a new one each time: threads may not share one
-            ended.register(self._fd, select.POLLIN)
-            return not ended.poll(0)
-        return self._born is not None and _born(self.pid) == self._born
-
-    def close(self) -> None:
-        """Give the file descriptor back; `alive` then asks /proc."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _born(pid: int) -> str | None:
-    """When a process was started, which tells two of the same number apart; None: not running."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()  # the name before it may hold anything
-    except OSError:
-        return None
-    state, started = fields[0], fields[19]
-    return None if state in "ZXx" else started
 
 
 class SharedSegment:
@@ -229,7 +90,6 @@ class SharedSegment:
         *,
         n_bytes: int,
         n_semaphores: int = 0,
-        creator: int = 0,
         ranks: Sequence[int] | None = None,
         timeout_seconds: float,
     ) -> SharedSegment | None:
@@ -242,7 +102,6 @@ class SharedSegment:
             size: how many processes take part.
             n_bytes: size of the memory; pages that nobody touches cost nothing.
             n_semaphores: how many semaphores lie beside it, each of value 0.
-            creator: the rank whose process makes the memory.
             ranks: what they are called in messages, if that is not 0, 1, ... (of the job, where
                 only some of its ranks share the segment).
             timeout_seconds: the longest to wait for the other ranks.
@@ -260,7 +119,7 @@ class SharedSegment:
         mapping: mmap.mmap | None = None
         fd, reason = -1, ""
         try:
-            if rank == creator:
+            if rank == 0:
                 try:
                     fd, mapping, offer = _create(layout, n_semaphores)
                 except OSError as error:
@@ -269,7 +128,7 @@ class SharedSegment:
                 reason = offer.get("reason", "")
             else:
                 try:
-                    mapping = _open(meeting.get("offer", creator), layout)
+                    mapping = _open(meeting.get("offer", 0), layout)
                 except OSError as error:
                     reason = f"rank {called[rank]}: {error}"
             meeting.put(f"verdict/{rank}", _introduction(reason))

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scaledtrain.comm.flat import aligned
 from scaledtrain.comm.reduction import Reduction, divisors
-from scaledtrain.comm.shared_memory import aligned
 from scaledtrain.errors import ConfigError
 
 __all__ = [

@@ -17,8 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scaledtrain.comm import shared_memory
-from scaledtrain.comm.shared_memory import Process, Semaphore, SharedSegment
+from scaledtrain.comm import semaphore, shared_memory
+from scaledtrain.comm.process import Process
+from scaledtrain.comm.semaphore import Semaphore
+from scaledtrain.comm.shared_memory import SharedSegment
 from scaledtrain.comm.wires.wiring import Job, open_wire
 from scaledtrain.errors import ConfigError, PeerLostError, RendezvousError, WaitTimeoutError
 
@@ -132,7 +134,7 @@ def offers_another_token(create: Callable[..., tuple[int, object, dict[str, obje
         ("_create", cannot, "rank 0 could not make shared memory: out of file descriptors"),
         ("_open", cannot, "rank 1: out of file descriptors"),
         ("_create", offers_another_token(shared_memory._create), "rank 1: .*holds another token"),
-        ("_LIBRARY", None, "rank 0 could not make .*needs Linux"),
+        ("available", lambda: False, "rank 0 could not make .*needs Linux"),
     ],
 )
 def test_where_one_cannot_share_none_does(
@@ -195,19 +197,19 @@ def test_a_wait_ends_after_its_time(pair: Pair) -> None:
 def test_it_works_with_the_clock_of_older_c_libraries(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = shared_memory._LIBRARY
+    library = semaphore._LIBRARY
     assert library is not None
-    timed_wait = shared_memory.ctypes.CDLL(None).sem_timedwait
+    timed_wait = semaphore.ctypes.CDLL(None).sem_timedwait
     timed_wait.argtypes = [
-        shared_memory.ctypes.c_void_p,
-        shared_memory.ctypes.POINTER(shared_memory._TimeSpec),
+        semaphore.ctypes.c_void_p,
+        semaphore.ctypes.POINTER(semaphore._TimeSpec),
     ]
     older = library._replace(timed_wait=timed_wait, clock=time.CLOCK_REALTIME)
-    semaphore = pair[0].semaphore(0)
-    monkeypatch.setattr(semaphore, "_library", older)
-    assert not semaphore.wait(0.02)
-    semaphore.post()
-    assert semaphore.wait(5.0)
+    one = pair[0].semaphore(0)
+    monkeypatch.setattr(one, "_library", older)
+    assert not one.wait(0.02)
+    one.post()
+    assert one.wait(5.0)
 
 
 def test_a_waiting_thread_lets_others_run_and_is_woken(pair: Pair) -> None:

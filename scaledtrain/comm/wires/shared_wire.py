@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaledtrain.comm.flat import FlatBuffer, bytes_of, flat_bytes
-from scaledtrain.comm.shared_memory import SharedSegment, aligned
+from scaledtrain.comm.flat import FlatBuffer, aligned, bytes_of, flat_bytes
+from scaledtrain.comm.shared_memory import SharedSegment
 from scaledtrain.comm.wires.wire import NUMBERS, Message, padded
 
 __all__ = ["SharedWire"]
