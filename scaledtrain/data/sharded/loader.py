@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 
 from scaledtrain.balance.division import Division
@@ -20,24 +17,20 @@ from scaledtrain.data.sharded.batching import (
     EqualBatches,
     LengthBuckets,
     Span,
-    indices_of,
-    parts_of,
 )
 from scaledtrain.data.sharded.dataset import Batch, ShardedDataset
 from scaledtrain.data.sharded.memory import Memory
 from scaledtrain.data.sharded.mixture import Mixture
 from scaledtrain.data.sharded.order import Endless, SampleOrder, Shuffle
 from scaledtrain.data.sharded.padding import Padding, check_ragged
-from scaledtrain.data.sharded.threads import Threads
-from scaledtrain.errors import ConfigError, DataError
+from scaledtrain.data.sharded.read_ahead import ReadAhead
+from scaledtrain.errors import ConfigError
 
 __all__ = ["ShardedLoader"]
 
 BLOCK_BYTES = 2**20
 BUFFER_BYTES = 64 * 2**20
 PART_BYTES = 8 * 2**20  # put together at once: new memory is slow, and this little is used again
-
-T = TypeVar("T")
 
 
 class ShardedLoader:
@@ -187,14 +180,19 @@ class ShardedLoader:
         self._shuffled = shuffle != "none" or balance is not None
         self._most = max(1, int(buffer_bytes / max(1.0, dataset.sample_bytes)))
         part_bytes = buffer_bytes if dataset.is_compressed else PART_BYTES
-        self._part_samples = max(1, int(part_bytes / max(1.0, dataset.sample_bytes)))
-        self._read_ahead = read_ahead
-        self._threads = Threads(threads)
-        self._memory = Memory(torch.cuda.is_available() if pin_memory is None else pin_memory)
-        self._padding = Padding(dataset.columns, pad or {}, self._memory)
+        memory = Memory(torch.cuda.is_available() if pin_memory is None else pin_memory)
+        self._padding = Padding(dataset.columns, pad or {}, memory)
+        self._reading = ReadAhead(
+            dataset,
+            self._padding,
+            memory,
+            threads=threads,
+            part_samples=max(1, int(part_bytes / max(1.0, dataset.sample_bytes))),
+            windows=read_ahead,
+            timeout_seconds=timeout_seconds,
+        )
         if bucket_by is not None:
             check_ragged("bucket_by", bucket_by, dataset.columns)
-        self._timeout_seconds = timeout_seconds
         self._batchings: dict[int, Batching] = {}
         self._batching()  # whose arguments are checked now
 
@@ -258,7 +256,7 @@ class ShardedLoader:
     ) -> Generator[tuple[Span, Batch | None], None, None]:
         """Batches and where they lie in the epoch."""
         batching = self._batching(seed)
-        yield from self._read_all(batching, epoch, batching.windows(epoch, start, step))
+        yield from self._reading.batches(batching, epoch, batching.windows(epoch, start, step))
 
     def parts(
         self, epoch: int, start: int, batches: int, division: Division, seed: int | None = None
@@ -305,67 +303,13 @@ class ShardedLoader:
             found.append((max(1, len(spans)), stop - first))
             return [*spans] or [None]
 
-        with closing(self._read_all(batching, epoch, windows())) as read:
+        with closing(self._reading.batches(batching, epoch, windows())) as read:
             mine: list[Batch | None] = []
             for _, batch in read:
                 mine.append(batch)
                 if len(mine) == found[0][0]:
                     yield [one for one in mine if one is not None], found.popleft()[1]
                     mine = []
-
-    def _read_all(
-        self, batching: Batching, epoch: int, windows: Iterator[list[Span | None]]
-    ) -> Generator[tuple[Span, Batch | None], None, None]:
-        ahead: deque[Future[list[tuple[Span, Batch | None]]]] = deque()
-        with (
-            self._threads.running() as pool,
-            closing(self._on_their_way(pool, batching, epoch, windows)) as read,
-        ):
-            taken = 0
-            try:
-                for window in read:
-                    for part in parts_of(window, self._part_samples):
-                        ahead.append(pool.submit(self._read, batching, epoch, part))
-                        if len(ahead) > min(taken, self._threads.count):  # the first at once
-                            yield from self._wait(ahead.popleft())
-                            taken += 1
-                while ahead:
-                    yield from self._wait(ahead.popleft())
-            finally:
-                for unread in ahead:
-                    unread.cancel()
-
-    def _on_their_way(
-        self,
-        pool: ThreadPoolExecutor,
-        batching: Batching,
-        epoch: int,
-        windows: Iterator[list[Span | None]],
-    ) -> Generator[list[Span | None], None, None]:
-        """The windows of an iteration, each on its way into the page cache."""
-        asked: deque[tuple[list[Span | None], Future[None]]] = deque()
-        # What the next window holds may have to be read, too.
-        coming = pool.submit(next, windows, None)
-        given = 0
-        try:
-            while (window := self._wait(coming)) is not None:
-                asked.append((window, pool.submit(self._ask, batching, epoch, window)))
-                coming = pool.submit(next, windows, None)
-                if len(asked) > min(given + 1, self._read_ahead):  # the first is given soon
-                    window, job = asked.popleft()
-                    self._wait(job)
-                    yield window
-                    given += 1
-            for window, job in asked:
-                self._wait(job)
-                yield window
-        finally:
-            coming.cancel()
-            for _, job in asked:
-                job.cancel()
-
-    def _ask(self, batching: Batching, epoch: int, window: list[Span | None]) -> None:
-        self.dataset.read_ahead(indices_of(batching, epoch, window))
 
     def state_dict(self) -> dict[str, Any]:
         """Where an iteration over this loader is: what it gave, not what it has read ahead."""
@@ -426,27 +370,3 @@ class ShardedLoader:
             shuffled=self._shuffled,
             **ends,
         )
-
-    def _read(
-        self, batching: Batching, epoch: int, part: list[Span | None]
-    ) -> list[tuple[Span, Batch | None]]:
-        """The batches of a part of a window."""
-        values, kept = self.dataset.gather(indices_of(batching, epoch, part), self._memory)
-        spans = [span or (0, 0) for span in part]
-        first = np.cumsum([0, *(stop - start for start, stop in spans)])
-        before = np.concatenate([[0], np.cumsum(kept)])[first].tolist()
-        batches: list[tuple[Span, Batch | None]] = []
-        for span, low, high in zip(spans, before, before[1:], strict=False):
-            columns = {n: self._padding.cut(n, column, low, high) for n, column in values.items()}
-            batches.append((span, self.dataset.form(columns) if high > low else None))
-        return batches
-
-    def _wait(self, future: Future[T]) -> T:
-        try:
-            return future.result(timeout=self._timeout_seconds)
-        except FutureTimeoutError as error:
-            raise DataError(
-                f"no batch came within {self._timeout_seconds:g} s from {self.dataset.folder}: its "
-                "storage does not answer; see what is wrong with it, or give a longer "
-                "timeout_seconds"
-            ) from error
