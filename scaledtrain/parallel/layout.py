@@ -378,7 +378,7 @@ def lay_out(
             link.part(f"pipe/{way}/{place.replicate}/{place.shard}", mesh.ranks(place, "pipe"))
             for way in ("there", "back")
         ]
-        pipe = Pipe.of(model, pipeline or Pipeline(), among, recipe)
+        pipe = Pipe.of(model, pipeline or Pipeline(), among, recipe, link.group)
         model, roots = pipe.stages, list(pipe.stages.stages.values())
     if mesh.shard == 1:
         return Layout(model, of_strategy, pieces, pipe=pipe)

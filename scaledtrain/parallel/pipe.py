@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from scaledtrain.comm.process_group import device_of_messages, meet_in_pairs
-from scaledtrain.comm.protocols import Link
+from scaledtrain.comm.protocols import Group, Link
 from scaledtrain.data.replica_loader import StepBatch, count_samples
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.engine import Recipe
@@ -56,15 +56,16 @@ class Pipe:
         pipeline: Pipeline,
         links: Sequence[Link],
         recipe: Recipe,
+        job: Group,
     ) -> Pipe:
-        """Cut a model. Collective."""
+        """Cut a model. Collective, of all ranks of the job."""
         if recipe.compile is not None:
             raise ConfigError(
                 f"compile is {recipe.compile!r}, and mesh.pipe above 1, whose stages are run part "
                 "by part and are not compiled; leave one of them out"
             )
         link = links[0]
-        stages = pipeline.own_stages(model, link.group, recipe, link.device)
+        stages = pipeline.own_stages(model, link.group, recipe, link.device, job)
         if pipeline.is_asynchronous and stages.tied:
             raise ConfigError(
                 f"pipeline.schedule is {pipeline.schedule}, but stages have weights in common "

@@ -42,6 +42,14 @@ def test_train_learns_and_says_on_what(tmp_path: Path) -> None:
     assert result["result"]["evaluation"]["accuracy"] >= 0.95
 
 
+def test_parts_are_timed_and_trained_in_stages(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("experiment=digits_mlp", "workers=2", "mesh.pipe=2", "max_steps=2", f"run_dir={run}")
+    said = command("scaledtrain.train", *words)
+    assert "stage 1: layers." in said
+    assert "on cuda over" in said
+
+
 def test_check_passes_the_shipped_models() -> None:
     said = command("scaledtrain.check", "experiment=stdlib_gpt")
     assert "FAILED" not in said

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from scaledtrain import Precision
+from scaledtrain.comm.local import LocalGroup
 from scaledtrain.errors import ConfigError
 from scaledtrain.models import GPT, next_token_loss
+from scaledtrain.parallel import Pipeline
+from scaledtrain.parallel.engine import Recipe
 from scaledtrain.parallel.pipeline import (
     Cut,
     PartCost,
@@ -23,6 +28,7 @@ from scaledtrain.parallel.pipeline import (
     given_cut,
     measure_parts,
     partition,
+    pipeline,
 )
 
 SECONDS = st.integers(0, 9).map(float)
@@ -192,3 +198,23 @@ def test_what_autocast_sends_is_measured_in_its_format() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         costs = measure_parts(parts, batch, nn.functional.mse_loss)
     assert costs[0].sent_bytes == 16 * 8 * 2
+
+
+def test_parts_are_measured_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU: a loader gives batches on the CPU."""
+    given_batches: list[Any] = []
+
+    def measure(parts: Any, batch: Any, *_: Any) -> list[PartCost]:
+        given_batches.append(batch)
+        return [PartCost(1.0, 2.0)] * len(parts)
+
+    monkeypatch.setattr(pipeline, "measure_parts", measure)
+    device = torch.device("meta")
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(device)
+    recipe = Recipe(Precision(), torch.optim.SGD, loss_fn=nn.functional.mse_loss)
+    example = torch.zeros(8, 4), torch.zeros(8, 2)
+    asked = Pipeline(n_microbatches=4, example=example)
+    asked.own_stages(model, LocalGroup(), recipe, device, LocalGroup())
+    ((inputs, targets),) = given_batches
+    assert (inputs.device, inputs.shape) == (device, (2, 4))
+    assert (targets.device, targets.shape) == (device, (2, 2))

@@ -12,7 +12,7 @@ from torch import nn
 
 from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.comm.protocols import Group
-from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.data.replica_loader import StepBatch, count_samples, to_device
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.engine import Recipe
 from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts
@@ -116,6 +116,7 @@ class Pipeline:
         group: Group,
         recipe: Recipe,
         device: torch.device,
+        job: Group,
     ) -> OwnStages:
         """Cut a model, and keep what is this rank's. Collective.
 
@@ -124,12 +125,13 @@ class Pipeline:
             group: of the pipeline's ranks.
             recipe: of the training.
             device: on which the model computes.
+            job: all ranks, those of other pipelines too: they make the same cut.
 
         Raises:
             ConfigError: it cannot be cut so.
         """
         loss_fn, batches = recipe.loss_fn, recipe.gradient_accumulation_steps
-        microbatch = self._example_microbatch()
+        microbatch = to_device(self._example_microbatch(), device)
         traced = microbatch
         if loss_fn is not None and microbatch is not None:
             traced = microbatch[0]
@@ -139,7 +141,7 @@ class Pipeline:
             cut, told = given_cut(parts.names, self.split, len(ranks)), ""
         else:
             with recipe.precision.autocast(device):
-                costs = self._costs(parts, microbatch, group, loss_fn, recipe.optimizer)
+                costs = self._costs(parts, microbatch, job, loss_fn, recipe.optimizer)
             live = self._live(ranks, group.size, batches)
             cut = self._cut(costs, ranks, group.size, live)
             measured = microbatch is not None
@@ -226,19 +228,19 @@ class Pipeline:
         self,
         parts: ModelParts,
         microbatch: Any,
-        group: Group,
+        job: Group,
         loss_fn: LossFn | None,
         optimizer: MakeOptimizer,
     ) -> list[PartCost]:
-        """Rank 0's, on all ranks, so that all make the same cut."""
+        """Rank 0's of the job, on all ranks, so that all make the same cut."""
         told = torch.zeros(len(parts), 6, dtype=torch.float64)
-        if group.rank == 0:
+        if job.rank == 0:
             if microbatch is None:
                 costs = [_estimate(part) for part in parts.modules]
             else:
                 costs = measure_parts(parts, microbatch, loss_fn, optimizer)
             told = torch.tensor([astuple(cost) for cost in costs], dtype=torch.float64)
-        group.broadcast([told])
+        job.broadcast([told])
         return [PartCost(a, b, *map(int, sizes)) for a, b, *sizes in told.tolist()]
 
     def _cut(
