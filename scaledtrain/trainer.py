@@ -216,6 +216,7 @@ class Trainer:
             compile,
             loss_fn,
             recomputed=activation_checkpointing is not None,
+            loss_weight=loss_weight,
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model

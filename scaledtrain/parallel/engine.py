@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.replica_loader import StepBatch, Weigh
 from scaledtrain.loss_scale import LossScaler
 from scaledtrain.precision import Precision
 from scaledtrain.replica import MakeOptimizer
@@ -29,6 +29,8 @@ class Recipe(NamedTuple):
     """Of outputs and targets; None: the model computes its loss."""
     recomputed: bool = False
     """Whether activations are: `Divided.stand_in` will be asked for, once."""
+    loss_weight: Weigh | None = None
+    """How much a batch's loss counts in a mean; None: as its samples."""
 
 
 class Divided(Protocol):

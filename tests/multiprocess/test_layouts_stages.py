@@ -175,3 +175,49 @@ def test_no_update_is_made_before_a_gradient_has_come(tmp_path: Any) -> None:
     assert refused == also
     assert "stages have the gradient of a batch some steps later" in refused[0]
     assert "rank 0 of the pipeline would have nothing to train: none of its parts (0)" in refused[1]
+
+
+def masked_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def unmasked(batch: Any) -> int:
+    return int((batch[1] != -100).sum())
+
+
+def train_masked(mesh: Mesh, schedules: list[str]) -> list[tuple[dict[str, Tensor], float]]:
+    """A step on 8 sequences of which 1, 2, 3, 4, 5, 1, 2 and 3 tokens have a target."""
+    inputs = torch.randn(8, 5, 3, generator=torch.Generator().manual_seed(4))
+    targets = torch.arange(40).reshape(8, 5) % 4
+    for i in range(8):
+        targets[i, 1 + i % 5 :] = -100
+    found = []
+    with connect(transport="torch", timeout_seconds=60) as link:
+        for schedule in schedules:
+            torch.manual_seed(0)
+            with Trainer(
+                nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)),
+                masked_loss,
+                partial(torch.optim.SGD, lr=0.5),
+                loss_weight=unmasked,
+                mesh=mesh,
+                pipeline=Pipeline(schedule, n_microbatches=4) if mesh.pipe > 1 else None,
+                console=False,
+                link=link,
+            ) as trainer:
+                trainer.fit([(inputs, targets)], max_epochs=1)
+                evaluated = trainer.evaluate([(inputs[:3], targets[:3]), (inputs[3:], targets[3:])])
+                found.append((trainer.full_state_dict(), evaluated["loss"]))
+    return found
+
+
+def test_microbatches_count_by_the_terms_of_their_loss() -> None:
+    """Microbatches of two sequences have 3, 7, 6 and 5 tokens of 21; their losses are means. An
+    asynchronous pipeline has after one step, drained, computed with the first weights, too."""
+    [[(expected, loss)]] = run_ranks(train_masked, 1, Mesh(), ["none"], timeout_seconds=60)
+    schedules = ["1F1B", "PipeDream"]
+    first, last = run_ranks(train_masked, 2, Mesh(pipe=2), schedules, timeout_seconds=60)
+    for (found, evaluated), (_, also) in zip(first, last, strict=True):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+        assert evaluated == also == pytest.approx(loss, rel=1e-5)

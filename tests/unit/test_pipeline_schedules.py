@@ -201,6 +201,16 @@ def test_cut_evenly() -> None:
     assert cut[0].form == cut[1].form != cut[2].form
 
 
+def test_microbatches_count_as_they_are_weighed() -> None:
+    x, y = torch.zeros(4, 2), torch.tensor([[1, 0], [1, 0], [1, 1], [1, 1]])
+    step = StepBatch([(x, y), (x[:1], y[:1])], [6, 1])
+    cut = cut_step(step, 2, weigh=lambda batch: int(batch[1].sum()))
+    assert [m.samples for m in cut] == [2, 4, 1]
+    assert [m.share for m in cut] == [2 / 7, 4 / 7, 1 / 7]
+    (alone,) = cut_step(StepBatch([(x, y)], [6]), 1)  # as it is in an evaluation
+    assert (alone.samples, alone.share) == (6, 1.0)
+
+
 def test_cut_mappings_and_ragged_batches() -> None:
     ragged = Ragged(torch.tensor([5, 6, 7, 8]), torch.tensor([0, 3, 3, 4]))
     batch = {"ids": ragged, "labels": torch.tensor([1, 2, 3]), "weight": 0.5}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.data.replica_loader import StepBatch, Weigh, count_samples
 from scaledtrain.errors import ConfigError
 
 __all__ = ["Microbatch", "count_pieces", "cut_step"]
@@ -21,14 +21,17 @@ class Microbatch(NamedTuple):
 
     batch: Any
     """As the loader gives one."""
-    samples: int
+    samples: float
+    """Or how much else it counts."""
     share: float
     """Of the step's samples; what its loss counts in the mean."""
     form: Hashable
     """Shapes and dtypes: microbatches of one form have outputs of one form in every stage."""
 
 
-def cut_step(batch: StepBatch, pieces: int, exactly: bool = False) -> list[Microbatch]:
+def cut_step(
+    batch: StepBatch, pieces: int, exactly: bool = False, weigh: Weigh | None = None
+) -> list[Microbatch]:
     """Cut each of a step's batches into so many microbatches, or fewer where it is smaller.
 
     Their sizes differ by one sample at most.
@@ -38,6 +41,7 @@ def cut_step(batch: StepBatch, pieces: int, exactly: bool = False) -> list[Micro
         pieces: of each of its batches.
         exactly: where a batch is smaller, fill up with microbatches that count as no samples: ranks
             that have shards of one stage have to run equally many.
+        weigh: how much a batch counts, where the step's sizes are not samples.
 
     Raises:
         ConfigError: a batch has something in it that has no place for its samples.
@@ -56,7 +60,9 @@ def cut_step(batch: StepBatch, pieces: int, exactly: bool = False) -> list[Micro
         for i in range(n):
             stop = start + samples // n + (i < samples % n)
             part = whole if n == 1 else _map(whole, _between(start, stop, samples))
-            size = stop - start if counted else 0  # one that only keeps others company
+            size: float = counted
+            if n > 1 and counted:  # else it is whole, or only keeps others company
+                size = stop - start if weigh is None else weigh(part)
             microbatches.append(Microbatch(part, size, size / mean if mean else 0.0, _form(part)))
             start = stop
         if exactly:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.replica_loader import StepBatch, Weigh
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler, NoScaler
 from scaledtrain.parallel.pipeline.cut import count_pieces, cut_step
@@ -53,6 +53,8 @@ class PipelineSchedule:
         group: of the ranks of the pipeline.
         back: the same ranks again; needed with NCCL, see `Mailbox`.
         batches: in a step, by which the number of its microbatches is known.
+        loss_weight: how much a batch counts in the mean, which is how the sizes of a step's are
+            given; None: its samples.
         n_stages: of all ranks; None: as few as the schedule can have.
         precision: of the forward passes.
         scaler: of the loss; default: none. It must come to the same verdicts on all ranks.
@@ -95,6 +97,7 @@ class PipelineSchedule:
         back: dist.ProcessGroup | None = None,
         *,
         batches: int = 1,
+        loss_weight: Weigh | None = None,
         n_stages: int | None = None,
         precision: Precision | None = None,
         scaler: LossScaler | None = None,
@@ -123,6 +126,7 @@ class PipelineSchedule:
         self._orders = {order.n_microbatches: order}
         self.times: list[Timed] = []
         self._pieces = n_microbatches
+        self._loss_weight = loss_weight
         self._sharded = sharded
         device = device_of(stages)
         scaler = scaler or NoScaler()
@@ -175,7 +179,7 @@ class PipelineSchedule:
         Raises:
             WaitTimeoutError, PeerLostError: another rank is stuck or died.
         """
-        microbatches = cut_step(batch, self._pieces, exactly=self._sharded)
+        microbatches = cut_step(batch, self._pieces, self._sharded, self._loss_weight)
         if not microbatches:  # the epoch left nothing to this replica
             return Computed(torch.zeros(()), 0)
         worker, numbers = self._worker, range(len(microbatches))
@@ -191,7 +195,7 @@ class PipelineSchedule:
         loss = worker.loss(numbers)
         self._mailbox.finish()
         self.times = worker.times
-        return Computed(loss, sum(m.samples for m in microbatches))
+        return Computed(loss, batch.samples)
 
     pending = 0
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.replica_loader import StepBatch, Weigh
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import NoScaler
 from scaledtrain.parallel.pipeline.cut import count_pieces, cut_step
@@ -167,6 +167,7 @@ class PipeDreamSchedule:
         group: of the ranks.
         back: the same ranks again; needed with NCCL.
         batches: in a step.
+        loss_weight: as for `PipelineSchedule`.
         precision: of the forward passes. Of loss scaling nothing is known here: it would need one
             verdict of all stages in each step.
         timeout_seconds: for each message.
@@ -195,6 +196,7 @@ class PipeDreamSchedule:
         back: dist.ProcessGroup | None = None,
         *,
         batches: int = 1,
+        loss_weight: Weigh | None = None,
         precision: Precision | None = None,
         timeout_seconds: float = 300.0,
         timeline: Timeline | None = None,
@@ -214,6 +216,7 @@ class PipeDreamSchedule:
         self._longest = max(late)
         self._stream = _Stream(n_ranks, late)
         self._pieces = n_microbatches
+        self._loss_weight = loss_weight
         self._parameters = [p for p in stage.parameters() if p.requires_grad]
         self._places = Places([stage], self._parameters)
         n_versions = self.delay + 1 if self.delay and self._parameters else 0
@@ -292,11 +295,11 @@ class PipeDreamSchedule:
         Raises:
             WaitTimeoutError, PeerLostError: another rank is stuck or died.
         """
-        microbatches = cut_step(batch, self._pieces)
+        microbatches = cut_step(batch, self._pieces, weigh=self._loss_weight)
         numbers = range(self._count, self._count + len(microbatches))
         self._count = numbers.stop
         self._worker.microbatches.update(zip(numbers, microbatches, strict=True))
-        step = _Step(numbers, sum(m.samples for m in microbatches), batch.weight)
+        step = _Step(numbers, batch.samples, batch.weight)
         if self._free:
             step.weights = self._free.pop()
             with torch.no_grad():
