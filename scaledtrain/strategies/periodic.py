@@ -134,6 +134,12 @@ class Periodic(Strategy):
         """Take note of the samples; each replica uses its own gradients."""
         self._weight = weight
 
+    def apply_gradients(self) -> None:
+        """Update this replica; an update may also come late, when a period has just ended."""
+        super().apply_gradients()
+        for fragment in self._fragments:
+            fragment.apart = True
+
     def after_step(self) -> None:
         """Advance the clocks; at a period's end, meet the other replicas."""
         super().after_step()
