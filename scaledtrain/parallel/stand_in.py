@@ -15,7 +15,7 @@ from scaledtrain.recompute.blocks import find_blocks, has_hooks, named_blocks
 
 __all__ = ["StandIn"]
 
-_VALUE = 0.01  # of all parameters
+_VALUE = 0.01  # of all parameters, on average
 
 
 class StandIn:
@@ -54,6 +54,7 @@ class StandIn:
             ConfigError: modules inside of blocks are gathered by themselves.
         """
         model = copy.deepcopy(self._shapes, {id(b): b for b in self._shapes.buffers()})
+        generator = torch.Generator(device).manual_seed(0)
         memory: dict[Hashable, Tensor] = {}
         found: dict[nn.Parameter, nn.Parameter] = {}
         chain = _chain(model, blocks)
@@ -64,7 +65,9 @@ class StandIn:
                 # Of their own, but for those of blocks that are alike.
                 key = name, module is model, parameter.shape, parameter.dtype
                 if key not in memory:
-                    memory[key] = torch.full_like(parameter, _VALUE, device=device)
+                    memory[key] = torch.zeros_like(parameter, device=device)
+                    if parameter.is_floating_point():  # not all alike, or norms flatten all
+                        memory[key].uniform_(0.0, 2 * _VALUE, generator=generator)
                 found[parameter] = nn.Parameter(memory[key].detach(), parameter.requires_grad)
         for one, other in zip(model.modules(), sharded.modules(), strict=True):
             one.training = other.training

@@ -86,8 +86,8 @@ def tried(install: Callable[[], Executor], model: nn.Module, sample: Sample | No
         if not computes(model, sample, expected):
             raise ConfigError(
                 f"with activations that are computed again the model's loss is not {expected:g} "
-                "any more. Either it uses what blocks return for something else than the next "
-                "block: choose a policy that takes blocks one by one (full, selective). Or it does "
+                "any more. Either it does something between two blocks that the second one depends "
+                "on: choose a policy that takes blocks one by one (full, selective). Or it does "
                 "not compute the same each time: only torch's default generators are rewound"
             )
     except BaseException:

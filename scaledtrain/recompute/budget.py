@@ -23,6 +23,7 @@ from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results
 from scaledtrain.recompute.measure import measure_chain
 from scaledtrain.recompute.offload import DiskStore, HostStore, Store
+from scaledtrain.recompute.placeholder import UsedElsewhereError
 from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, depth, every, kept_bytes
 from scaledtrain.recompute.policies import CheckpointPolicy, Live
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
@@ -260,11 +261,13 @@ class PlanSearch:
         try:
             kept, peak = kept_and_peak_bytes(self._model, self._sample)
             differs = not computes(self._model, self._sample, self._expected)
+        except UsedElsewhereError:
+            kept, peak, differs = 0, 0, True
         finally:
             executor.remove()
         if not differs or not any(block.joins for block in self._chain.blocks):
             return peak + self._others * kept + _SLACK_BYTES
-        # The model uses what blocks return for more than the next block.
+        # The model uses what blocks return, or does something, in between.
         alone = tuple(replace(block, joins=False) for block in self._chain.blocks)
         self._chain = replace(self._chain, blocks=alone)
         return None

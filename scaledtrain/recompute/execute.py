@@ -23,6 +23,7 @@ from scaledtrain.recompute.blocks import (
 )
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.offload import Offload, Store
+from scaledtrain.recompute.placeholder import Placeholder
 from scaledtrain.recompute.plan import Keep, Plan, Step, count_blocks
 from scaledtrain.recompute.rerun import Rerun
 
@@ -34,9 +35,10 @@ class Executor:
 
     Nothing of the model changes but where calls of ``forward`` of each block go; names of
     parameters, hooks and state dicts stay. Blocks that are computed again together run when the
-    first of them is called; the calls of the others hand on what they are given. Gradients have the
-    bits that they have without it: the same operators run on the same values, with the same numbers
-    from torch's default generators.
+    first of them is called, and the last one's call returns the output; the others' return a
+    `Placeholder`, which nobody but the next block can do anything with. Gradients have the bits
+    that they have without it: the same operators run on the same values, with the same numbers from
+    torch's default generators.
 
     Where no gradients are recorded, as in evaluation, everything runs as if there were no plan.
 
@@ -51,7 +53,8 @@ class Executor:
 
     Raises:
         ConfigError: when the model is called: blocks that are to be computed again together are not
-            called one after another with the same other arguments, or return more than one thing.
+            called one after another with the same other arguments, or return more than one thing,
+            or what they return is used elsewhere.
     """
 
     def __init__(
@@ -164,50 +167,62 @@ class _Together:
         self.ways = ways
         self.store = store
         self._pass: _Pass | None = None
-        self._output: Tensor | None = None
-        self._is_tuple = False
+        self._output: Any = None
+        self._handed: list[Any] = []  # what the calls of the others return
 
     def run(self, forward: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run all of them, when the first is called."""
         one = _Pass(self, forward, args[1:], kwargs)
         output = one.steps((self.step,), 0, None, args[0])
-        if len(self.blocks) > 1:
-            self._is_tuple = isinstance(output, tuple)
-            self._output = first_tensor(output)
+        if one.noted is not None:
+            self._output, self._handed, one.noted = output, one.noted, None
             self._pass = one
-            if isinstance(output, tuple) and len(output) > 1:
-                raise self._error(
-                    f"{type(self.blocks[-1]).__name__} returns {len(output)} things, not one"
-                )
             if any(map(has_hooks, self.blocks)):
                 raise self._error(
                     "one of them has hooks (as fully_shard's), which would see other calls"
                 )
+            return self._handed[0]
         return output
 
     def hand_on(self, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block has already run: what came out of the last one is what it was given."""
+        """The block has already run, on what it seems to be given."""
         fits = self._pass is not None and self._pass.was_given(args[1:], kwargs)
-        if not (fits and args[0] is self._output):
+        if not (fits and args[0] is first_tensor(self._handed[place - 1])):
             raise self._error(
                 f"number {place}, a {type(self.blocks[place]).__name__}, was not called with what "
                 "the one before it returned, and the same other arguments"
             )
-        output = (args[0],) if self._is_tuple else args[0]
-        if place == len(self.blocks) - 1:
-            self.forget()
+        if place < len(self.blocks) - 1:
+            return self._handed[place]
+        output = self._output
+        self.forget()
         return output
+
+    def stands_for(self, place: int, output: Any) -> Any:
+        """What is returned in the place of a block's output."""
+        kind = type(self.blocks[place]).__name__
+        if isinstance(output, tuple) and len(output) > 1:
+            raise self._error(f"number {place}, a {kind}, returns {len(output)} things, not one")
+        told = self._told(
+            f"what number {place}, a {kind}, returns is used for something else than the next block"
+        )
+        placeholder = Placeholder(first_tensor(output), told)
+        return (placeholder,) if isinstance(output, tuple) else placeholder
 
     def forget(self) -> None:
         """No more of its blocks will be called in this pass."""
         self._pass = self._output = None
+        self._handed = []
+
+    def _told(self, why: str) -> str:
+        return (
+            f"{len(self.blocks)} blocks are to be computed again together, but {why}: choose a "
+            "policy that takes them one by one (full, selective)"
+        )
 
     def _error(self, why: str) -> ConfigError:
         self.forget()
-        return ConfigError(
-            f"{len(self.blocks)} blocks are to be computed again together, but {why}: choose a "
-            "policy that takes them one by one"
-        )
+        return ConfigError(self._told(why))
 
 
 class _Pass:
@@ -226,6 +241,7 @@ class _Pass:
         self._kwargs = kwargs
         self._tensors = [t for t in tree_leaves((others, kwargs)) if isinstance(t, Tensor)]
         self._versions = [t._version for t in self._tensors]
+        self.noted: list[Any] | None = [] if len(together.blocks) > 1 else None
 
     def was_given(self, others: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether these are the arguments that the blocks were given beside the first."""
@@ -275,11 +291,15 @@ class _Pass:
                 "place after the block was called, so that it cannot be computed again with it: "
                 "give it a tensor of its own"
             )
-        if place == 0:  # its hooks have been called by whoever called it
-            return self._first_forward(x, *self._others, **self._kwargs)
         together = self._together
-        together.running = True
-        try:
-            return together.blocks[place](x, *self._others, **self._kwargs)
-        finally:
-            together.running = False
+        if place == 0:  # its hooks have been called by whoever called it
+            output = self._first_forward(x, *self._others, **self._kwargs)
+        else:
+            together.running = True
+            try:
+                output = together.blocks[place](x, *self._others, **self._kwargs)
+            finally:
+                together.running = False
+        if self.noted is not None:  # it is the first time that they run
+            self.noted.append(together.stands_for(place, output))
+        return output

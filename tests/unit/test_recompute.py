@@ -268,7 +268,7 @@ class Shifted(nn.Module):
 
 def test_blocks_that_are_no_plain_chain_run_one_by_one_or_not_at_all() -> None:
     for make, message in (
-        (Adding, "was not called with what the one before it returned"),
+        (Adding, "returns is used for something else than the next block"),
         (Skipping, "not all blocks that are computed again together were called"),
     ):
         model = make()
@@ -295,7 +295,7 @@ def test_a_budget_groups_only_what_is_a_chain() -> None:
         found, peak = trained(model, sample)
         assert peak <= 0.75 * everything
         assert all(map(torch.equal, expected, found))
-    with pytest.raises(ConfigError, match="uses what blocks return for something else"):
+    with pytest.raises(ConfigError, match="returns is used for something else"):
         checkpoint_activations(Collecting(), CheckpointEvery(2), sample)
     checkpoint_activations(Collecting(), CheckpointEvery(1), sample)
     fickle = chain_of_layers()
@@ -304,6 +304,77 @@ def test_a_budget_groups_only_what_is_a_chain() -> None:
         checkpoint_activations(
             fickle, MemoryBudget("1MiB"), lambda called: called(ROWS).square().mean() + next(draws)
         )
+
+
+class Gated(Collecting):
+    """Adds up what blocks return, at first times 0, so that its loss does not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ParameterList(torch.zeros(1) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = torch.zeros(())
+        for gate, block in zip(self.gates, self.blocks, strict=True):
+            x = block(x)
+            assert x.shape == (64, 32)
+            skip = skip + gate * x
+        return x + skip
+
+
+def test_what_is_used_between_blocks_is_never_another_ones_output() -> None:
+    def sample(called: Any) -> Tensor:
+        return called(ROWS).square().mean()
+
+    expected, everything = trained(Gated(), sample)
+    assert expected[0].abs().sum() > 0  # the gates' gradients: each has its own
+    told = (
+        r"\d blocks are to be computed again together, but what number 0, a Sequential, returns is "
+        r"used for something else than the next block: choose a policy that takes them one by one"
+    )
+    for policy in (CheckpointEvery(2), CheckpointSqrt()):
+        model = Gated()
+        with pytest.raises(ConfigError, match=told):
+            checkpoint_activations(model, policy, sample)
+        handle = checkpoint_activations(model, policy)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=told):
+                sample(model)
+        handle.remove()
+        assert all(map(torch.equal, trained(model, sample)[0], expected))
+    budget = int(0.75 * everything)
+    model = Gated()
+    checkpoint_activations(model, MemoryBudget(budget), sample)
+    found, peak = trained(model, sample)
+    assert peak <= budget
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x.register_hook(print),
+        lambda x: x.retain_grad(),
+        lambda x: x.backward(torch.ones(64, 32)),
+        lambda x: x.detach().mean(),
+        lambda x: ROWS.clone().copy_(x),
+    ],
+    ids=["register_hook", "retain_grad", "backward", "detach", "copy"],
+)
+def test_whatever_a_model_does_with_an_output_that_is_not_there(
+    use: Callable[[Tensor], Any],
+) -> None:
+    class Using(Collecting):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+                use(x)
+            return x
+
+    model = Using()
+    Executor(model, list(model.blocks), every(3, 6))
+    with pytest.raises(ConfigError, match="number 0, a Sequential, returns is used for"):
+        model(ROWS)
 
 
 class Numbered(nn.Module):
