@@ -195,6 +195,8 @@ class MicrobatchLoop:
         drop_compute: when to begin no further microbatch.
         paces: how long computing takes: each is asked with the time that the one before told.
         clock: by which it takes that long.
+        device: on which the model computes; None: where the parameters are, which may be in the
+            host's memory between steps.
 
     Attributes:
         microbatch_seconds: what each microbatch of the last step took, in order. On CUDA the time
@@ -213,6 +215,7 @@ class MicrobatchLoop:
         drop_compute: DropCompute | None = None,
         paces: Sequence[Pace] = (),
         clock: Clock | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
         self._evaluated = evaluated or model
@@ -224,6 +227,7 @@ class MicrobatchLoop:
         self._drop_compute = drop_compute or DropCompute()
         self._paces = paces
         self._clock = clock or HostClock()
+        self._device = parameters[0].device if device is None else device
         self._told: Told = None
         # Else the clock would show when kernels were launched.
         may_drop = math.isfinite(self._drop_compute.threshold_seconds)
@@ -245,7 +249,7 @@ class MicrobatchLoop:
             ):
                 break
             start = self._clock.now()
-            with self._precision.autocast(self._parameters[0].device):
+            with self._precision.autocast(self._device):
                 # The outputs are let go of before backward, which can use their memory.
                 loss = call_model(self.model, microbatch, self._loss_fn)[1]
             if abandon is not None and abandon():
@@ -284,9 +288,9 @@ class MicrobatchLoop:
     def predict(self, batch: StepBatch) -> tuple[list[Any], Tensor]:
         """Outputs and mean loss."""
         outputs: list[Any] = []
-        total = torch.zeros((), device=self._parameters[0].device)
+        total = torch.zeros((), device=self._device)
         for microbatch, size in zip(batch.microbatches, batch.sizes, strict=True):
-            with self._precision.autocast(total.device):
+            with self._precision.autocast(self._device):
                 made, loss = call_model(self._evaluated, microbatch, self._loss_fn)
             outputs.append(made)
             total = loss if size == batch.samples else total + loss * (size / batch.samples)
@@ -295,7 +299,7 @@ class MicrobatchLoop:
     @torch.no_grad()
     def outputs(self, batch: Any) -> Any:
         """The model's."""
-        with self._precision.autocast(self._parameters[0].device):
+        with self._precision.autocast(self._device):
             return call_without_loss(self._evaluated, batch)
 
     pending = 0

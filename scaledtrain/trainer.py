@@ -249,6 +249,7 @@ class Trainer:
             drop_compute=drop_compute,
             paces=self._paces(slowdown, seed),
             clock=self.link.clock,
+            device=self.link.device,
         )
         self.schedule = self.layout.schedule(loop, self.scaler)
         self.timeline = self.link.timeline

@@ -212,6 +212,7 @@ class Pipe:
             equalizes=replicas > 1,
             recomputed=self.recipe.recomputed,
             sharded=sharded,
+            device=link.device,
             timeout_seconds=link.timeout_seconds,
             timeline=link.timeline,
         )

@@ -18,9 +18,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import DiLoCo, LocalSGD, Mesh, ParameterServer, Strategy, Sync, Trainer, connect
 from scaledtrain.comm.compress import PowerSGD
+from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
+from scaledtrain.loss_scale import NoScaler
 from scaledtrain.models import GPT, next_token_loss
-from scaledtrain.parallel import Pipeline
+from scaledtrain.parallel import FullyShard, Pipeline
+from scaledtrain.parallel.engine import DividedSchedule, Recipe
+from scaledtrain.precision import Precision
+from scaledtrain.schedule import MicrobatchLoop
 from scaledtrain.server import Synchronous
 from scaledtrain.strategies import EASGD, PushSum
 from tests.ranks import free_port, run_ranks
@@ -153,3 +158,52 @@ def test_one_rank_over_nccl_is_one_rank_alone(overlap: bool) -> None:
     ((found, transport),) = run_ranks(over_nccl, 1, overlap, timeout_seconds=100, fresh=True)
     assert transport == "torch"
     assert torch.equal(found, alone())
+
+
+def offloaded() -> tuple[list[str], Tensor, Tensor]:
+    """Gradients of shards in the host's memory, by a group of one rank, and of a plain model."""
+    store = dist.TCPStore("127.0.0.1", free_port(), 1, True)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).to(DEVICE)
+    x = torch.randn(64, 3, device=DEVICE)
+    y = (x.sum(1) > 0).long()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        F.cross_entropy(model(x), y).backward()
+    expected = torch.cat([p.grad.cpu().reshape(-1) for p in model.parameters()])
+    model.zero_grad()
+    precision = Precision("bf16-mixed")
+    shards = FullyShard(offload=True).apply([model], dist.group.WORLD, Recipe(precision, SGD))
+    parameters = [p for _, p in shards.named_parameters]
+    loop = MicrobatchLoop(
+        shards.called, F.cross_entropy, precision, parameters, device=torch.device(DEVICE)
+    )
+    DividedSchedule(loop, shards, NoScaler()).run(StepBatch([(x, y)], [64]))
+    devices = [p.device.type for p in parameters]
+    found = torch.cat([p.grad.reshape(-1) for p in parameters])
+    dist.destroy_process_group()
+    return devices, found, expected
+
+
+def test_shards_in_the_hosts_memory_compute_under_the_gpus_autocast() -> None:
+    """Parameters are gathered in bfloat16, so that without it float32 inputs would not fit them."""
+    ((devices, found, expected),) = run_ranks(offloaded, 1, timeout_seconds=100, fresh=True)
+    assert devices == ["cpu"] * 4
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_offloading_changes_no_weight(precision: str) -> None:
+    """But that the host's optimizer may round otherwise."""
+    found = []
+    for offload in (False, True):
+        options = {
+            "mesh": Mesh(shard=2), "engine": FullyShard(offload=offload), "precision": precision
+        }  # fmt: skip
+        found.append(run_ranks(train, 2, DEVICE, Sync, options, timeout_seconds=100, fresh=True))
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    for (there, loss_there, _), (whole, loss, _) in zip(*found, strict=True):
+        for name, value in whole.items():
+            torch.testing.assert_close(value, there[name], rtol=0.0, atol=tolerance, msg=name)
+        assert loss == pytest.approx(loss_there, abs=tolerance)

@@ -310,6 +310,34 @@ def test_a_model_with_its_own_loss() -> None:
     run_ranks(own_loss, 2)
 
 
+class Waiting(nn.Module):
+    """Its parameter is not where it computes, as a shard that waits in the host's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shard = nn.Parameter(torch.empty(1, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def told_where_to_compute() -> float:
+    rank, _ = join()
+    first = nn.Linear(8, 3)
+    schedule = PipelineSchedule(
+        "1F1B", {rank: [first, Waiting()][rank]}, 1, lambda y, _: y.sum(), dist.group.WORLD,
+        precision=Precision("bf16-mixed"), device=torch.device("cpu"),
+    )  # fmt: skip
+    schedule.run(batch(4))
+    dist.destroy_process_group()
+    return float(first.bias.grad.sum()) if rank == 0 else 0.0
+
+
+def test_messages_arrive_where_the_stages_compute() -> None:
+    """Of each of 3 outputs, twice and of 4 samples: 3 x 2 x 4."""
+    assert run_ranks(told_where_to_compute, 2) == [24.0, 0.0]
+
+
 def predicting() -> None:
     """Between steps, also while gradients of an asynchronous pipeline are on their way."""
     rank, n_ranks = join()

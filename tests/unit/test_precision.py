@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaledtrain import Precision, Replica, Trainer
+from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.loss_scale import LossScale
+from scaledtrain.schedule import MicrobatchLoop
 from tests.contract.training import (
     ADAMW,
     SGD,
@@ -228,6 +230,24 @@ def tensor_bytes() -> int:
         if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
     }
     return sum(storages.values())
+
+
+def test_autocast_is_of_the_device_that_computes() -> None:
+    """Of shards that wait in the host's memory the device is another one; here it is none."""
+    shard, weight = nn.Parameter(torch.ones(1, device="meta")), torch.ones(2, 2, requires_grad=True)
+    computed: list[torch.dtype] = []
+
+    def model(x: Tensor) -> Tensor:
+        product = x @ weight
+        computed.append(product.dtype)
+        return product.float().mean()
+
+    loop = MicrobatchLoop(model, None, Precision("bf16-mixed"), [shard], device=torch.device("cpu"))
+    batch = StepBatch([torch.ones(2, 2)], [2])
+    loop.run(batch)
+    assert loop.predict(batch)[1].item() == 2.0  # each product is 1 + 1
+    loop.outputs(torch.ones(2, 2))
+    assert computed == [torch.bfloat16] * 3
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ class PipelineSchedule:
             replicas tell each other (compressed, or added up in another order) may differ by copy.
         recomputed: the stages recompute activations: backward passes are then made in one part.
         sharded: the stages are, so that a small batch is cut into as many microbatches as others.
+        device: on which the stages compute; None: where they are, which shards in the host's memory
+            are not.
         timeout_seconds: for each message.
         timeline: where waiting is recorded, and every action if it keeps spans.
         timed: keep when each action of the last step was done.
@@ -105,6 +107,7 @@ class PipelineSchedule:
         equalizes: bool = False,
         recomputed: bool = False,
         sharded: bool = False,
+        device: torch.device | None = None,
         timeout_seconds: float = 300.0,
         timeline: Timeline | None = None,
         timed: bool = False,
@@ -128,7 +131,7 @@ class PipelineSchedule:
         self._pieces = n_microbatches
         self._loss_weight = loss_weight
         self._sharded = sharded
-        device = device_of(stages)
+        device = device_of(stages) if device is None else device
         scaler = scaler or NoScaler()
         self._mailbox = Mailbox(group, back, device, timeout_seconds, timeline)
         self._worker = Worker(
