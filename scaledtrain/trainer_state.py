@@ -67,9 +67,8 @@ def state_of(trainer: Trainer, seed: int, loader: Steps | None) -> dict[str, Any
         loader: what it trains on; None: nothing yet.
     """
     balancer = trainer.balancer
-    trainer.layout.refresh()
     return {
-        "model": copied(trainer.model.state_dict()),
+        "model": copied(trainer.layout.state_dict()),
         "strategy": trainer.strategy.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "epoch": trainer.epoch,
@@ -104,7 +103,7 @@ def restore(trainer: Trainer, seed: int, state: Mapping[str, Any]) -> Resumed:
             f"the state is of a run with seed {state['seed']}, this one has {seed}, by which the "
             "samples come in another order; give it the same seed"
         )
-    trainer.model.load_state_dict(state["model"])
+    trainer.layout.load_state_dict(state["model"])
     trainer.strategy.load_state_dict(state["strategy"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.epoch = state["epoch"]

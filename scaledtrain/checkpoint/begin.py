@@ -68,13 +68,14 @@ def resume_and_save(
     folder = None if run_dir is None else Path(run_dir) / CHECKPOINTS
     if options is not None and options.folder is not None:
         folder = Path(options.folder)
+    named = trainer.model.named_parameters()
     owner = Owner(
         link.group.rank,
         link.group.size,
         layout.link.group.rank,
         layout.pieces.size,
         layout.stage_ranks,
-        dict(trainer.model.named_parameters()),
+        {name: p for name, p in named if name not in layout.saved_elsewhere},
         strategy.replicas_equal,
         layout.whole,
         layout.counted_elsewhere(),

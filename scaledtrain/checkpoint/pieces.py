@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-__all__ = ["gathered", "has_all"]
+__all__ = ["can_gather", "gathered", "has_all"]
+
+
+def can_gather(states: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each rank had the optimizer's state by parameter."""
+    optimizers = [one["strategy"]["updater"]["optimizer"] for one in states]
+    return all("param_groups" in optimizer for optimizer in optimizers)
 
 
 def gathered(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

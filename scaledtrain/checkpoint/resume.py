@@ -120,10 +120,11 @@ def load(saved: SavedStep, owner: Owner) -> dict[str, Any]:
         owner: this rank, as it would save.
 
     Raises:
-        ConfigError: replicas whose states differ have other pieces now.
+        ConfigError: there are other pieces now, of replicas whose states differ, or of an engine
+            whose ranks save what only they can take over.
     """
     from scaledtrain.checkpoint.part import CheckpointReader, load_rank
-    from scaledtrain.checkpoint.pieces import gathered, has_all
+    from scaledtrain.checkpoint.pieces import can_gather, gathered, has_all
 
     reader = CheckpointReader(saved.path)
     manifest, piece = reader.manifest, owner.rank % owner.pieces
@@ -144,6 +145,13 @@ def load(saved: SavedStep, owner: Owner) -> dict[str, Any]:
                 f"that are divided alike can take over; here are {now}: set mesh{cut} as it was"
             )
         states = [load_rank(reader, first + piece, owner) for piece in range(pieces)]
+        if not can_gather(states):
+            raise ConfigError(
+                f"{saved.path} is of {then}, whose engine (deepspeed) keeps the optimizer's state "
+                f"in a form that only ranks which are divided alike can take over; here are {now}: "
+                "set mesh and engine as they were, or begin anew with its weights: init_from="
+                f"{saved.path}"
+            )
         state = gathered(states, list(owner.parameters))
     del state["generators"]
     if owner.rank == 0 and not owner.is_equal:

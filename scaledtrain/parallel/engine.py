@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Divided(Protocol):
     """Whether strategies may write into the parts only when they do so in all replicas at once."""
     one_by_one: bool
     """Whether gradients may be taken after each of any number of backward passes."""
+    saved_elsewhere: Collection[str]
+    """Names of parameters that `state_dict` has on another of the ranks, and not here."""
 
     def optimizer(self, usual: MakeOptimizer) -> MakeOptimizer:
         """What makes the optimizer of the parts."""
@@ -76,6 +78,16 @@ class Divided(Protocol):
         Args:
             keep: whether this rank is to have it; else it gets an empty one.
         """
+
+    def state_dict(self, model: nn.Module) -> Mapping[str, Any]:
+        """What this rank saves of the model. Collective.
+
+        Args:
+            model: this rank's piece, that was divided.
+        """
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned. Collective."""
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole of a tensor that is divided as that parameter is; else the part as it is."""

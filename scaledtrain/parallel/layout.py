@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -248,6 +248,25 @@ class Layout:
             schedule = DividedSchedule(schedule, self._shards[0], scaler)
         return schedule
 
+    @property
+    def saved_elsewhere(self) -> Collection[str]:
+        """Names of parameters that `state_dict` has on another rank of this replica."""
+        return () if self._shards is None else self._shards[0].saved_elsewhere
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What this rank saves of the model; the ranks of the replica call this together."""
+        self.refresh()
+        if self._shards is not None:
+            return self._shards[0].state_dict(self.model)
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; the ranks of the replica call this together."""
+        if self._shards is not None:
+            self._shards[0].load_state_dict(self.model, state)
+        else:
+            self.model.load_state_dict(state)
+
     def full_state_dict(self) -> dict[str, Any]:
         """The whole model's, on the host; on the first rank of this replica, empty on others.
 
@@ -385,7 +404,7 @@ def lay_out(
     if pipe is not None:
         pipe.check_shardable()
     among_shards = link.part(f"shards/{place.replicate}/{place.pipe}", mesh.ranks(place, "shard"))
-    engine = engine or FullyShard()
+    engine = FullyShard() if engine is None else engine
     if pipe is not None and not engine.takes_stages:
         raise ConfigError(
             f"mesh.pipe is above 1, but {type(engine).__name__} divides whole models only; take "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +88,7 @@ class Shards:
 
     needs_lockstep = False
     one_by_one = True
+    saved_elsewhere: Collection[str] = ()
 
     def __init__(
         self, roots: Sequence[nn.Module], device: torch.device, stand_in: StandIn | None = None
@@ -130,6 +131,14 @@ class Shards:
                 whole[id(value)] = full
             found[name] = whole[id(value)]
         return found if keep else {}
+
+    def state_dict(self, model: nn.Module) -> Mapping[str, Any]:
+        """With DTensors, of which each rank has a chunk."""
+        return model.state_dict()
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        model.load_state_dict(state)
 
     def stand_in(self, blocks: Sequence[str] | None) -> nn.Module:
         """A whole model that computes as this one, without its values; see `StandIn.make`."""

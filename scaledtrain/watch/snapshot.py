@@ -34,10 +34,9 @@ class Snapshot:
     def take(self) -> None:
         """Take one, in place of the last."""
         trainer = self._trainer
-        trainer.layout.refresh()
         self.step = trainer.step_count
         with self._copies:
-            self._model = copied(trainer.model.state_dict())
+            self._model = copied(trainer.layout.state_dict())
             self._strategy = trainer.strategy.state_dict()
         self._scaler = trainer.scaler.state_dict()
         self._generators = generator_states()
@@ -47,7 +46,7 @@ class Snapshot:
         trainer = self._trainer
         left = trainer.step_count
         trainer.strategy.state_dict()  # waits for reductions that are under way
-        trainer.model.load_state_dict(self._model)
+        trainer.layout.load_state_dict(self._model)
         trainer.strategy.load_state_dict(copy.deepcopy(self._strategy))
         trainer.scaler.load_state_dict(self._scaler)
         set_generator_states(self._generators)

@@ -6,7 +6,9 @@ import importlib.util
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import DiLoCo, LocalSGD, Mesh, ParameterServer, Precision, Sync, Trainer, connect
+from scaledtrain import (
+    Checkpointing,
+    DiLoCo,
+    LocalSGD,
+    Mesh,
+    ParameterServer,
+    Precision,
+    Sync,
+    Trainer,
+    connect,
+)
+from scaledtrain.checkpoint.export import model_state
+from scaledtrain.checkpoint.part import CheckpointReader
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel import DeepSpeed
 from scaledtrain.strategies import Gossip, Strategy
@@ -47,10 +61,18 @@ def data(n: int) -> TensorDataset:
     return TensorDataset(x, (x.sum(1) > 0).long())
 
 
-def trainer(link: Any, strategy: str, **options: Any) -> Trainer:
+def large_net(seed: int) -> nn.Module:
+    """With 120,000 weights in one tensor, which stage 3 divides; those below 100,000 stay whole."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4000), nn.Tanh(), nn.Linear(4000, 30), nn.Linear(30, 2))
+    model[3].weight.requires_grad_(False)
+    return model
+
+
+def trainer(link: Any, strategy: str, model: nn.Module | None = None, **options: Any) -> Trainer:
     make = STRATEGIES[strategy]
     kept = {"optimizer": ADAMW, "strategy": make(), "console": False, "link": link, **options}
-    return Trainer(net(), F.cross_entropy, **kept)
+    return Trainer(model or net(), F.cross_entropy, **kept)
 
 
 def whole(model: nn.Module) -> Tensor:
@@ -111,15 +133,66 @@ def one_replica(folder: str) -> dict[str, Any]:
             ]
             for precision in TOLERANCES
         }
-        return {"trained": trained, "details": details(link, folder)}
+        return {
+            "trained": trained,
+            "details": details(link, folder),
+            "saved": {stage: saved(link, Path(folder), stage) for stage in (2, 3)},
+        }
+
+
+def saved(link: Any, folder: Path, stage: int) -> dict[str, Tensor]:
+    """Parameters after 8 steps: at once, and of a run that is resumed after 3."""
+
+    def fit(name: str, steps: int, seed: int = 1) -> Tensor:
+        with (
+            patch("os.fsync"),
+            trainer(
+                link,
+                "sync",
+                large_net(seed),
+                mesh=Mesh(shard=2),
+                engine=DeepSpeed(zero_stage=stage),
+                lr_scheduler=step_lr,
+                run_dir=folder / name,
+                checkpointing=Checkpointing(every_steps=3),
+                resume="auto",
+            ) as t,
+        ):
+            t.fit(DataLoader(data(32), batch_size=4, shuffle=True), max_steps=steps)
+            return whole(t.model)
+
+    straight = fit(f"straight-{stage}", 8)
+    fit(f"resumed-{stage}", 3)
+    return {"straight": straight, "resumed": fit(f"resumed-{stage}", 8, seed=2)}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("files")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> list[dict[str, Any]]:
     for name, content in FILES.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return run_ranks(one_replica, 2, str(folder), timeout_seconds=280)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_goes_on_from_the_disk_with_each_ranks_own_state(
+    stage: int, folder: Path, two_ranks: list[dict[str, Any]]
+) -> None:
+    """Bit for bit, although the model that is resumed had other values, a frozen tensor's too."""
+    for of_rank in two_ranks:
+        told = of_rank["saved"][stage]
+        assert torch.equal(told["resumed"], told["straight"])
+    path = folder / f"straight-{stage}" / "checkpoints" / f"step-{8:09d}"
+    exported = model_state(CheckpointReader(path))
+    model = large_net(3)
+    model.load_state_dict(exported)
+    assert torch.equal(whole(model), two_ranks[0]["saved"][stage]["straight"])
+    with connect() as link, pytest.raises(ConfigError, match=r"1 replicas of 2 .*deepspeed.*of 1"):
+        trainer(link, "sync", large_net(1), resume=path)
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)

@@ -135,7 +135,9 @@ class DeepSpeed:
             raise ConfigError(
                 f"DeepSpeed {deepspeed.__version__} refuses this run: {error}"
             ) from error
-        return ZeroModel(engine, model, optimizer, names, BatchCheck(source, recipe))
+        return ZeroModel(
+            engine, model, optimizer, names, BatchCheck(source, recipe), dist.get_rank(group)
+        )
 
 
 @contextmanager

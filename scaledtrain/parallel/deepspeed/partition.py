@@ -172,13 +172,18 @@ class ParameterPartition(Partition):
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def gathered(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, the model's parameters are whole on all ranks, as they are anyway below stage 3."""
+def gathered(model: nn.Module, writer: int | None = None) -> AbstractContextManager[Any]:
+    """Inside, the model's parameters are whole on all ranks, as they are anyway below stage 3.
+
+    Args:
+        model: that an engine has.
+        writer: which of the ranks writes into them; None: nobody.
+    """
     divided = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if not divided:
         return nullcontext()
     zero = importlib.import_module("deepspeed").zero
-    found: AbstractContextManager[Any] = zero.GatheredParameters(divided)
+    found: AbstractContextManager[Any] = zero.GatheredParameters(divided, writer)
     return found
 
 

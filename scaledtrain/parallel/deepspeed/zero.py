@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class ZeroModel:
         optimizer: that makes the engine's updates.
         names: of the model's parameters.
         check_batch: called with each step, and how many ranks have one like it.
+        rank: of this process, among those that divide the model.
 
     Attributes:
         model: as given.
         called: what a forward pass calls.
         named_parameters: (name, part), float32, flat.
+        saved_elsewhere: with stage 3 all parameters, on all ranks but the first.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class ZeroModel:
         optimizer: Optimizer,
         names: dict[nn.Parameter, str],
         check_batch: Callable[[StepBatch, int], None],
+        rank: int,
     ) -> None:
         self.model = model
         self.called: Callable[..., Any] = engine
@@ -53,6 +56,11 @@ class ZeroModel:
         self._optimizer = ZeroOptimizer(engine, optimizer, self._partition)
         self._scaler = ZeroScaler(engine, self._optimizer)
         self.named_parameters = self._partition.named_parameters
+        everything = list(model.named_parameters(remove_duplicate=False))
+        self._is_divided = any(hasattr(p, "ds_id") for _, p in everything)
+        self.saved_elsewhere: Collection[str] = ()
+        if self._is_divided and rank > 0:
+            self.saved_elsewhere = {name for name, _ in everything}
 
     needs_lockstep = True
     one_by_one = False
@@ -95,6 +103,19 @@ class ZeroModel:
             state = self.model.state_dict()
             return {k: v.detach().cpu().clone() for k, v in state.items()} if keep else {}
 
+    def state_dict(self, model: nn.Module) -> Mapping[str, Any]:
+        """The model's; with stage 3 the first rank has parameters, whole, the others have none."""
+        if not self._is_divided:
+            return model.state_dict()
+        with gathered(model):
+            state = model.state_dict().items()
+            return {k: v.cpu().clone() for k, v in state if k not in self.saved_elsewhere}
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; what the first rank has counts."""
+        with gathered(model, writer=0):
+            model.load_state_dict(state, strict=not self.saved_elsewhere)
+
     def whole(self, name: str, part: Tensor) -> Tensor:
         """As it is: DeepSpeed divides all parameters together, and not each by itself."""
         return part
@@ -135,7 +156,9 @@ class ZeroOptimizer(Optimizer):
         """A copy of this rank's parts, the optimizer's state of them, and the loss scale."""
         return {
             "parts": [part.detach().clone() for _, part in self._partition.named_parameters],
-            "state": [copy.deepcopy(dict(self._inner.state[f])) for f in self._partition.flats],
+            "flat_state": [
+                copy.deepcopy(dict(self._inner.state[f])) for f in self._partition.flats
+            ],
             "groups": [
                 {key: value for key, value in group.items() if key != "params"}
                 for group in self.param_groups
@@ -149,7 +172,7 @@ class ZeroOptimizer(Optimizer):
             parts = [part for _, part in self._partition.named_parameters]
             for part, value in zip(parts, state_dict["parts"], strict=True):
                 part.copy_(value)
-        for flat, saved in zip(self._partition.flats, state_dict["state"], strict=True):
+        for flat, saved in zip(self._partition.flats, state_dict["flat_state"], strict=True):
             kept = self._inner.state[flat]
             for key, value in saved.items():
                 if isinstance(value, Tensor) and isinstance(kept.get(key), Tensor):
