@@ -21,7 +21,7 @@ from scaledtrain.console import Console
 from scaledtrain.errors import ConfigError, NonFiniteLossError
 from scaledtrain.records import Records
 from scaledtrain.strategies import Strategy
-from scaledtrain.timeline import Timeline
+from scaledtrain.timeline import PHASES, Timeline
 
 __all__ = ["Metrics"]
 
@@ -224,7 +224,7 @@ class Metrics:
             values["loss"] = loss
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
-        for phase in ("data", "compute", "communication", "waiting", "evaluation"):
+        for phase in PHASES:
             values[f"{phase}_seconds"] = phases.get(phase, 0.0) / self._steps
         if self._staleness:
             count = sum(self._staleness.values())

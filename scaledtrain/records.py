@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.disk import replace_file
 from scaledtrain.run_dir import file_of_rank
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ __all__ = [
     "be_deterministic",
     "generator_states",
     "kept_generators",
+    "one_thread",
     "seed_everything",
     "set_generator_states",
 ]
@@ -59,6 +60,17 @@ def be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, this process computes in one thread: the bits of a sum may depend on how many."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def generator_states() -> dict[str, Any]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from scaledtrain.clock import Clock, HostClock
 
-__all__ = ["Named", "Phase", "Span", "Timeline"]
+__all__ = ["PHASES", "Named", "Phase", "Span", "Timeline"]
 
 _MAX_INSIDE = 4096  # spans that one span can hold; forgetting more keeps memory bounded
 
 Phase = Literal["data", "compute", "communication", "waiting", "evaluation"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _WITH_OTHERS: tuple[Phase, ...] = ("communication", "waiting", "evaluation")
 

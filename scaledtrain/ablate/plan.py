@@ -11,9 +11,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from scaledtrain.ablate.components import components_in
-from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import check, to_yaml
+from scaledtrain.disk import replace_file
 from scaledtrain.errors import ConfigError
 from scaledtrain.judged import NO_TARGET, BestIs
 from scaledtrain.parallel.accelerate import with_accelerate

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scaledtrain.ablate.interval import Interval
 from scaledtrain.ablate.plan import FULL, Plan
-from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.disk import replace_file
 from scaledtrain.report.runs import read_run
 from scaledtrain.run_dir import RESULT
 

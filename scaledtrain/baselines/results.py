@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.disk import replace_file
 from scaledtrain.errors import ConfigError
 from scaledtrain.tasks import Kind
 

@@ -26,11 +26,11 @@ from scaledtrain.callbacks import Callback
 from scaledtrain.check.ladder import climb, summary
 from scaledtrain.check.subject import Plan, Subject
 from scaledtrain.checkpoint import Checkpointing
-from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import read_command_line
 from scaledtrain.config import TrainConfig, check
+from scaledtrain.disk import replace_file
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded

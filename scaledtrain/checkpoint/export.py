@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from scaledtrain.checkpoint.folder import MANIFEST, Manifest, SavedStep, saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, read_tensors
 from scaledtrain.checkpoint.resume import CHECKPOINTS
-from scaledtrain.checkpoint.tensor_file import replace_file, sync_folder, write_tensors
+from scaledtrain.checkpoint.tensor_file import write_tensors
 from scaledtrain.checkpoint.tree import restore, tensor_names
+from scaledtrain.disk import replace_file, sync_folder
 from scaledtrain.errors import CheckpointError, ConfigError
 from scaledtrain.run_dir import CONFIG
 

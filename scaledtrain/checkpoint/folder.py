@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scaledtrain.checkpoint.tensor_file import Written, sha256_of, sync_folder, write_bytes
+from scaledtrain.checkpoint.tensor_file import Written, sha256_of, write_bytes
+from scaledtrain.disk import sync_folder
 from scaledtrain.errors import CheckpointError
 
 __all__ = [

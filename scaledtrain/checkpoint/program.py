@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scaledtrain.checkpoint.tensor_file import sync_folder
+from scaledtrain.disk import sync_folder
 from scaledtrain.errors import ConfigError
 
 __all__ = ["PROGRAM", "export_program"]

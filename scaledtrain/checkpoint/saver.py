@@ -17,10 +17,10 @@ from scaledtrain.checkpoint.lock import RunLock
 from scaledtrain.checkpoint.memory import Memory
 from scaledtrain.checkpoint.policy import Checkpointing
 from scaledtrain.checkpoint.signals import Preempted, StopRequest
-from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.checkpoint.writer import Writer
 from scaledtrain.comm.protocols import Link
 from scaledtrain.copies import Copies, Uncopied
+from scaledtrain.disk import replace_file
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted, tell
 from scaledtrain.strategies import Strategy

@@ -18,9 +18,7 @@ from scaledtrain.errors import ConfigError
 __all__ = [
     "DTYPES",
     "Written",
-    "replace_file",
     "sha256_of",
-    "sync_folder",
     "write_bytes",
     "write_tensors",
 ]
@@ -92,18 +90,6 @@ def write_bytes(path: Path, content: bytes | memoryview[int]) -> Written:
     return _write(path, [memoryview(content)])
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file, also in place of one that is there: it is the old one or the new one."""
-    new = path.with_name(f".new-{path.name}")
-    new.unlink(missing_ok=True)  # of one that was killed
-    try:
-        write_bytes(new, content)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
 def _pieces(first: bytes, tensors: Sequence[tuple[str, Tensor]]) -> list[memoryview]:
     pieces = [memoryview(first)]
     for _, tensor in tensors:
@@ -152,12 +138,3 @@ def sha256_of(path: Path) -> Written:
             digest.update(buffer[:n])
             size += n
     return Written(size, digest.hexdigest())
-
-
-def sync_folder(path: Path) -> None:
-    """What was made, renamed or removed in a folder is so on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 import scaledtrain
 from scaledtrain.baselines.results import Baselines, read_baselines, verdict
 from scaledtrain.checkpoint.folder import Manifest
-from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.disk import replace_file
 from scaledtrain.errors import ConfigError
 from scaledtrain.evaluate.results import Calibration, Evaluated, read_evaluated
 from scaledtrain.run_dir import CONFIG, RESULT

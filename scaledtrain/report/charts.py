@@ -13,7 +13,8 @@ from bokeh.plotting import figure
 from scaledtrain.report.findings import RankRow
 from scaledtrain.report.picture import PHASE_COLOURS
 from scaledtrain.report.progress import Point
-from scaledtrain.report.runs import PHASES, Evaluation
+from scaledtrain.report.runs import Evaluation
+from scaledtrain.timeline import PHASES
 
 __all__ = [
     "AGAINST",

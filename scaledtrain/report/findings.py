@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scaledtrain.report.runs import PHASES, RunLog, WorkerLog
-from scaledtrain.timeline import Phase
+from scaledtrain.report.runs import RunLog, WorkerLog
+from scaledtrain.timeline import PHASES, Phase
 
 __all__ = ["RankRow", "findings", "rank_rows"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaledtrain.report.picture import PHASE_COLOURS, require_matplotlib
-from scaledtrain.report.traces import PHASES, Trace, Window, flatten
-from scaledtrain.timeline import Span
+from scaledtrain.report.traces import Trace, Window, flatten
+from scaledtrain.timeline import PHASES, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

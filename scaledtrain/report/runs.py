@@ -10,11 +10,11 @@ from typing import Any
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.report.lines import parse_lines
-from scaledtrain.report.traces import PHASES, read_spans
+from scaledtrain.report.traces import read_spans
 from scaledtrain.run_dir import file_of_rank, metrics_files
-from scaledtrain.timeline import Phase, Span
+from scaledtrain.timeline import PHASES, Phase, Span
 
-__all__ = ["PHASES", "Evaluation", "Interval", "RunLog", "WorkerLog", "read_run"]
+__all__ = ["Evaluation", "Interval", "RunLog", "WorkerLog", "read_run"]
 
 
 @dataclass(frozen=True)

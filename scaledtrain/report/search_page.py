@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import scaledtrain
-from scaledtrain.checkpoint.tensor_file import replace_file
+from scaledtrain.disk import replace_file
 from scaledtrain.report.figures import embed
 from scaledtrain.report.page import require_bokeh
 from scaledtrain.tune.settings import ASKED, Asked, require_optuna

@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from scaledtrain.report.traces import PHASES, WHOLE, Trace, Window, flatten
-from scaledtrain.timeline import Span
+from scaledtrain.report.traces import WHOLE, Trace, Window, flatten
+from scaledtrain.timeline import PHASES, Span
 
 __all__ = ["write_timeline_page"]
 

@@ -9,18 +9,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from scaledtrain.comm.serving.event_log import begun_at, read_events
 from scaledtrain.errors import ConfigError
 from scaledtrain.report.lines import parse_lines
 from scaledtrain.run_dir import EVENTS
 from scaledtrain.server.operations import Kind
-from scaledtrain.timeline import Named, Phase, Span
+from scaledtrain.timeline import PHASES, Named, Span
 
-__all__ = ["PHASES", "WHOLE", "Arrival", "Trace", "Window", "find_trace", "flatten", "read_spans"]
+__all__ = ["WHOLE", "Arrival", "Trace", "Window", "find_trace", "flatten", "read_spans"]
 
-PHASES: tuple[Phase, ...] = get_args(Phase)
 
 _ACTION = re.compile(r"\d+[FBIW]\d+")  # of a pipeline
 # What a person looks for on a timeline; pulls are the ends of the waiting that is there already.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
-
-import torch
 
 from scaledtrain.comm.ambient import under
 from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
+from scaledtrain.seeding import one_thread
 from scaledtrain.sim.cluster import Cluster
 from scaledtrain.sim.failures import Outage
 from scaledtrain.sim.link import Machines, VirtualLink
@@ -112,7 +110,7 @@ def simulate(
     for rank in world.ranks:
         start(rank)
         _Outages(machines, cluster.outages(rank.number, seed), rank.number, start).next()
-    with _one_thread():
+    with one_thread():
         try:
             world.run()
         finally:
@@ -157,14 +155,3 @@ class _Outages:
         world.ranks[self._worker] = Rank(world, self._worker)
         self._start(world.ranks[self._worker])
         self.next()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in another number of threads may have other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from scaledtrain.checkpoint.tensor_file import replace_file
 from scaledtrain.config import Target
+from scaledtrain.disk import replace_file
 from scaledtrain.errors import ConfigError
 from scaledtrain.judged import BestIs, judged_by
 from scaledtrain.schema import parse

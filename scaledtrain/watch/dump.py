@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from scaledtrain.checkpoint.tensor_file import sync_folder, write_tensors
+from scaledtrain.checkpoint.tensor_file import write_tensors
 from scaledtrain.checkpoint.tree import flatten, restore
+from scaledtrain.disk import sync_folder
 from scaledtrain.errors import CheckpointError
 
 __all__ = ["BadBatch", "load_batch", "save_batch"]

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scaledtrain.comm.notes import Notes
-from scaledtrain.timeline import Phase, Timeline
+from scaledtrain.timeline import PHASES, Phase, Timeline
 
-__all__ = ["PHASES", "Paces", "Table", "logger"]
+__all__ = ["Paces", "Table", "logger"]
 
 logger = logging.getLogger(__name__)
 
-PHASES: tuple[Phase, ...] = ("data", "compute", "communication", "waiting", "evaluation")
 _LAST_SECONDS = 1.0  # for the last table of a run
 _POLL_SECONDS = 0.02
 

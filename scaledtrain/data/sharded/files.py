@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["Unfinished", "sync_folder", "write_whole"]
+from scaledtrain.disk import sync_folder
+
+__all__ = ["Unfinished", "write_whole"]
 
 
 class Unfinished:
@@ -75,12 +77,3 @@ def write_whole(path: Path, parts: Iterable[memoryview]) -> int:
     file = Unfinished(path, parts)
     file.finish()
     return file.size
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

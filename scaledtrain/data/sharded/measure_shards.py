@@ -16,13 +16,13 @@ from functools import lru_cache
 from itertools import islice
 
 import numpy as np
-import torch
 
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.sharded.dataset import ShardedDataset
 from scaledtrain.data.sharded.measure import Measure
 from scaledtrain.data.sharded.statistics import ColumnStatistics
 from scaledtrain.errors import DataError
+from scaledtrain.seeding import one_thread
 
 __all__ = ["Parts", "measured"]
 
@@ -47,7 +47,7 @@ def measured(
         DataError: (while iterating) a shard is damaged or cannot be measured, or a worker died.
     """
     if not workers:
-        with _one_thread():
+        with one_thread():
             yield (_of_shard(dataset, measures, shard) for shard in shards)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
@@ -99,7 +99,7 @@ def _begin_worker() -> None:
 def _in_worker(
     folder: str, columns: tuple[str, ...], measures: tuple[Measure, ...], shard: int
 ) -> Parts:
-    with _one_thread():
+    with one_thread():
         return _of_shard(_open(folder, columns), measures, shard)
 
 
@@ -107,17 +107,6 @@ def _in_worker(
 def _open(folder: str, columns: tuple[str, ...]) -> ShardedDataset:
     """A worker opens the data set once."""
     return ShardedDataset(folder, columns)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The bits of a product of matrices depend on how many threads make it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _of_shard(dataset: ShardedDataset, measures: tuple[Measure, ...], shard: int) -> Parts:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from scaledtrain.data.sharded.files import Unfinished, sync_folder
+from scaledtrain.data.sharded.files import Unfinished
 from scaledtrain.data.sharded.storage.folder import Folder, OpenFile
+from scaledtrain.disk import sync_folder
 from scaledtrain.errors import ConfigError
 
 __all__ = ["LocalFolder"]
