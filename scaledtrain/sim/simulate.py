@@ -78,6 +78,7 @@ def simulate(
         ones make 8 steps each while the slow one makes 2.
 
         >>> from functools import partial
+        >>> import torch
         >>> from scaledtrain import ParameterServer, Trainer
         >>> from scaledtrain.sim import Cluster, Constant, SlowWorkers, Topology, Wire
         >>> port = Wire(latency_seconds=0.0, gigabits_per_second=float("inf"))
