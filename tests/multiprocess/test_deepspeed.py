@@ -25,6 +25,7 @@ from scaledtrain import (
     Precision,
     Sync,
     Trainer,
+    Watch,
     connect,
 )
 from scaledtrain.checkpoint.export import model_state
@@ -93,7 +94,9 @@ def step_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSche
     return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
 
 
-def run(link: Any, strategy: str, local: int, **options: Any) -> tuple[Tensor, float, float, int]:
+def run(
+    link: Any, strategy: str, local: int, samples: int = 38, **options: Any
+) -> tuple[Tensor, float, float, int]:
     with trainer(
         link,
         strategy,
@@ -104,7 +107,7 @@ def run(link: Any, strategy: str, local: int, **options: Any) -> tuple[Tensor, f
         **options,
     ) as t:
         # 38 samples: global batches of 16, 16 and 6; the last lacks some on every rank.
-        loader = DataLoader(data(38), batch_size=local, shuffle=True)
+        loader = DataLoader(data(samples), batch_size=local, shuffle=True)
         result = t.fit(loader, max_epochs=2, eval=DataLoader(data(9), batch_size=2))
         norm = float(t.replica.gradient_norm())
         return whole(t.model), result.evaluation.get("loss", 0.0), norm, result.step
@@ -137,7 +140,22 @@ def one_replica(folder: str) -> dict[str, Any]:
             "trained": trained,
             "details": details(link, folder),
             "saved": {stage: saved(link, Path(folder), stage) for stage in (2, 3)},
+            "watched": [
+                watched(link, 4, reaction, mesh=Mesh(shard=2), engine=engine)
+                for reaction in ("skip", "rollback")
+                for engine in ENGINES
+            ],
         }
+
+
+def watched(link: Any, local: int, reaction: Any, **options: Any) -> tuple[Tensor, int]:
+    """Of two epochs of four steps, in the second of which a number is NaN."""
+    spoiled = data(32)
+    spoiled.tensors[0][9] = float("nan")
+    watch = Watch(on_nonfinite=reaction, copy_every=1)
+    with trainer(link, "sync", watch=watch, max_grad_norm=0.3, **options) as t:
+        result = t.fit(DataLoader(spoiled, batch_size=local), max_epochs=2)
+        return whole(t.model), result.step
 
 
 def saved(link: Any, folder: Path, stage: int) -> dict[str, Tensor]:
@@ -176,6 +194,19 @@ def two_ranks(folder: Path) -> list[dict[str, Any]]:
     for name, content in FILES.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return run_ranks(one_replica, 2, str(folder), timeout_seconds=280)
+
+
+@pytest.mark.parametrize("reaction", ["skip", "rollback"])
+def test_a_bad_gradient_is_forgotten(reaction: str, two_ranks: list[dict[str, Any]]) -> None:
+    """By what takes the next ones, too; as a plain run does it."""
+    with connect() as link:
+        expected, step = watched(link, 8, reaction)
+    assert expected.isfinite().all()
+    place = len(ENGINES) * (reaction == "rollback")
+    for of_rank in two_ranks:
+        for found, its_step in of_rank["watched"][place : place + len(ENGINES)]:
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0.0)
+            assert its_step == step
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -218,14 +249,17 @@ def test_every_stage_trains_as_one_process_does(
 def replicas_rank(mesh: Mesh, local: int, engines: list[DeepSpeed | None]) -> list[Any]:
     with connect(transport="torch", timeout_seconds=60) as link:
         return [
-            [run(link, strategy, local, mesh=mesh, engine=engine) for engine in engines]
+            [run(link, strategy, local, 34, mesh=mesh, engine=engine) for engine in engines]
             for strategy in ("sync", "local_sgd", "diloco")
         ]
 
 
 @pytest.mark.timeout(300)
 def test_strategies_keep_replicas_of_two_ranks_together() -> None:
-    """Four ranks as two replicas, against two plain replicas with the same samples."""
+    """Four ranks as two replicas, against two plain replicas with the same samples.
+
+    34 samples are steps of 16, 16 and 2: in the last the second replica has none on either rank.
+    """
     expected = run_ranks(replicas_rank, 2, Mesh(), 4, [None], timeout_seconds=100)
     engines = [DeepSpeed(zero_stage=stage) for stage in (1, 2, 3)]
     found = run_ranks(replicas_rank, 4, Mesh(shard=2), 2, engines, timeout_seconds=180)

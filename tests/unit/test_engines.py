@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,10 @@ from scaledtrain.loss_scale import LossScale
 from scaledtrain.parallel.accelerate import with_accelerate, words_of_environment
 from scaledtrain.parallel.deepspeed.engine import DeepSpeed
 from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
+from scaledtrain.parallel.deepspeed.zero import ZeroScaler
 from scaledtrain.parallel.engine import Recipe
 from scaledtrain.precision import Precision
+from scaledtrain.replica import Replica
 
 CPU_FILE = """
 compute_environment: LOCAL_MACHINE
@@ -240,6 +244,20 @@ def test_a_file_that_agrees_is_passed_on(tmp_path: Path) -> None:
     check_batch(StepBatch([None], [3], 0.375, 3), 2)  # the end of an epoch says nothing
     with pytest.raises(ConfigError, match="says 8 .* data.local_batch_size=4"):
         check_batch(StepBatch([None], [4], 1.0, 4), 2)
+
+
+def test_a_norm_that_is_not_finite_clips_nothing() -> None:
+    model = torch.nn.Linear(2, 1)
+    replica = Replica(model, partial(torch.optim.SGD, lr=0.1))
+    weight, bias = replica.parameters
+    weight.grad, bias.grad = torch.tensor([[math.inf, 3.0]]), torch.tensor([4.0])
+    scaler = ZeroScaler(SimpleNamespace(fp16_enabled=lambda: False), None)  # type: ignore[arg-type]
+    finite, norm = scaler.check_and_clip(replica, 1.0, measure=False)
+    assert (finite, norm) == (True, math.inf)
+    assert (weight.grad.tolist(), bias.grad.tolist()) == ([[math.inf, 3.0]], [4.0])
+    weight.grad = torch.tensor([[0.0, 3.0]])  # sqrt(3^2 + 4^2) = 5
+    assert scaler.check_and_clip(replica, 1.0, measure=False) == (True, 5.0)
+    assert weight.grad[0, 1].item() == pytest.approx(0.6, rel=1e-5)
 
 
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,12 +74,15 @@ class Partition(ABC):
         In units of the loss, in float32; without a loss scale they are ZeRO's own memory.
         """
         scale = self._zero.loss_scale
-        found = [self._gradients(flat) for flat in range(len(self.flats))]
-        self._own = [found[place.flat](place) for place in self._all_places]
+        self._own = self._found()
         parts = [part for _, part in self.named_parameters]
         if scale == 1.0:
             return parts, [g.to(p.dtype) for g, p in zip(self._own, parts, strict=True)]
         return parts, [g.to(p.dtype) / scale for g, p in zip(self._own, parts, strict=True)]
+
+    def _found(self) -> list[Tensor]:
+        found = [self._gradients(flat) for flat in range(len(self.flats))]
+        return [found[place.flat](place) for place in self._all_places]
 
     def _gradients(self, flat: int) -> Callable[[_Place], Tensor]:
         if self._is_offloaded:
@@ -91,13 +94,35 @@ class Partition(ABC):
         by_start = {s: p for s, p in zip(starts, pieces, strict=False) if p.numel()}
         return lambda place: by_start[place.start].detach().reshape(-1)
 
-    def give_gradients(self) -> None:
-        """Let ZeRO have what has become of the gradients since."""
+    def begin(self) -> None:
+        """A step begins, whose gradients take the place of those that made no update."""
+        self._forget()
+        self._own = []
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """After backward passes without an update, whose gradients the next ones would add to."""
+
+    def give_gradients(self) -> bool:
+        """Let ZeRO have what has become of the gradients since; False: there are none."""
+        if all(part.grad is None for _, part in self.named_parameters):
+            return False
+        if not self._own:  # only other replicas had samples
+            self._own = self._zeros()
         scale = self._zero.loss_scale
         for own, (_, part) in zip(self._own, self.named_parameters, strict=True):
             if part.grad is not None and part.grad is not own:
                 own.copy_(part.grad if scale == 1.0 else part.grad * scale)
         self._own = []
+        return True
+
+    def _zeros(self) -> list[Tensor]:
+        """In place of what no backward pass has left."""
+        for index, flat in enumerate(self.flats):
+            sizes = [place.numel for place in self._all_places if place.flat == index]
+            sizes.append(flat.numel() - sum(sizes))
+            self._zero.averaged_gradients[index] = list(torch.split(torch.zeros_like(flat), sizes))
+        return self._found()
 
     def remember(self) -> None:
         """The model has the values that the parts have now."""
@@ -138,6 +163,9 @@ class FlatPartition(Partition):
     def _is_offloaded(self) -> bool:
         return bool(self._zero.cpu_offload)
 
+    def _forget(self) -> None:
+        self._zero.micro_step_id = -1  # as after an update; it counts where gradients are offloaded
+
     def _spread(self) -> None:
         self._zero.update_lp_params()
 
@@ -162,6 +190,9 @@ class ParameterPartition(Partition):
     @property
     def _is_offloaded(self) -> bool:
         return bool(self._zero.offload_optimizer)
+
+    def _forget(self) -> None:
+        self._zero.zero_grad()
 
     def _spread(self) -> None:
         zero = self._zero

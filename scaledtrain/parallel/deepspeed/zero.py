@@ -55,6 +55,7 @@ class ZeroModel:
         self._partition = partition_of(engine, names)
         self._optimizer = ZeroOptimizer(engine, optimizer, self._partition)
         self._scaler = ZeroScaler(engine, self._optimizer)
+        self._is_idle = False
         self.named_parameters = self._partition.named_parameters
         everything = list(model.named_parameters(remove_duplicate=False))
         self._is_divided = any(hasattr(p, "ds_id") for _, p in everything)
@@ -87,6 +88,8 @@ class ZeroModel:
     def begin(self, batch: StepBatch) -> None:
         """A step of as many backward passes as it has microbatches begins."""
         self._check_batch(batch, dist.get_world_size())
+        self._partition.begin()
+        self._is_idle = not batch.microbatches
         self._scaler.begin(len(batch.microbatches))
 
     def stand_in(self, blocks: Sequence[str] | None) -> nn.Module:
@@ -121,8 +124,8 @@ class ZeroModel:
         return part
 
     def take_gradients(self) -> tuple[list[nn.Parameter], Sequence[Tensor]]:
-        """All parts, and their gradients in the units of the loss."""
-        return self._partition.take_gradients()
+        """All parts, and their gradients in the units of the loss; none without a microbatch."""
+        return ([], []) if self._is_idle else self._partition.take_gradients()
 
     def refresh(self) -> None:
         """Let the model have what a strategy wrote into the parts. Collective in the replica."""
@@ -147,10 +150,10 @@ class ZeroOptimizer(Optimizer):
         self._partition = partition
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the parts, and the model with them. Collective in the replica."""
-        self._partition.give_gradients()
-        self._engine.step()
-        self._partition.remember()
+        """Update the parts, if they have gradients, and the model. Collective in the replica."""
+        if self._partition.give_gradients():
+            self._engine.step()
+            self._partition.remember()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of this rank's parts, the optimizer's state of them, and the loss scale."""
@@ -215,13 +218,11 @@ class ZeroScaler(LossScaler):
         may_overflow = self._engine.fp16_enabled()
         if max_norm is None and not measure and not may_overflow:
             return True, None
-        norm = replica.gradient_norm()
+        norm = replica.gradient_norm() if max_norm is None else replica.clip_gradients(max_norm)
         if may_overflow and not math.isfinite(norm.item()):
             self.overflows += 1
             self._optimizer.step()  # makes none, and lowers the scale
             return False, None
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(replica.parameters, max_norm, norm)
         return True, norm
 
     def metrics(self) -> Mapping[str, float]:
