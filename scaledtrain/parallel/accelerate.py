@@ -253,18 +253,20 @@ _FSDP: dict[str, Translate] = {
     "fsdp_forward_prefetch": _nothing,
     "fsdp_min_num_params": _only("0", "100000000", instead="blocks are found by their classes"),
 }
-_OFFLOAD = _chosen(
-    {"none": [], "cpu": ["engine.offload=cpu"], "nvme": ["engine.offload=nvme"]}, "unknown"
-)
 _DEEPSPEED: dict[str, Translate] = {
     "zero_stage": _as("engine.zero_stage"),
     "gradient_accumulation_steps": _as("gradient_accumulation_steps"),
     "gradient_clipping": _as("max_grad_norm"),
-    "offload_optimizer_device": _OFFLOAD,
+    "offload_optimizer_device": _chosen(
+        {"none": [], "cpu": ["engine.offload=cpu"]}, "replicas are made of what is in memory"
+    ),
     "offload_param_device": _chosen(
         {"none": [], "cpu": ["engine.offload_parameters=true"]}, "parameters stay in memory"
     ),
-    "offload_optimizer_nvme_path": _as("engine.nvme_path"),
+    **dict.fromkeys(
+        ("offload_optimizer_nvme_path", "offload_param_nvme_path"),
+        _only("none", instead="nothing is offloaded to NVMe; offload to cpu, and remove it"),
+    ),
     "deepspeed_config_file": _as("engine.config"),
     "deepspeed_multinode_launcher": _nothing,
     "zero3_save_16bit_model": _nothing,

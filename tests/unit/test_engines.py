@@ -126,9 +126,15 @@ def test_what_accelerate_launch_leaves_in_the_environment() -> None:
     ]
 
 
+NVME = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  offload_"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (f"{NVME}optimizer_device: nvme\n", "optimizer_device is 'nvme'.*in memory.*none, cpu"),
+        (f"{NVME}optimizer_nvme_path: /disk\n", "nvme_path is '/disk': nothing .* to NVMe"),
+        (f"{NVME}param_nvme_path: /disk\n", "nvme_path is '/disk': nothing .* to NVMe"),
         ("distributed_type: MEGATRON_LM\n", "distributed_type is MEGATRON_LM"),
         ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision is 'fp8'.*no, bf16"),
         ("distributed_type: 'NO'\nnum_machines: 2\n", "num_machines is 2.*torchrun"),
