@@ -16,7 +16,7 @@ from scaledtrain.balance import Balance
 from scaledtrain.balance.make import make_balancer
 from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
-from scaledtrain.checkpoint.begin import resume_and_save
+from scaledtrain.checkpoint.begin import parts_before, resume_and_save
 from scaledtrain.checkpoint.saver import Saver
 from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
@@ -217,6 +217,7 @@ class Trainer:
             loss_fn,
             recomputed=activation_checkpointing is not None,
             loss_weight=loss_weight,
+            parts_before=parts_before(link, mesh, checkpointing, resume, run_dir),
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from scaledtrain.checkpoint.folder import Manifest, SavedStep
 from scaledtrain.checkpoint.lock import RunLock
 from scaledtrain.checkpoint.policy import Checkpointing
 from scaledtrain.checkpoint.recall import recall
-from scaledtrain.checkpoint.resume import CHECKPOINTS, find, goes_on_in, load
+from scaledtrain.checkpoint.resume import CHECKPOINTS, SPLIT, candidates, find, goes_on_in, load
 from scaledtrain.checkpoint.saver import Saver
-from scaledtrain.errors import ConfigError, ScaledTrainError
+from scaledtrain.comm.protocols import Link
+from scaledtrain.errors import CheckpointError, ConfigError, ScaledTrainError
+from scaledtrain.mesh import Mesh
 from scaledtrain.schema import did_you_mean
 
 if TYPE_CHECKING:
     from scaledtrain.checkpoint.part import Owner
     from scaledtrain.trainer import Trainer
 
-__all__ = ["resume_and_save"]
+__all__ = ["parts_before", "resume_and_save"]
 
 _logger = logging.getLogger(__name__)
 
@@ -65,9 +69,7 @@ def resume_and_save(
     from scaledtrain.checkpoint.export import config_of
     from scaledtrain.checkpoint.part import Owner  # with DCP, which takes a second to import
 
-    folder = None if run_dir is None else Path(run_dir) / CHECKPOINTS
-    if options is not None and options.folder is not None:
-        folder = Path(options.folder)
+    folder = _folder(options, run_dir)
     named = trainer.model.named_parameters()
     owner = Owner(
         link.group.rank,
@@ -80,11 +82,13 @@ def resume_and_save(
         layout.whole,
         layout.counted_elsewhere(),
     )
-    facts = {
+    facts: dict[str, Any] = {
         "model": type(model).__name__,
         "strategy": str(strategy),
         "precision": str(trainer.precision),
     }
+    if layout.parts:
+        facts[SPLIT] = list(layout.parts)
     if options is None:
         _resume(trainer, resume, folder, owner, None, facts)
         return None
@@ -111,6 +115,58 @@ def resume_and_save(
         lock.release()
         raise
     return saver
+
+
+def parts_before(
+    link: Link,
+    mesh: Mesh | None,
+    options: Checkpointing | None,
+    resume: str | Path | None,
+    run_dir: str | Path | None,
+) -> Sequence[int] | None:
+    """How many parts each stage had in the run that is gone on from. Collective.
+
+    Args:
+        link: to all ranks.
+        mesh: of this run.
+        options: see `resume_and_save`, as for the rest.
+        resume: what is wrong with it is told later.
+        run_dir: where checkpoints go.
+
+    Returns:
+        What the newest checkpoint says that can be read; None: there is none, or it had no stages,
+        or this run has none.
+    """
+    if mesh is None or mesh.pipe == 1:
+        return None
+    if not isinstance(resume, str | Path) or link.returned:
+        return None
+    counts = torch.zeros(0, dtype=torch.int64)
+    if link.group.rank == 0:
+        counts = torch.tensor(_split_of(resume, _folder(options, run_dir)), dtype=torch.int64)
+    length = torch.tensor([len(counts)])
+    link.group.broadcast([length])
+    if not length.item():
+        return None
+    if link.group.rank > 0:
+        counts = torch.zeros(int(length), dtype=torch.int64)
+    link.group.broadcast([counts])
+    found: list[int] = counts.tolist()
+    return found
+
+
+def _split_of(resume: str | Path, folder: Path | None) -> list[int]:
+    with suppress(OSError):  # which `find` tells on all ranks
+        for saved in reversed(candidates(resume, folder)):
+            with suppress(CheckpointError):
+                return [int(n) for n in Manifest.read(saved.path).facts.get(SPLIT, [])]
+    return []
+
+
+def _folder(options: Checkpointing | None, run_dir: str | Path | None) -> Path | None:
+    if options is not None and options.folder is not None:
+        return Path(options.folder)
+    return None if run_dir is None else Path(run_dir) / CHECKPOINTS
 
 
 def _resume(

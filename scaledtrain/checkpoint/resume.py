@@ -22,11 +22,12 @@ from scaledtrain.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from scaledtrain.checkpoint.part import Owner
 
-__all__ = ["CHECKPOINTS", "find", "goes_on_in", "load"]
+__all__ = ["CHECKPOINTS", "SPLIT", "candidates", "find", "goes_on_in", "load"]
 
 _logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # in the folder of a run
+SPLIT = "pipeline.split"  # among a manifest's facts: parts of each stage
 
 
 def find(resume: str | Path, folder: Path | None, link: Link) -> SavedStep | None:
@@ -63,6 +64,16 @@ def find(resume: str | Path, folder: Path | None, link: Link) -> SavedStep | Non
     if found is None:
         raise CheckpointError(f"all {len(there)} checkpoints in {inside} are damaged (see the log)")
     return found
+
+
+def candidates(resume: str | Path, folder: Path | None) -> list[SavedStep]:
+    """Checkpoints of which `find` may choose one, the oldest first, as this rank sees them."""
+    if resume == "auto":
+        return [] if folder is None else saved_steps(folder)
+    path = Path(resume)
+    if (path / MANIFEST).exists():
+        return [SavedStep(0, path)]
+    return saved_steps(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
 
 
 def goes_on_in(resume: str | Path, folder: Path) -> bool:
@@ -139,7 +150,8 @@ def load(saved: SavedStep, owner: Owner) -> dict[str, Any]:
             return state
     if not state or not has_all(state, owner.parameters):  # replicas are divided in another way now
         if not owner.is_equal:
-            cut = " and pipeline.split" if manifest.stages > 1 else ""
+            split = manifest.facts.get(SPLIT)
+            cut = "" if manifest.stages == 1 else f" and {SPLIT} (it was {split})"
             raise ConfigError(
                 f"{saved.path} is of {then}, each with a state of its own, which only replicas "
                 f"that are divided alike can take over; here are {now}: set mesh{cut} as it was"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +94,11 @@ class Layout:
     def stage_ranks(self) -> int:
         """How many ranks of this replica have different stages of the model."""
         return 1 if self._pipe is None else self._pipe.links[0].group.size
+
+    @property
+    def parts(self) -> Sequence[int]:
+        """How many parts of the model each of the stages has, of all ranks; none: it is whole."""
+        return () if self._pipe is None else self._pipe.stages.counts
 
     @property
     def told(self) -> str:

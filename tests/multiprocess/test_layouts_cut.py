@@ -1,17 +1,20 @@
-"""Where a model is cut into stages: alike in all replicas and shards."""
+"""Where a model is cut into stages: alike in all replicas and shards, and in a run that goes on."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from scaledtrain import Mesh, Precision, connect
+from scaledtrain import Checkpointing, LocalSGD, Mesh, Precision, Sync, Trainer, connect
 from scaledtrain.parallel import Pipeline, lay_out
 from scaledtrain.parallel.engine import Recipe
 from scaledtrain.parallel.pipeline import pipeline as pipelines
@@ -42,3 +45,53 @@ def test_all_replicas_and_shards_are_cut_alike_whatever_their_ranks_measure(mesh
     found = run_ranks(held, 4, mesh, example, timeout_seconds=60)
     ranks_of = [0, 1, 0, 1] if mesh.shard == 1 else [0, 0, 1, 1]  # shards are neighbours
     assert found == [[first, ["3.weight"]][stage] for stage in ranks_of]
+
+
+class Gone(NamedTuple):
+    held: list[str]
+    parameters: dict[str, Tensor]
+    told: str
+
+
+def go_on(folder: Path, strategy: str, steps: Sequence[int], slow: Sequence[int]) -> Gone:
+    """Fits up to so many steps; the Trainer of each takes another part for slow."""
+    data = [(torch.full((4, 4), i / 9), torch.full((4, 4), -i / 9)) for i in range(4)]
+    told = io.StringIO()
+    with connect(transport="torch", timeout_seconds=60) as link, redirect_stderr(told):
+        for last, part in zip(steps, slow, strict=True):
+            torch.manual_seed(1)
+            layers = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3)]
+            costs = [PartCost(5.0 if i == part else 1.0, 0.0) for i in range(4)]
+            with (
+                patch.object(pipelines, "measure_parts", lambda *_, costs=costs: costs),
+                Trainer(
+                    nn.Sequential(*layers, nn.Linear(4, 4)),
+                    nn.functional.mse_loss,
+                    partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+                    strategy=Sync() if strategy == "sync" else LocalSGD(sync_every=3),
+                    mesh=Mesh(pipe=2),
+                    pipeline=Pipeline("1F1B", n_microbatches=2, example=data[0]),
+                    checkpointing=Checkpointing(every_steps=100),
+                    resume="auto",
+                    run_dir=folder,
+                    link=link,
+                ) as trainer,
+            ):
+                trainer.fit(data, max_steps=last)
+                parameters = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        return Gone(list(parameters), parameters, told.getvalue())
+
+
+@pytest.mark.parametrize("strategy", ["sync", "local_sgd"])
+def test_a_run_goes_on_with_the_cut_that_it_had_whatever_is_measured(
+    strategy: str, tmp_path: Path
+) -> None:
+    """Where part 0 is slow, it is a stage by itself; where part 3 is, that is. Dropout draws from
+    the generators of ranks, which another cut could not take over."""
+    expected = run_ranks(go_on, 2, tmp_path / "whole", strategy, [5], [0], timeout_seconds=60)
+    found = run_ranks(go_on, 2, tmp_path / "parts", strategy, [2, 5], [0, 3], timeout_seconds=60)
+    assert expected[0].held == found[0].held == ["0.0.weight", "0.0.bias"]
+    for got, wanted in zip(found, expected, strict=True):
+        for name, value in wanted.parameters.items():
+            assert torch.equal(got.parameters[name], value), name
+    assert "stages have [1, 3] parts, as they had before" in found[0].told

@@ -139,6 +139,8 @@ class Pipeline:
         ranks = self._rank_of(group.size, batches)
         if self.split is not None:
             cut, told = given_cut(parts.names, self.split, len(ranks)), ""
+        elif (kept := _as_before(recipe.parts_before, parts, ranks)) is not None:
+            cut, told = kept, f"stages have {list(kept.counts)} parts, as they had before"
         else:
             with recipe.precision.autocast(device):
                 costs = self._costs(parts, microbatch, job, loss_fn, recipe.optimizer)
@@ -153,7 +155,7 @@ class Pipeline:
             if rank == group.rank
         }
         tied, names = find_tied(parts, cut), list(model.state_dict())
-        return OwnStages(own, len(ranks), tied, _blocks_of(model), told, names)
+        return OwnStages(own, cut, tied, _blocks_of(model), told, names)
 
     def unmeasured_stages(
         self, model: nn.Module, rank: int, n_ranks: int, batches: int
@@ -178,7 +180,7 @@ class Pipeline:
         _check_trained(parts, cut, ranks)
         own = {s: make_stage(parts, cut, s) for s, where in enumerate(ranks) if where == rank}
         tied, names = find_tied(parts, cut), list(model.state_dict())
-        return OwnStages(own, len(ranks), tied, _blocks_of(model), "", names)
+        return OwnStages(own, cut, tied, _blocks_of(model), "", names)
 
     def _example_microbatch(self) -> Any:
         if self.example is None:
@@ -259,6 +261,15 @@ class Pipeline:
         )
 
 
+def _as_before(
+    counts: Sequence[int] | None, parts: ModelParts, rank_of: Sequence[int]
+) -> Cut | None:
+    """The cut of the run that this one goes on from; None: it had none that fits."""
+    if counts is None or len(counts) != len(rank_of) or sum(counts) != len(parts):
+        return None
+    return Cut(tuple(counts))
+
+
 def _check_trained(parts: ModelParts, cut: Cut, rank_of: Sequence[int]) -> None:
     """All ranks look at what all have, so that none is left waiting for another's error."""
     for rank in sorted(set(rank_of)):
@@ -290,7 +301,7 @@ class OwnStages(nn.Module):
 
     Args:
         stages: by number.
-        n_stages: of all ranks.
+        cut: into the stages of all ranks.
         tied: groups of parameters that are one.
         blocks: of the whole model, in the order in which it calls them.
         told: about the cut, for people to read.
@@ -300,7 +311,7 @@ class OwnStages(nn.Module):
     def __init__(
         self,
         stages: Mapping[int, Stage],
-        n_stages: int,
+        cut: Cut,
         tied: list[tuple[Held, ...]],
         blocks: Sequence[nn.Module],
         told: str,
@@ -309,7 +320,8 @@ class OwnStages(nn.Module):
         super().__init__()
         self._stages = nn.ModuleDict({str(number): stage for number, stage in stages.items()})
         self._own = list(stages.values())
-        self.n_stages = n_stages
+        self.counts = cut.counts
+        self.n_stages = len(cut)
         self.tied = tied
         own = {m for stage in stages.values() for part in stage.parts for m in part.modules()}
         self._blocks = [block for block in blocks if block in own]  # and no other stage's
