@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample, computes, loss_without_gradients
-from scaledtrain.recompute.blocks import Compiled, find_blocks, named_blocks
+from scaledtrain.recompute.blocks import Compiled, find_blocks, is_compiled, named_blocks
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.policies import CheckpointPolicy
 
@@ -33,7 +36,8 @@ def checkpoint_activations(
         sample: called with what runs the model's ``forward``, returns the loss of a microbatch, as
             large as any. `MemoryBudget` needs it; with it, every policy is tried out.
         compile: backend for ``torch.compile`` (``"inductor"``), with which each block is compiled;
-            what is not in a block is not. None: nothing is.
+            what is not in a block is not. None: nothing is. Policies are tried out, and a budget's
+            bytes are counted, as if nothing were.
         stand_in: a model with the same blocks, on which everything is measured and tried out where
             the model itself cannot be run alone (a sharded one). None: it can.
 
@@ -62,7 +66,8 @@ def checkpoint_activations(
     compiled = None if compile is None else Compiled(chain, compile)
     try:
         if stand_in is None:
-            executor = tried(lambda: policy.install(model, chain, sample), model, sample)
+            with _as_written(chain):
+                executor = tried(lambda: policy.install(model, chain, sample), model, sample)
         else:
             on_stand_in = checkpoint_activations(stand_in, policy, sample, compile=compile)
             on_stand_in.remove()
@@ -74,6 +79,17 @@ def checkpoint_activations(
     if compiled is not None:
         executor.when_removed(compiled.remove)
     return executor
+
+
+def _as_written(blocks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+    """Inside, compiled blocks run as if they were not.
+
+    What is first called inside a mode that sees operators, as the one that counts bytes, torch
+    would not compile later on either.
+    """
+    if any(map(is_compiled, blocks)):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def tried(install: Callable[[], Executor], model: nn.Module, sample: Sample | None) -> Executor:

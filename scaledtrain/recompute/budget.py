@@ -47,7 +47,8 @@ class MemoryBudget(CheckpointPolicy):
     than the first one.
 
     What is kept of blocks that run again can wait somewhere else than in the model's memory. That
-    takes time, but mostly less than computing it. Of compiled blocks, parts cannot be kept.
+    takes time, but mostly less than computing it. Of compiled blocks, parts cannot be kept, and
+    bytes are those that they need when they are not compiled.
 
     Counted is what operators return between the beginning of the forward and the end of the
     backward pass, on any device: activations, their gradients, the loss. Not counted are
