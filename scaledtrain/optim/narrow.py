@@ -361,9 +361,11 @@ class WideStep:
         self._rounding.load_state_dict(state, parameters[0].device)
         saved = (i for group in of_optimizer["param_groups"] for i in group["params"])
         for parameter, i in zip(parameters, saved, strict=True):
-            for key, value in self._state_of(parameter):
-                exact = of_optimizer["state"][i][key]
-                self._optimizer.state[parameter][key] = exact.to(value.device, copy=True)
+            own = self._optimizer.state.get(parameter, {})
+            for key, value in own.items():
+                if isinstance(value, Tensor) and key != "step":  # which it leaves as it is
+                    exact = of_optimizer["state"][i][key]
+                    self._optimizer.state[parameter][key] = exact.to(value.device, copy=True)
 
 
 def _wide(narrow: Sequence[Tensor]) -> list[Tensor]:

@@ -87,9 +87,10 @@ def _as_written(blocks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
     What is first called inside a mode that sees operators, as the one that counts bytes, torch
     would not compile later on either.
     """
-    if any(map(is_compiled, blocks)):
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+    if not any(map(is_compiled, blocks)):
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def tried(install: Callable[[], Executor], model: nn.Module, sample: Sample | None) -> Executor:

@@ -119,20 +119,45 @@ def test_saved_inside_a_run_and_resumed_is_not_stopping(precision: Precision) ->
     if precision.loss_scale is None and precision.name.startswith("fp16"):
         options = LossScale(initial=2.0**18, growth_interval=4)
         precision = Precision(precision.name, precision.update, options)
+    straight = resumed_is_not_stopping(precision, ADAMW)
+    assert (straight.scaler.overflows > 0) == precision.name.startswith("fp16")
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [p for p in EVERY if p.name.endswith("true") and p.update != "nearest"],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.Adafactor, lr=0.01),  # keeps means of rows and columns
+        partial(torch.optim.NAdam, lr=0.01),  # and numbers beside tensors
+        partial(torch.optim.ASGD, lr=0.01, t0=3),
+    ],
+    ids=lambda optimizer: optimizer.func.__name__,
+)
+def test_state_of_any_shape_is_resumed_with_all_its_bits(
+    optimizer: Any, precision: Precision
+) -> None:
+    resumed_is_not_stopping(precision, optimizer)
+
+
+def resumed_is_not_stopping(precision: Precision, optimizer: Any) -> Trainer:
     save = SaveAt(7)
-    straight = trainer(precision=precision, optimizer=ADAMW, callbacks=[save])
+    straight = trainer(precision=precision, optimizer=optimizer, callbacks=[save])
     straight.fit(batches(20), max_epochs=4)
-    resumed = trainer(precision=precision, optimizer=ADAMW)
+    resumed = trainer(precision=precision, optimizer=optimizer)
     resumed.load_state_dict(save.state)
     resumed.fit(batches(20), max_epochs=4)
     assert torch.equal(flat(resumed.model), flat(straight.model))
     assert resumed.scaler.state_dict() == straight.scaler.state_dict()
-    assert (straight.scaler.overflows > 0) == precision.name.startswith("fp16")
     states = [resumed.state_dict(), straight.state_dict()]
     for state in states:
         del state["metrics"]  # the time that it took
         del state["callbacks"]  # one run has another than the other
     assert_same_state(*states)
+    return straight
 
 
 def assert_same_state(got: Any, expected: Any) -> None:
