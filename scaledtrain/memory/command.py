@@ -8,6 +8,7 @@ python -m scaledtrain.memory experiment=stdlib_gpt memory=1GiB
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -171,12 +172,16 @@ def make_estimator(training: TrainConfig, task: Task, workers: int, device: str)
     (batch,) = next(batches).microbatches
     batches.close()
     chosen = training.activation_checkpointing
+    microbatches = training.gradient_accumulation_steps
+    if training.elastic:
+        data_ranks = training.mesh.replicas(workers) * training.mesh.shard
+        microbatches = math.ceil(batch_sizes(training).batches_per_step / data_ranks)
     return MemoryEstimator(
         _model_without_memory(training),
         task.loss_fn,
         batch,
         partial(make_of, "optimizer", training.optimizer),
-        microbatches=training.gradient_accumulation_steps,
+        microbatches=microbatches,
         strategy=lambda: make(training.strategy),
         workers=workers,
         mesh=training.mesh,

@@ -42,7 +42,10 @@ class RankMemory:
     """What the strategy keeps: copies, a server, what is under way. Below 0 where ranks share the
     memory of their parameters, which then counts on one of them."""
     peak: int
-    """Everything that is alive at once, at most."""
+    """Everything that is alive at once, at most, on the device."""
+    host: int
+    """What is alive at once of shards that the engine keeps in the host's memory (offload), of
+    their gradients, optimizer and strategy, at most; none of it is in ``peak``."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class MemoryEstimate:
     buffers: int
     """Of all buffers, as the parameters."""
     batch: int
-    """Inputs and targets."""
+    """Inputs and targets of a step, all its microbatches'; where a pipeline's gradients are late,
+    of the steps that are under way."""
     gradients: int
     """Of all parameters, between backward pass and update."""
     activations: int
@@ -127,13 +131,19 @@ class MemoryEstimator:
                 "sharded stages take is not estimated; set one of them to 1"
             )
         self._pipeline = pipeline or Pipeline()
-        self._batches = microbatches
+        self._batches_per_step = microbatches
+        if engine is not None and not isinstance(engine, FullyShard):
+            raise ConfigError(
+                f"engine is {engine}, but only what shards of FullyShard take is estimated; leave "
+                "engine out, which counts as with engine=fully_shard, or measure a run "
+                "(memory_bytes in its metrics)"
+            )
         self._engine = engine or FullyShard()
         self._model = copied(model, "meta").train()
         self._loss_fn = loss_fn
         self._batch = batch
         self._optimizer = optimizer
-        self._microbatches = min(2, microbatches)  # more add to gradients that are there
+        self._batches_run = min(2, microbatches)  # more add to gradients that are there
         self._strategy = strategy
         self._workers = workers
         self._blocks = blocks
@@ -230,7 +240,7 @@ class MemoryEstimator:
         with Fakes() as fakes, fakes.explained(type(self._model).__name__):
             model = copied(prepared[0].model, self._device)
             batch = batch_of(size, self._batch, self._device)
-            batch_bytes = bytes_of(tensors_in(batch))
+            batch_bytes = bytes_of(tensors_in(batch)) * self._batches_per_step
             activations = activations_of_stages(
                 fakes,
                 [self._stages_of(model, rank) for rank in range(self._mesh.pipe)],
@@ -239,7 +249,7 @@ class MemoryEstimator:
                 prepared[0].precision,
                 policy,
                 self._pipeline,
-                self._batches,
+                self._batches_per_step,
             )
         ranks: list[RankMemory] = []
         for replica in range(self._mesh.replicas(self._workers)):
@@ -253,7 +263,7 @@ class MemoryEstimator:
             size,
             shown.parameters,
             shown.buffers,
-            batch_bytes,
+            batch_bytes * shown.steps,
             shown.gradients,
             most.most,
             Kept(most.kept, (), 0),
@@ -265,7 +275,9 @@ class MemoryEstimator:
         )
 
     def _stages_of(self, model: nn.Module, rank: int) -> OwnStages:
-        return self._pipeline.unmeasured_stages(model, rank, self._mesh.pipe, self._batches)
+        return self._pipeline.unmeasured_stages(
+            model, rank, self._mesh.pipe, self._batches_per_step
+        )
 
     def _size(self, batch_size: int | None) -> int:
         size = count_samples(self._batch) if batch_size is None else batch_size
@@ -288,7 +300,7 @@ class MemoryEstimator:
         return self._prepared[precision]
 
     def _prepare_rank(self, precision: Precision, model: nn.Module, rank: int) -> _Prepared:
-        shards, pipe = self._mesh.shard, self._mesh.pipe
+        shards, pipe, versions = self._mesh.shard, self._mesh.pipe, 0
 
         def make_model() -> nn.Module:
             if shards > 1:
@@ -304,7 +316,8 @@ class MemoryEstimator:
         parameters = bytes_of([*replica.parameters, *replica.frozen])
         if pipe > 1:
             trained = bytes_of(replica.parameters)
-            parameters += trained * self._pipeline.further_versions(rank, pipe, self._batches)
+            versions = self._pipeline.further_versions(rank, pipe, self._batches_per_step)
+            parameters += trained * versions
         replicas = self._mesh.replicas(self._workers)
         kept = [RankKept(update.state, 0, updates=True, serves=False)] * replicas
         if self._strategy is not None:
@@ -313,7 +326,17 @@ class MemoryEstimator:
             )
         ranks = [of_replica for of_replica in kept for _ in range(shards)]
         buffers = bytes_of(replica.buffers)
-        return _Prepared(precision, model, parameters, buffers, gradients, update, ranks)
+        return _Prepared(
+            precision,
+            model,
+            parameters,
+            buffers,
+            gradients,
+            update,
+            ranks,
+            steps=max(1, versions),  # each with weights, and a batch, of its own
+            offloads=shards > 1 and self._engine.offload,
+        )
 
 
 @dataclass(frozen=True)
@@ -328,15 +351,28 @@ class _Prepared:
     gradients: int
     update: UpdateBytes
     ranks: Sequence[RankKept]
+    steps: int
+    """That are under way at once."""
+    offloads: bool
+    """Shards, with all that belongs to them, are in the host's memory."""
 
     def rank(self, kept: RankKept, batch: int, computing: int) -> RankMemory:
-        """What a rank has at most."""
+        """What a rank has at most.
+
+        Args:
+            kept: by it.
+            batch: bytes of those of one step.
+            computing: bytes at most.
+        """
         working = self.update.working if kept.updates else 0
-        if kept.serves:
-            computing += working  # the update of another worker's gradient may come meanwhile
-        always = self.parameters + self.buffers + batch + kept.optimizer + kept.strategy
-        peak = always + max(computing, self.gradients + working)
-        return RankMemory(kept.optimizer, kept.strategy, peak)
+        meanwhile = working if kept.serves else 0  # of another worker's gradient
+        shards = self.parameters + kept.optimizer + kept.strategy
+        device = self.buffers + batch * self.steps
+        if self.offloads:
+            host = shards + self.gradients + working + meanwhile
+            return RankMemory(kept.optimizer, kept.strategy, device + computing, host)
+        peak = device + shards + max(computing + meanwhile, self.gradients + working)
+        return RankMemory(kept.optimizer, kept.strategy, peak, 0)
 
 
 class _Step:
@@ -365,9 +401,9 @@ class _Step:
             replica.parameters,
             scaler=prepared.precision.scaler(replica),
         )
-        n = of._microbatches
+        n = of._batches_run
         self._step = StepBatch([self._batch] * n, [size] * n)
-        self.batch_bytes = bytes_of(tensors_in(self._batch))
+        self.batch_bytes = bytes_of(tensors_in(self._batch)) * of._batches_per_step
         if policy is not None:
             policy.install(self.model, self.blocks, self.sample)
 
@@ -434,7 +470,8 @@ def estimate_memory(
 
     With ``mesh.shard`` parameters, gradients and optimizer are those of the largest shard; what is
     gathered of the blocks that compute, and their gradients until they are reduced, is counted
-    while computing.
+    while computing. With ``engine=FullyShard(offload=True)`` there is on the device nothing else
+    but buffers and batch.
 
     Not counted is what is not a tensor of torch's: what a kernel needs while it runs, what an
     allocator rounds up or does not give back (on CUDA some 10 % more), the CUDA context, buffers

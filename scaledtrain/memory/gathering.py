@@ -52,6 +52,7 @@ class Gathering:
         n: ranks.
         reduced: the format in which gradients are reduced; None: their own.
         reshards: whether a block's parameters are given up after its forward pass.
+        offloads: shards and their gradients are in another memory.
 
     Attributes:
         on: whether anything is done.
@@ -64,11 +65,13 @@ class Gathering:
         n: int,
         reduced: torch.dtype | None,
         reshards: bool,
+        offloads: bool = False,
     ) -> None:
         self.on = False
         self._n = n
         self._reduced = reduced
         self._reshards = reshards
+        self._offloads = offloads
         self._held: dict[nn.Module, list[Tensor]] = {}
         self._ahead: dict[nn.Module, list[Tensor]] = {}
         self._reducing: list[Tensor] = []
@@ -119,7 +122,7 @@ class Gathering:
             self._reducing = []
             self._reducing = [torch.empty_like(p, dtype=self._reduced or p.dtype) for p in waiting]
             for p in waiting:
-                if p not in self._shards:
+                if p not in self._shards and not self._offloads:
                     self._shards[p] = _shard_of(p, self._n).to(self._reduced or p.dtype)
                 p.grad = None
             waiting.clear()
@@ -152,4 +155,4 @@ def gathering_of(
         if gathered is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(gathered)
     reduced = None if gathered is None else torch.float32
-    return Gathering(model, blocks, n, reduced, engine.reshard_after_forward)
+    return Gathering(model, blocks, n, reduced, engine.reshard_after_forward, engine.offload)

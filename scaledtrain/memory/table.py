@@ -156,6 +156,11 @@ def _words(report: Report) -> Iterable[str]:
             f"Parameters, gradients and optimizer are the largest of {report.mesh_shard} shards'; "
             "what is gathered meanwhile counts in all, not in activations."
         )
+    if cell.estimate is not None and (host := max(rank.host for rank in cell.estimate.ranks)):
+        yield (
+            "Parameters, gradients, optimizer and strategy are in the host's memory, "
+            f"{_bytes(host)} at most for a rank; all else is the device's."
+        )
     if report.mesh_pipe > 1:
         yield (
             f"What is not told by rank is of the rank that needs most of the {report.mesh_pipe} "
@@ -173,12 +178,14 @@ def _words(report: Report) -> Iterable[str]:
 def _dominates(found: MemoryEstimate, shards: int) -> str:
     """The largest part of the peak."""
     rank = _needs_most(found)
-    while_computing = found.computing >= found.gradients + found.updating
-    parts = {
-        "parameters": found.parameters + found.buffers,
-        "the optimizer's state": rank.optimizer,
-        "what the strategy keeps": rank.strategy,
-    }
+    while_computing = rank.host or found.computing >= found.gradients + found.updating
+    parts = {"the step's batches": found.batch}
+    if not rank.host:
+        parts |= {
+            "parameters": found.parameters + found.buffers,
+            "the optimizer's state": rank.optimizer,
+            "what the strategy keeps": rank.strategy,
+        }
     if while_computing:
         gathered = ", gradients and what is gathered" if shards > 1 else " and gradients"
         parts[f"activations{gathered}"] = found.computing

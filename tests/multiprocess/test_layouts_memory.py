@@ -113,3 +113,17 @@ def test_what_divides_a_model_is_in_its_estimate() -> None:
     assert whole.parameters == 2 * halves.parameters == 4 * quarters.parameters
     assert len(quarters.ranks) == 4
     assert len(estimate(CASES[1], workers=4).ranks) == 4  # of two replicas
+
+
+def test_shards_that_are_offloaded_are_not_on_the_device() -> None:
+    """Nor are their gradients, which with a second microbatch are all there."""
+    here, offloaded = (
+        estimate(CASES[0], microbatches=2, engine=FullyShard(offload=o)) for o in (False, True)
+    )
+    assert (here.parameters, here.batch) == (offloaded.parameters, offloaded.batch)
+    assert here.computing - offloaded.computing == here.gradients
+    (rank, other), update = offloaded.ranks, offloaded.updating
+    assert rank == other
+    assert rank.peak == offloaded.peak == offloaded.batch + offloaded.computing
+    assert rank.host == 2 * offloaded.parameters + rank.optimizer + update
+    assert [r.host for r in here.ranks] == [0, 0]

@@ -22,8 +22,10 @@ from scaledtrain import (
     Sync,
     estimate_memory,
 )
+from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory import MemoryEstimator, SmallestBudget
+from scaledtrain.memory.fake import bytes_of, tensors_in
 from scaledtrain.models import GPT, MLP, ConvNet, next_token_loss
 from scaledtrain.recompute import (
     CheckpointEvery,
@@ -138,12 +140,24 @@ def test_parameters_gradients_state_and_peak_are_those_of_real_steps(
         assert counted.live == state
     assert (found.parameters, found.gradients) == (parameters, gradients)
     assert found.ranks[0].optimizer == state
-    batch = sum(t.nbytes for t in case.batch)
+    batch = microbatches * sum(t.nbytes for t in case.batch)
     assert found.batch == batch
     assert found.updating == updating - gradients
     # The sum of the microbatches' losses is 4 bytes, kept while the next one runs.
     assert computing <= found.computing <= computing + 8
     assert found.peak == parameters + batch + state + max(found.computing, updating)
+
+
+def test_all_batches_of_a_step_are_there_at_once() -> None:
+    """As the loader moves them to a device, which here has no memory."""
+    batches = [(torch.zeros(4, 64), torch.zeros(4, 64)) for _ in range(8)]
+    steps = ReplicaLoader(batches, accumulation=8, device=torch.device("meta")).epoch(0)
+    there = bytes_of(tensors_in(next(steps).microbatches))
+    model = nn.Linear(64, 64)
+    found = estimate_memory(model, F.mse_loss, batches[0], ADAMW, microbatches=8)
+    assert found.batch == there == 8 * 2 * 4 * 64 * 4
+    two = estimate_memory(model, F.mse_loss, batches[0], ADAMW, microbatches=2)
+    assert found.peak - two.peak == 6 * 2 * 4 * 64 * 4
 
 
 def test_the_smallest_budget_is_that_of_real_steps() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +72,30 @@ def test_a_batch_is_shared_by_replicas_and_shards(
     only = ["precisions=[fp32]", "policies=[none]", "workers=2", f"mesh.{mesh}=2"]
     (cell,) = told(monkeypatch, capsys, *only, *words)["cells"]
     assert cell["estimate"]["batch_size"] == expected
+
+
+def test_of_an_elastic_job_each_rank_has_its_part_of_the_batches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of 4 batches on 3 ranks one has 2, of 8 samples: 64 numbers of 4 bytes and a label of 8."""
+    elastic = ["elastic=true", "data.global_batch_size=32", "checkpointing=steps", "resume=auto"]
+    only = ["precisions=[fp32]", "policies=[none]", "workers=3", f"run_dir={tmp_path}"]
+    (cell,) = told(monkeypatch, capsys, *only, *elastic)["cells"]
+    assert cell["estimate"]["batch"] == 2 * 8 * (64 * 4 + 8)
+
+
+def test_what_is_offloaded_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a rank half of the parameters, gradients and momentum: 3 * 2420, and no temporaries."""
+    shards = ["workers=2", "mesh.shard=2", "engine=fully_shard", "engine.offload=true"]
+    assert call(monkeypatch, *SMALL, *shards, "precisions=[fp32]", "policies=[none]") == 0
+    shown = capsys.readouterr().out
+    assert "are in the host's memory, 7.1 KiB at most for a rank" in shown
+    assert "KiB, activations, gradients and what is gathered take most" in shown
+    shards[2:] = ["engine=deepspeed"]
+    assert call(monkeypatch, *SMALL, *shards) == 2
+    assert "only what shards of FullyShard take is estimated" in capsys.readouterr().err
 
 
 def test_the_ways_of_the_config_take_the_place_of_the_usual_ones(

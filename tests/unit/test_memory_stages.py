@@ -95,7 +95,7 @@ def test_late_gradients_keep_further_versions_of_weights() -> None:
     2BW both."""
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     batch = torch.zeros(4, 10), torch.zeros(4, 10)
-    parameters = {}
+    parameters, batches = {}, {}
     for name in ("GPipe", "PipeDream", "PipeDream-2BW"):
         found = estimate_memory(
             model,
@@ -105,7 +105,9 @@ def test_late_gradients_keep_further_versions_of_weights() -> None:
             mesh=Mesh(pipe=2),
             workers=2,
             pipeline=Pipeline(name, 2, split=["1"]),
+            microbatches=3,
         )
-        parameters[name] = found.parameters
+        parameters[name], batches[name] = found.parameters, found.batch
         assert found.gradients == 440
     assert parameters == {"GPipe": 440, "PipeDream": 3 * 440, "PipeDream-2BW": 3 * 440}
+    assert batches == {"GPipe": 3 * 320, "PipeDream": 6 * 320, "PipeDream-2BW": 6 * 320}
