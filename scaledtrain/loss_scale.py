@@ -209,14 +209,21 @@ class DynamicScaler(LossScaler):
             self._under_way = False
 
     def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Divided by S."""
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            _add(parameter, gradient.to(parameter.grad_dtype) * (1.0 / self.scale))
+        """Divided by S, where they are, so that there are not two of each."""
+        pairs = zip(parameters, gradients, strict=True)
+        wide = [gradient.to(parameter.grad_dtype) for parameter, gradient in pairs]
+        if wide:
+            torch._foreach_mul_(wide, 1.0 / self.scale)
+        for parameter, gradient in zip(parameters, wide, strict=True):
+            _add(parameter, gradient)
 
     def check_and_clip(
         self, replica: Replica, max_norm: float | None, measure: bool
     ) -> tuple[bool, Tensor | None]:
         """Judge by the norm, which is finite if every gradient is; see `LossScaler`.
+
+        But gradients whose squares have a sum beyond float32 (a norm above 1.8e19, which no update
+        would survive) count as an overflow, too.
 
         Raises:
             NonFiniteLossError: an overflow, and the scale is as small as it may be.
@@ -224,7 +231,7 @@ class DynamicScaler(LossScaler):
         norm = replica.gradient_norm() if max_norm is None else replica.clip_gradients(max_norm)
         if math.isfinite(norm.item()):
             self._clean += 1
-            if self._clean == self._options.growth_interval:
+            if self._clean >= self._options.growth_interval:  # a resumed run's may be smaller
                 self._clean = 0
                 self.scale *= self._options.growth_factor
             return True, norm

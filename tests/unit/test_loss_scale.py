@@ -13,6 +13,7 @@ from torch import nn
 from scaledtrain import Replica
 from scaledtrain.errors import ConfigError, NonFiniteLossError
 from scaledtrain.loss_scale import DynamicScaler, LossScale
+from scaledtrain.recompute.live_bytes import LiveBytes
 
 
 def scaler_of(model: nn.Module, **options: float) -> tuple[Replica, DynamicScaler]:
@@ -102,6 +103,22 @@ def test_small_gradients_survive_float16() -> None:
     assert model.weight.grad.item() == pytest.approx(1e-9, rel=0.02)
 
 
+def test_gradients_that_are_handed_over_are_unscaled_where_they_are() -> None:
+    """Those of 16 bits alone need other memory, of 4 bytes for each of 2 numbers."""
+    weights = [nn.Parameter(torch.zeros(2, dtype=t)) for t in (torch.float32, torch.float16)]
+    scaler = DynamicScaler(LossScale(initial=1024.0), weights)
+    gradients = [torch.full((2,), 3072.0), torch.full((2,), 5.0, dtype=torch.float16)]
+    with LiveBytes() as counted:
+        scaler.hand_over(weights, gradients)
+        assert counted.peak == 8
+    assert weights[0].grad is gradients[0]
+    assert [w.grad.tolist() for w in weights] == [[3.0] * 2, [5.0 / 1024.0] * 2]
+    assert [w.grad.dtype for w in weights] == [torch.float32] * 2
+    scaler.hand_over(weights[:1], [torch.full((2,), 1024.0)])
+    assert weights[0].grad.tolist() == [4.0] * 2
+    scaler.hand_over([], [])  # of a step without samples
+
+
 def test_clipping_is_of_unscaled_gradients() -> None:
     """A gradient of 3, clipped to 1, with its norm before."""
     model = one_weight()
@@ -149,6 +166,21 @@ def test_state_is_restored() -> None:
     assert other.metrics() == {"loss_scale": 4.0, "overflows": 1}
     other.check_and_clip(other_replica, None, False)  # the second clean step
     assert other.scale == 8.0
+
+
+def test_a_smaller_growth_interval_may_follow() -> None:
+    """Saved after 3 of 4 clean steps, resumed with an interval of 2: the next one is enough."""
+    model = one_weight()
+    replica, scaler = scaler_of(model, initial=8.0, growth_interval=4)
+    for _ in range(3):
+        scaler.check_and_clip(replica, None, False)
+    replica, other = scaler_of(model, initial=8.0, growth_interval=2)
+    other.load_state_dict(scaler.state_dict())
+    scales = []
+    for _ in range(3):
+        other.check_and_clip(replica, None, False)
+        scales.append(other.scale)
+    assert scales == [16.0, 16.0, 32.0]
 
 
 @pytest.mark.parametrize(
