@@ -19,6 +19,7 @@ from scaledtrain.memory.ranks import RankKept, bytes_kept_by_ranks
 from scaledtrain.memory.search import largest
 from scaledtrain.memory.stages import activations_of_stages
 from scaledtrain.mesh import Mesh
+from scaledtrain.parallel.engine import Engine
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.precision import Precision, PrecisionName
@@ -109,7 +110,7 @@ class MemoryEstimator:
         strategy: Callable[[], Strategy] | None = None,
         workers: int = 1,
         mesh: Mesh | None = None,
-        engine: FullyShard | None = None,
+        engine: Engine | None = None,
         pipeline: Pipeline | None = None,
         blocks: Sequence[str] | None = None,
         device: torch.device | str = "cpu",
@@ -447,7 +448,7 @@ def estimate_memory(
     strategy: Callable[[], Strategy] | None = None,
     workers: int = 1,
     mesh: Mesh | None = None,
-    engine: FullyShard | None = None,
+    engine: Engine | None = None,
     pipeline: Pipeline | None = None,
     blocks: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
@@ -493,7 +494,8 @@ def estimate_memory(
         strategy: makes what replicas tell each other; None: each keeps model and optimizer.
         workers: ranks.
         mesh: their layout; None: each has a replica.
-        engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
+        engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`, the
+            only one of which it is known.
         pipeline: how the stages are run where ``mesh.pipe`` is above 1; default `Pipeline`. They
             are cut by numbers of parameters, unless it has a ``split``; activations are those of
             all microbatches that its schedule keeps alive, messages included.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from scaledtrain import (
     DiLoCo,
     LocalSGD,
+    Mesh,
     ParameterServer,
     Precision,
     Strategy,
@@ -27,6 +28,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.memory import MemoryEstimator, SmallestBudget
 from scaledtrain.memory.fake import bytes_of, tensors_in
 from scaledtrain.models import GPT, MLP, ConvNet, next_token_loss
+from scaledtrain.parallel import DeepSpeed
 from scaledtrain.recompute import (
     CheckpointEvery,
     CheckpointPolicy,
@@ -340,6 +342,7 @@ class TestWhatCannotBe:
             ({"workers": 0}, "workers is 0"),
             ({"microbatches": 0}, "microbatches is 0"),
             ({"precision": "fp8"}, "precision is 'fp8'"),
+            ({"workers": 2, "mesh": Mesh(shard=2), "engine": DeepSpeed()}, "engine is DeepSpeed"),
             ({"activation_checkpointing": CheckpointEvery()}, "has no nn.Sequential"),
             ({"blocks": ["x"]}, "blocks has 'x'"),
         ],
