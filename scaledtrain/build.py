@@ -26,6 +26,7 @@ from scaledtrain.noise_scale import NoiseScale
 from scaledtrain.optim.adascale import AdaScale
 from scaledtrain.optim.scaling import decay_groups, norms_and_biases, zero_gamma
 from scaledtrain.optim.warmup import units_per_update
+from scaledtrain.parallel import Pipeline
 from scaledtrain.replica import MakeScheduler
 from scaledtrain.schema import Node, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
@@ -115,6 +116,8 @@ def build_settled(
     pipeline = None
     if config.mesh.pipe > 1:
         pipeline = replace(config.pipeline, example=first_batch(train))
+    elif config.pipeline != Pipeline():
+        pipeline = config.pipeline  # the Trainer says why it is for nothing
     recomputed = config.activation_checkpointing
     trainer = Trainer(
         model,

@@ -38,6 +38,7 @@ from scaledtrain.memory.command import make_estimator
 from scaledtrain.memory.estimate import MemoryEstimate
 from scaledtrain.mesh import Mesh
 from scaledtrain.optim.scaling import zero_gamma
+from scaledtrain.parallel import Pipeline
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Node, make, parse
@@ -158,6 +159,7 @@ def _alone(training: TrainConfig, size: int) -> TrainConfig:
         data=Node({**training.data, "local_batch_size": size, "global_batch_size": None}),
         mesh=Mesh(),
         engine=None,
+        pipeline=Pipeline(),
         workers=None,
         elastic=False,
         balance=Node(_target_="scaledtrain.balance.Even"),

@@ -40,12 +40,18 @@ def test_every_shipped_experiment_passes(
     assert lines[-1] == "12 rungs: 12 passed"
 
 
-@pytest.mark.parametrize("strategy", ["async", "diloco", "gossip"])
-def test_other_strategies_are_asked_on_one_rank(
-    strategy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["strategy=async"], ["strategy=diloco"], ["strategy=gossip"]),
+        ["mesh.pipe=2", "pipeline.schedule=GPipe"],
+    ],
+    ids=" ".join,
+)
+def test_strategies_and_stages_are_asked_on_one_rank(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"strategy={strategy}", "workers=2", "check.only=[seed,resume,cost]"]
-    command(monkeypatch, *words)
+    command(monkeypatch, *words, "workers=2", "check.only=[seed,resume,cost]")
     assert "3 rungs: 3 passed" in capsys.readouterr().out
 
 

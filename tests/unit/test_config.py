@@ -238,6 +238,7 @@ def test_a_value_that_needs_quotes_is_told_how() -> None:
         (["optimizer.lr=-1"], ["optimizer SGD: Invalid learning rate: -1"]),
         (["strategy=streaming_diloco", "strategy.fragments=9"], ["fragments is 9", "only 4 "]),
         (["lr_scheduler=cosine", "max_steps=null"], ["needs T_max", "set one"]),
+        (["pipeline.schedule=GPipe"], ["pipeline is Pipeline(schedule='GPipe'", "mesh.pipe is 1"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )
