@@ -563,7 +563,11 @@ class Trainer:
         return self._evaluator.predict(loader)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of what this rank needs to go on: also its place in the data, and generators."""
+        """A copy of what this rank needs to go on: also its place in the data, and generators.
+
+        Ranks that have a replica together (``mesh.shard``, ``mesh.pipe``) call this together, also
+        from a callback: stages may have to make their copies of tied weights equal first.
+        """
         return state_of(self, self._seed, self._loader)
 
     def full_state_dict(self) -> dict[str, Any]:
