@@ -109,7 +109,8 @@ class Pipe:
         microbatch = cut_step(step, pipeline.n_microbatches)[0].batch
         calls: dict[int, Called] = {}
         if not sharded:
-            calls = seen_calls(own.stages, lambda: schedule.outputs(microbatch))
+            whole = StepBatch([microbatch], [count_samples(microbatch)])
+            calls = seen_calls(own.stages, lambda: schedule.predict(whole))
         live = pipeline.live_of_stages(self.links[0].group.size, recipe.gradient_accumulation_steps)
         found: list[Executor] = []
 

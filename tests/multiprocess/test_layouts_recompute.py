@@ -178,3 +178,59 @@ def test_a_rank_of_a_pipeline_keeps_to_its_budget_and_changes_no_bit() -> None:
             if rank == 0:
                 assert everything > sizes[0] * 1024 + GRADIENTS
         assert "do not fit into 20480 bytes" in of_rank[-1]
+
+
+class OwnLoss(nn.Module):
+    """Called with inputs and targets, which go from part to part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(_Passing() for _ in range(3))
+        self.loss = _Loss()
+
+    def pipeline_parts(self) -> list[nn.Module]:
+        return [*self.blocks, self.loss]
+
+
+class _Passing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.inner(x)), y
+
+
+class _Loss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.head(x), y)
+
+
+def with_own_loss() -> list[dict[str, Tensor]]:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
+    found = []
+    with connect(transport="torch", timeout_seconds=60) as link:
+        for policy in (None, CheckpointEvery(1)):
+            with Trainer(
+                OwnLoss(),
+                None,
+                partial(torch.optim.SGD, lr=0.1),
+                mesh=Mesh(pipe=2),
+                pipeline=Pipeline("1F1B", n_microbatches=2),
+                activation_checkpointing=policy,
+                console=False,
+                link=link,
+            ) as trained:
+                trained.fit([(x, x.sum(1, keepdim=True))], max_epochs=2)
+                found.append({n: p.detach().clone() for n, p in trained.model.named_parameters()})
+    return found
+
+
+def test_stages_of_a_model_with_a_loss_of_its_own_compute_activations_again() -> None:
+    for kept, again in run_ranks(with_own_loss, 2, timeout_seconds=60):
+        assert equal(again, kept)
