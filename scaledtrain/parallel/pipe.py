@@ -219,12 +219,24 @@ class Pipe:
         )
 
     def scheduler(self, make: MakeScheduler | None) -> MakeScheduler | None:
-        """A learning-rate schedule, with the correction for this rank's staleness."""
+        """A learning-rate schedule, with the correction for this rank's staleness.
+
+        Raises:
+            ConfigError: there is nothing to correct on any rank.
+        """
         if self.pipeline.anneal_steps is None:
             return make
         group = self.links[0].group
         n = self.recipe.gradient_accumulation_steps * self.pipeline.n_microbatches
         late = delays(self.pipeline.schedule, group.size, n)  # type: ignore[arg-type]
+        if max(late) < 2:
+            raise ConfigError(
+                "pipeline.anneal_steps divides learning rates by powers of how many updates late "
+                f"a stage's gradients are, but with {self.pipeline.schedule} on {group.size} ranks "
+                f"and {n} microbatches in a step that is at most {max(late)}; leave it out, or "
+                "take PipeDream with two ranks more than a step has microbatches, or with still "
+                "more"
+            )
         return pipemare(late[group.rank], self.pipeline.anneal_steps, make)
 
 

@@ -124,6 +124,9 @@ def test_what_cannot_be_is_refused() -> None:
         partition([BLOCK] * 4, 3, live_microbatches=[1, 1])
     with pytest.raises(ConfigError, match="each stage needs at least one"):
         Cut((2, 0))
+    needs = PartCost(1.0, 2.0, kept_bytes=8)
+    with pytest.raises(ConfigError, match=r"into 8 bytes.* least is 16.*computed again, which is"):
+        partition([needs] * 4, 2, memory_bytes=8)
 
 
 NAMES = ["embedding", "blocks.0", "blocks.1", "head"]

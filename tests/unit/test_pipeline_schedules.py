@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from scaledtrain import Precision
 from scaledtrain.data.ragged import Ragged
 from scaledtrain.data.replica_loader import StepBatch
 from scaledtrain.errors import ConfigError
+from scaledtrain.parallel import Pipeline
+from scaledtrain.parallel.engine import Recipe
+from scaledtrain.parallel.pipe import Pipe
 from scaledtrain.parallel.pipeline import (
     SCHEDULES,
     Action,
@@ -30,7 +35,9 @@ from scaledtrain.parallel.pipeline import (
     write_pipeline_trace,
 )
 from scaledtrain.parallel.pipeline.cut import cut_step
+from scaledtrain.parallel.pipeline.pipeline import OwnStages
 from scaledtrain.parallel.pipeline.split_backward import SplitBackward
+from tests.worlds import World
 
 SIZES = [(1, 3), (2, 2), (2, 8), (3, 6), (4, 4), (4, 16), (5, 10)]  # ranks, microbatches
 EQUAL = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
@@ -172,8 +179,9 @@ def test_delays() -> None:
     assert delays("PipeDream", 4, 1) == [3, 2, 1, 0]
     assert delays("PipeDream", 4, 3) == [1, 1, 1, 0]
     assert delays("PipeDream-2BW", 1, 1) == [0]
-    with pytest.raises(ConfigError, match="take 4 microbatches or more"):
+    with pytest.raises(ConfigError, match="keeps the weights for one; take 3 microbatches"):
         delays("PipeDream-2BW", 4, 2)
+    assert delays("PipeDream-2BW", 4, 3) == [1, 1, 1, 1]
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -290,3 +298,24 @@ def test_pipemare_corrects_a_schedule_and_resumes() -> None:
     assert advance(resumed, scheduler_resumed, 3) == pytest.approx(expected[3:])
     with pytest.raises(ConfigError, match="staleness -1"):
         make(-1)
+
+
+def pipe(schedule: str, rank: int, n_ranks: int, n_microbatches: int) -> Pipe:
+    asked = Pipeline(schedule, n_microbatches, anneal_steps=2)
+    recipe = Recipe(Precision(), torch.optim.SGD)
+    return Pipe(cast(OwnStages, None), asked, [World(n_ranks).links[rank]], recipe)
+
+
+def test_learning_rates_are_corrected_where_gradients_are_two_updates_late() -> None:
+    """PipeDream on 4 ranks with a microbatch in a step: 3, 2, 1 and 0 updates late."""
+    rates = []
+    for rank in range(4):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.6)
+        make = pipe("PipeDream", rank, 4, 1).scheduler(None)
+        assert make is not None
+        make(optimizer)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.6 / 3, 0.6 / 2, 0.6, 0.6])
+    for schedule, n_ranks, n_microbatches in (("PipeDream", 4, 3), ("PipeDream-2BW", 4, 4)):
+        with pytest.raises(ConfigError, match="in a step that is at most 1; leave it out"):
+            pipe(schedule, 0, n_ranks, n_microbatches).scheduler(None)

@@ -123,7 +123,8 @@ def partition(
         raise ConfigError(
             f"no cut into {n_stages} stages fits into {memory_bytes} bytes a stage; the least is "
             f"{int(least)}, with stages of {list(cut.counts)} parts. Take more stages, fewer or "
-            "smaller microbatches, or activation checkpointing"
+            "smaller microbatches, or leave the limit out if activations are to be computed again, "
+            "which is not counted here"
         )
 
     def squared(stage: int, parts: range) -> float:

@@ -58,8 +58,8 @@ def delays(name: AsynchronousName, n_stages: int, n_microbatches: int) -> list[i
     if n_microbatches < n_stages - 1:
         raise ConfigError(
             f"PipeDream-2BW on {n_stages} ranks cannot do with {n_microbatches} microbatches in a "
-            "step: more than two steps would be under way, but it keeps two versions of the "
-            f"weights; take {n_stages} microbatches or more, or PipeDream"
+            "step: gradients would come more than one step late, but it keeps the weights for one; "
+            f"take {n_stages - 1} microbatches or more, or PipeDream"
         )
     return [min(1, n_stages - 1)] * n_stages
 

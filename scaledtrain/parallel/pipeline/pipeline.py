@@ -60,13 +60,14 @@ class Pipeline:
             many parts each stage has. None: as is best.
         blocks: names of submodules between which a model is cut that has to be traced; None: they
             are found.
-        memory: bytes that a rank may need for its stages, as a number or as ``"2GiB"``; None: there
-            are enough.
+        memory: bytes that a rank may need for its stages, as a number or as ``"2GiB"``, with all
+            activations kept, also those that are computed again; None: there are enough.
         bytes_per_second: between two ranks, if sending may take longer than
             computing.
         anneal_steps: of an asynchronous pipeline: updates for which the learning rate of a stale
-            stage is divided by a power of its staleness that falls from 1 to 0 (PipeMare). None: it
-            is the same for all stages.
+            stage is divided by a power of its staleness that falls from 1 to 0 (PipeMare), which
+            changes nothing where gradients are one update late. None: it is the same for all
+            stages.
         example: a batch like those of the training, to measure the parts with, and to trace a
             model. None: a part is taken to cost as much as it has parameters. A config's comes from
             its data.
