@@ -154,5 +154,5 @@ def gathering_of(
     for parameter in model.parameters():
         if gathered is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(gathered)
-    reduced = None if gathered is None else torch.float32
+    reduced = engine.reduced_dtype(model, precision)
     return Gathering(model, blocks, n, reduced, engine.reshard_after_forward, engine.offload)

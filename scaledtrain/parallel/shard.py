@@ -35,9 +35,11 @@ class FullyShard:
     for all ranks of its replica at each block. A crash of one of them ends the run for all.
 
     With mixed precision parameters are gathered in the 16-bit format, those of a model with batch
-    norms in their own, and gradients reduced in float32. The optimizer updates number by number
-    (SGD, Adam), or is LARS or LAMB, which add the shards' norms up in one all-reduce of all
-    tensors; others that look at rows or norms of whole tensors (Muon) would see a shard's.
+    norms in their own, and gradients reduced in float32, as those of 16-bit parameters whose loss
+    is scaled, which are also added up so; others in the parameters' format. The optimizer updates
+    number by number (SGD, Adam), or is LARS or LAMB, which add the shards' norms up in one
+    all-reduce of all tensors; others that look at rows or norms of whole tensors (Muon) would see a
+    shard's.
 
     Args:
         reshard_after_forward: give up the parameters of a block after its forward pass; they are
@@ -77,17 +79,24 @@ class FullyShard:
                 "out, or train on GPUs"
             )
         gathered = self.gathered_dtype(nn.ModuleList(roots), recipe.precision)
+        reduced = self.reduced_dtype(nn.ModuleList(roots), recipe.precision)
         # Here, since torch takes half a second to import it, which a run without shards need not.
         from scaledtrain.parallel.shards import divide
 
         blocks = [module for root in roots for module in (*self.blocks_of(root), root)]
-        return divide(self, roots, blocks, gathered, group, recipe.recomputed)
+        return divide(self, roots, blocks, (gathered, reduced), group, recipe.recomputed)
 
     def gathered_dtype(self, model: nn.Module, precision: Precision) -> torch.dtype | None:
         """The format in which parameters are gathered; None: their own."""
         if any(isinstance(m, _BatchNorm) and m.affine for m in model.modules()):
             return None  # its kernels want 32-bit weights
         return precision.autocast_dtype
+
+    def reduced_dtype(self, model: nn.Module, precision: Precision) -> torch.dtype | None:
+        """The format in which gradients are reduced; None: the parameters' own."""
+        if self.gathered_dtype(model, precision) is not None or precision.scales_loss:
+            return torch.float32
+        return None
 
     def blocks_of(self, model: nn.Module) -> list[nn.Module]:
         """Modules that are gathered one by one; one that shares a parameter comes with the rest."""

@@ -31,7 +31,7 @@ def divide(
     engine: FullyShard,
     roots: Sequence[nn.Module],
     modules: Sequence[nn.Module],
-    gathered: torch.dtype | None,
+    formats: tuple[torch.dtype | None, torch.dtype | None],
     group: ProcessGroup,
     recomputed: bool,
 ) -> Shards:
@@ -41,7 +41,7 @@ def divide(
         engine: how.
         roots: the model, or the stages, on the device on which they compute.
         modules: whose parameters are gathered together, inner ones first, roots included.
-        gathered: the format in which parameters are gathered; None: their own.
+        formats: in which parameters are gathered and gradients reduced; None: their own.
         group: the ranks.
         recomputed: a model that stands in for it will be asked for.
 
@@ -55,9 +55,10 @@ def divide(
             "share a GPU, or the process group was made so; start as many ranks as there are GPUs, "
             "make the group with NCCL, or train on CPUs (device=cpu)"
         )
+    gathered, reduced = formats
     policy = MixedPrecisionPolicy(
         param_dtype=gathered,
-        reduce_dtype=None if gathered is None else torch.float32,
+        reduce_dtype=reduced,
         cast_forward_inputs=False,  # autocast does
     )
     stand_in = StandIn(roots[0], gathered) if recomputed else None
@@ -70,7 +71,7 @@ def divide(
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if engine.offload else OffloadPolicy(),
         )
-    return Shards(roots, device, stand_in)
+    return Shards(roots, device, stand_in, reduced)
 
 
 class Shards:
@@ -80,6 +81,7 @@ class Shards:
         roots: sharded.
         device: on which it computes.
         stand_in: for the first root, the whole model; None: nobody will ask for it.
+        added_up: the format in which gradients are added up; None: the parameters' own.
 
     Attributes:
         named_parameters: (name, shard), in the model's order; some may have no element. They share
@@ -91,7 +93,11 @@ class Shards:
     saved_elsewhere: Collection[str] = ()
 
     def __init__(
-        self, roots: Sequence[nn.Module], device: torch.device, stand_in: StandIn | None = None
+        self,
+        roots: Sequence[nn.Module],
+        device: torch.device,
+        stand_in: StandIn | None = None,
+        added_up: torch.dtype | None = None,
     ) -> None:
         self.called: Callable[..., Any] = roots[0]
         self._model = roots[0]
@@ -109,6 +115,11 @@ class Shards:
             self._by_name[name] = parameter
             self._sharded.append(parameter)
             self.named_parameters.append((name, shard))
+        self._added_up = added_up
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        for parameter in self._sharded:
+            if added_up is not None and parameter.dtype != added_up and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._add_up)  # type: ignore[no-untyped-call]
 
     def full_state_dict(self, keep: bool) -> dict[str, Any]:
         """The whole model's state dict, in the host's memory; tied tensors are one there, too.
@@ -199,11 +210,24 @@ class Shards:
         """Shards that have got a gradient since the last time, and it; the model forgets it."""
         shards, gradients = [], []
         for parameter, (_, shard) in zip(self._sharded, self.named_parameters, strict=True):
-            if parameter.grad is not None:
+            if parameter in self._sums:
+                shards.append(shard)
+                gradients.append(self._sums.pop(parameter))
+            elif parameter.grad is not None:
                 shards.append(shard)
                 gradients.append(_local(parameter.grad))
                 parameter.grad = None
         return shards, gradients
+
+    def _add_up(self, parameter: nn.Parameter) -> None:
+        """What one backward pass has left, which torch would add up in the parameter's format."""
+        assert parameter.grad is not None
+        gradient = _local(parameter.grad).to(self._added_up)
+        if parameter in self._sums:
+            self._sums[parameter] += gradient
+        else:
+            self._sums[parameter] = gradient
+        parameter.grad = None
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -56,6 +56,34 @@ RUNS: list[tuple[int, Any, dict[str, Any]]] = [
 ]
 
 
+def sum_of_small_gradients() -> list[Tensor]:
+    """Of 64 microbatches: one of 1, the others of 2^-12, for each of two weights."""
+    inputs = torch.full((64, 2, 1), 2.0**-12)
+    inputs[0] = 1.0
+    data = TensorDataset(inputs.view(128, 1), torch.zeros(128))
+    with connect(transport="torch", timeout_seconds=60) as link:
+        trainer = Trainer(
+            nn.Linear(1, 2, bias=False),
+            lambda outputs, targets: outputs.sum(1).mean(),
+            partial(torch.optim.SGD, lr=0.0),
+            mesh=Mesh(shard=2),
+            precision="fp16-true",
+            gradient_accumulation_steps=64,
+            console=False,
+            link=link,
+        )
+        steps = trainer.layout.steps(DataLoader(data, batch_size=1), 0, 1, accumulation=64)
+        trainer.schedule.run(next(steps.epoch(0)))
+        return [gradient.clone() for gradient in trainer.replica.gradients()]
+
+
+def test_gradients_of_float16_shards_are_added_up_in_float32() -> None:
+    """(1 + 63 x 2^-12) / 64; at 1 float16's gap is 2^-10, so that each of the 63 would be lost."""
+    for (gradient,) in run_ranks(sum_of_small_gradients, 2, timeout_seconds=60):
+        assert gradient.dtype is torch.float32
+        assert gradient.tolist() == [[(1 + 63 * 2.0**-12) / 64]]
+
+
 def train(shard: int) -> list[Any]:
     found: list[Any] = []
     with connect(transport="torch", timeout_seconds=100) as link:
