@@ -183,6 +183,7 @@ class PlanSearch:
         self._ways = {} if any(map(is_compiled, blocks)) else _ways(store)
         self._chain = measure_chain(model, blocks, sample, self._ways, store)
         self._expected = loss_without_gradients(model, sample)
+        self._found_least: tuple[int, Plan, int] | None = None
 
     def fit(self, n_bytes: int) -> Executor | None:
         """Let the blocks run as the fastest plan says that needs at most so many bytes.
@@ -196,12 +197,13 @@ class PlanSearch:
         for _ in range(_ATTEMPTS):
             found = self._try(aim)
             if found is None:
-                return None
+                break
             plan, measured = found
             if measured <= n_bytes:
                 return self._told(plan, n_bytes, measured)
             aim -= measured - n_bytes
-        return None
+        _, plan, measured = self._least()
+        return self._told(plan, n_bytes, measured) if measured <= n_bytes else None
 
     def _fit_several(self, n_bytes: int) -> Executor | None:
         """Of simple plans the fastest that fits: the others keep what a forward pass leaves."""
@@ -243,10 +245,17 @@ class PlanSearch:
         """Bytes that can be kept to: those of the smallest plan, tried out."""
         if self._others:
             return self._smallest()[1]
-        least = smallest_bytes(self._chain)
-        while (found := self._try(least)) is None:  # it nests too deep
-            least += least // 8
-        return max(least + _SLACK_BYTES, found[1])
+        aim, _, measured = self._least()
+        return max(aim + _SLACK_BYTES, measured)
+
+    def _least(self) -> tuple[int, Plan, int]:
+        """The fewest bytes for which there is a plan, the plan, and what it takes."""
+        if self._found_least is None:
+            least = smallest_bytes(self._chain)
+            while (found := self._try(least)) is None:  # it nests too deep
+                least += least // 8
+            self._found_least = least, *found
+        return self._found_least
 
     def _try(self, aim: int) -> tuple[Plan, int] | None:
         """The fastest plan within so many bytes, and what it takes."""

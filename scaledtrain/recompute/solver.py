@@ -13,7 +13,8 @@ each where the bytes that it takes meanwhile fit. What runs again may have its i
 to somewhere else meanwhile: then the rest has m bytes, and the way there and back is added. Whoever
 needs a block's input counts it, unless it is there anyway: then T is another one. Every plan of
 these kinds of steps is considered, so the result is the fastest of them, for sizes rounded up to a
-unit.
+unit. Many sizes below a unit make it think that little fits; so it is compared with all fixed
+plans, whose sizes are added up exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaledtrain.recompute.chain import Block, Chain, Way
-from scaledtrain.recompute.plan import Keep, Plan, Recompute, Step
+from scaledtrain.recompute.plan import Keep, Plan, Recompute, Step, cost, every
 
 __all__ = ["fastest_plan", "smallest_bytes"]
 
@@ -60,7 +61,13 @@ def fastest_plan(chain: Chain, peak_bytes: int) -> Plan | None:
         heterogeneous chains (INRIA RR-9302; rotor). Here a block may have several ways.
     """
     limit = min(peak_bytes - chain.base_bytes, _enough(chain))
-    return None if limit < 0 else _Table(chain, limit).plan()
+    found = None if limit < 0 else _Table(chain, limit).plan()
+    least = math.inf if found is None else cost(chain, found).seconds
+    for plan in _fixed_plans(chain):
+        seconds, peak = cost(chain, plan)
+        if peak <= peak_bytes and seconds < least:
+            found, least = plan, seconds
+    return found
 
 
 def smallest_bytes(chain: Chain) -> int:
@@ -69,9 +76,21 @@ def smallest_bytes(chain: Chain) -> int:
     whole = _Part(0, len(chain) - 1, False, True)
     units = int(np.argmax(np.isfinite(table.times(whole))))
     least = units * table.unit + chain.base_bytes
+    least = min(least, *(cost(chain, plan).peak_bytes for plan in _fixed_plans(chain)))
     while fastest_plan(chain, least) is None:  # which rounds to other units
         least += table.unit
     return least
+
+
+def _fixed_plans(chain: Chain) -> Iterator[Plan]:
+    """Groups of one size, and one way for all blocks; what comes after them is kept."""
+    blocks = chain.blocks[:-1]
+    n = len(blocks)
+    for k in range(1, n + 1 if all(block.joins for block in blocks[1:]) else min(2, n + 1)):
+        yield (*every(k, n), Keep())
+    for name in sorted({way.name for block in blocks for way in block.ways} | {"all"}):
+        has = [any(way.name == name for way in block.ways) for block in blocks]
+        yield (*(Keep(name if own else "all") for own in has), Keep())
 
 
 def _enough(chain: Chain) -> int:

@@ -28,11 +28,13 @@ from scaledtrain.recompute import (
     checkpoint_activations,
 )
 from scaledtrain.recompute.apart import Apart, peak_bytes
+from scaledtrain.recompute.budget import PlanSearch
 from scaledtrain.recompute.dear import contexts_of
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.live_bytes import LiveBytes
 from scaledtrain.recompute.measure import measure_chain
 from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, every
+from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
 TOKENS = torch.arange(4 * 32).view(4, 32) % 31
 
@@ -164,6 +166,25 @@ def test_a_budget_that_cannot_be_kept_names_one_that_can() -> None:
     model = make()
     checkpoint_activations(model, MemoryBudget(int(found[1])), sample)
     assert peak_bytes(model, sample) <= int(found[1])
+
+
+def test_a_budget_that_only_the_smallest_plan_keeps_to_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All plans take a byte too much when they are tried out, but for the one that takes least."""
+    make, sample = CASES["layers"]
+    measured = PlanSearch._measured
+    budget = peak_bytes(make(), sample) * 2 // 3
+
+    def too_much(search: PlanSearch, plan: Plan) -> int | None:
+        if plan == fastest_plan(search._chain, smallest_bytes(search._chain)):
+            return measured(search, plan)
+        return budget + 1
+
+    monkeypatch.setattr(PlanSearch, "_measured", too_much)
+    model = make()
+    checkpoint_activations(model, MemoryBudget(budget), sample)
+    assert peak_bytes(model, sample) <= budget
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

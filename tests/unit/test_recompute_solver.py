@@ -85,6 +85,30 @@ def test_no_fixed_policy_is_faster_in_as_many_bytes() -> None:
         assert cost(UNIFORM, best).seconds <= seconds
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_nor_where_sizes_are_anything_and_many_are_less_than_a_unit(seed: int) -> None:
+    """Of 40 boundaries of a few bytes, each would count as a thousandth of the budget."""
+    generator = random.Random(seed)
+    scale = generator.choice([1, 1_000_003, 2**41 - 9])
+    kept, output = generator.randint(3_000, 9_000) * scale, generator.randint(1, 9) * scale + 1
+    keeps_all = Way("all", 1.1, 2.3, kept, kept + output, kept + 7, 0.7)
+    keeps_some = Way("dear", 1.3, 2.9, kept // 3 + 1, kept, kept + 5, 1.3, runs_again=True)
+    block = Block((keeps_all, keeps_some), output, 1.01, kept // 2)
+    tail = Block((Way("all", 0.1, 0.1, 0, 2, 2, 0.1),), 0, 0.1, 2)
+    chain = Chain((block,) * 40 + (tail,), base_bytes=generator.randint(0, 10**6))
+    fixed = [(*every(k, 40), Keep()) for k in (1, 2, 5, 13)]
+    fixed += [(*(Keep(way),) * 40, Keep()) for way in ("all", "dear")]
+    for plan in fixed:
+        seconds, peak = cost(chain, plan)
+        best = fastest_plan(chain, peak)
+        assert best is not None
+        assert cost(chain, best).peak_bytes <= peak
+        assert cost(chain, best).seconds <= seconds
+    least = smallest_bytes(chain)
+    assert least <= min(cost(chain, plan).peak_bytes for plan in fixed)
+    assert fastest_plan(chain, least) is not None
+
+
 def test_more_bytes_never_take_longer_and_the_least_is_run_most() -> None:
     least = smallest_bytes(UNIFORM)
     budgets = range(least, 16 * 12 + 5)
