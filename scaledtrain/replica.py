@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -100,6 +101,14 @@ class Updater:
                 self._wide.step()
         if self._scheduler is not None:
             self._scheduler.step()
+
+    def skip(self) -> None:
+        """Make no update, but let the schedule advance as if there had been one."""
+        if self._scheduler is not None:
+            with warnings.catch_warnings():
+                # Where it is the first: torch supposes that the calls are in the wrong order.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self._scheduler.step()
 
     @contextmanager
     def _scaled(self, scale: float) -> Iterator[None]:

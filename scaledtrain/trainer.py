@@ -374,8 +374,10 @@ class Trainer:
         )
         in_order = self.watcher.is_in_order(batch, computed, norm)
         self.watcher.enter("apply")
-        if finite and in_order and computed.is_due:
+        if computed.is_due and finite and in_order:
             self.strategy.apply_gradients()
+        elif computed.is_due:
+            self.strategy.skip_update()
         self.strategy.after_step()
         mean: float = computed.samples
         if batch.samples_per_rank is not None:

@@ -28,3 +28,7 @@ class Alone(Strategy):
     def lockstep(self) -> Group:
         """This replica alone."""
         return _ALONE
+
+    def skip_update(self) -> None:
+        """Let the schedule go on, as the other replicas' do."""
+        self._updater.skip()

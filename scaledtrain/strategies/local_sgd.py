@@ -92,7 +92,7 @@ class LocalSGD(Periodic):
     def _synchronise_if_due(self) -> None:
         self._highest = max(self._highest, self.learning_rate)
         if self._together_until == math.inf:
-            # They find out together: on one that skipped an update the rate may fall later.
+            # They find out together: on one whose loop left an update out the rate may fall later.
             fallen = float(self.learning_rate < self._highest)
             vote = torch.tensor([fallen], device=self._replica.device)
             self._average([vote])

@@ -140,6 +140,10 @@ class Periodic(Strategy):
         for fragment in self._fragments:
             fragment.apart = True
 
+    def skip_update(self) -> None:
+        """Let the schedule go on, as the other replicas' do."""
+        self._updater.skip()
+
     def after_step(self) -> None:
         """Advance the clocks; at a period's end, meet the other replicas."""
         super().after_step()

@@ -92,7 +92,7 @@ class SlowMo(Periodic):
             return
         (everything,) = self._fragments
         parameters = everything.parameters
-        # Its mean as well: where a replica skipped updates, its schedule may be behind.
+        # Its mean as well: where a replica's loop left updates out, its schedule may be behind.
         rate = torch.tensor([self._learning_rates / everything.steps], device=self._replica.device)
         everything.reduce(self._group, [*parameters, rate]).wait()
         gamma = float(rate.item())

@@ -28,6 +28,8 @@ class Strategy(ABC):
         strategy.apply_gradients()     # make the update, or hand the gradient over
         strategy.after_step()          # always, also when the update was skipped
 
+    Who leaves an update out calls ``skip_update`` instead of ``apply_gradients``.
+
     A strategy sees local tensors and links, never a loader, a loss, autocast or a device.
 
     The members below are those of replicas that make the same steps at the same time, each with an
@@ -116,6 +118,13 @@ class Strategy(ABC):
         start = self._timeline.now()
         self._updater.step()
         self._timeline.add("compute", start)
+
+    def skip_update(self) -> None:  # noqa: B027 - nothing is an answer, too
+        """Leave out an update that gradients came for, but that must not be made of them.
+
+        Where replicas do so together their schedules stay where they are, as if the batch had never
+        been; where each does so alone its schedule goes on, so that it is not behind the others'.
+        """
 
     def after_step(self) -> None:
         """Advance the clock."""

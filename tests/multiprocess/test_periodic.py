@@ -59,6 +59,7 @@ def trace(
     scheduler: Callable[..., Any] | None = None,
     weights: Sequence[Sequence[float]] = ((1.0,), (1.0,)),
     skips: Sequence[Collection[int]] = ((), ()),
+    tells: bool = True,
 ) -> Trace:
     """Train.
 
@@ -70,6 +71,7 @@ def trace(
         scheduler: of the learning rate.
         weights: of each replica, in its first, second, ... step; the last is that of all others.
         skips: of each replica, the steps without an update, counted from 1.
+        tells: the strategy is told of them.
     """
     rank = link.group.rank
     center = 4.0 * rank
@@ -88,6 +90,8 @@ def trace(
         strategy.reduce_gradients(weights[rank][min(step, len(weights[rank])) - 1])
         if step not in skips[rank]:
             strategy.apply_gradients()
+        elif tells:
+            strategy.skip_update()
         strategy.after_step()
         seen.append(now())
     assert not strategy.before_forward()
@@ -115,8 +119,13 @@ def traces() -> dict[str, Trace]:
             "post-local": run(LocalSGD(4, local_after=2), 4),
             "lr drop": run(LocalSGD(4, local_after="lr_drop"), 4, scheduler=drop_after_2),
             "late drop": run(
-                LocalSGD(4, local_after="lr_drop"), 4, scheduler=drop_after_2, skips=[[], [2]]
+                LocalSGD(4, local_after="lr_drop"),
+                4,
+                scheduler=drop_after_2,
+                skips=[[], [2]],
+                tells=False,
             ),
+            "skipped, lr drop": run(LocalSGD(4), 4, scheduler=drop_after_2, skips=[[], [1]]),
             "slow": run(SlowMo(2, slow_momentum=0.5), 5),
             "slow, half": run(SlowMo(2, slow_momentum=0.5, slow_lr=0.5), 4),
             "slow, lr drop": run(SlowMo(2, slow_momentum=0.5), 4, scheduler=drop_after_2),
@@ -184,11 +193,17 @@ def test_post_local_sgd_goes_local_when_the_learning_rate_drops(both: dict[str, 
 
 
 def test_replicas_agree_on_the_drop_though_one_skipped_an_update(both: dict[str, Both]) -> None:
-    """Replica 1's rate is still 1/2 after step 2, since its schedule is one update behind."""
+    """Replica 1's rate is still 1/2 after step 2: its loop left an update out and told nobody."""
     # (2.5 + 5) / 2 = 3.75; alone: 3/4 of it, and (3.75 + 4) / 2, its last step of 1/2; then 3/4 of
     # 2.8125 = 2.109375, and 4 - 3/4 of 0.125 = 3.90625, whose mean is 3.0078125.
     expected = [(5, 5), (3.75, 3.75), (2.8125, 3.875), (3.0078125, 3.0078125)]
     assert both["late drop"].values == expected
+
+
+def test_the_schedule_of_a_replica_that_skips_alone_is_not_behind(both: dict[str, Both]) -> None:
+    """The first of the two steps of 1/2 is left out; the other two are of 1/4, as replica 0's."""
+    # Alone: 4, 2, 1.5, 1.125; and 8, 6, 5.5, 5.125: the mean is 3.125.
+    assert both["skipped, lr drop"].values == [(4, 8), (2, 6), (1.5, 5.5), (3.125, 3.125)]
 
 
 def test_slow_momentum(both: dict[str, Both]) -> None:

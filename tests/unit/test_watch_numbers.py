@@ -371,6 +371,32 @@ def test_replicas_with_updates_of_their_own_skip_alone() -> None:
         assert torch.equal(got[0][name], got[1][name])
 
 
+def rate_at_the_end(link: Link, make: Callable[[], Strategy]) -> float:
+    decay = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    bad = batches(bad={1: math.nan})  # the first one of rank 1
+    with trainer(
+        Watch(on_nonfinite="skip"), copy.deepcopy(MODEL), strategy=make(), link=link,
+        lr_scheduler=decay,
+    ) as t:  # fmt: skip
+        t.fit(bad, max_epochs=1)
+        return t.strategy.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("make", "updates"),
+    [
+        (Sync, 3),  # of 4 steps: all leave one out
+        (partial(LocalSGD, sync_every=4), 4),
+        (Gossip, 4),
+    ],
+)
+def test_a_replica_that_skips_alone_keeps_the_others_learning_rate(
+    make: Callable[[], Strategy], updates: int
+) -> None:
+    rates = World(2).run(rate_at_the_end, make)
+    assert rates == [0.1 * 0.5**updates] * 2
+
+
 def test_replicas_go_back_together() -> None:
     """Each of four replicas has two batches: copies at 0 and 1; rank 3's second one is bad."""
     local = partial(LocalSGD, sync_every=1)
