@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from scaledtrain.optim.narrow import KahanCompensation, MasterWeights, Rounding,
 from scaledtrain.replica import Replica
 from scaledtrain.schema import did_you_mean
 
-__all__ = ["Precision", "PrecisionName", "Update"]
+__all__ = ["Conversion", "Precision", "PrecisionName", "Update"]
 
 PrecisionName = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true", "fp16-true"]
 Update = Literal["stochastic", "kahan", "master", "nearest"]
@@ -167,10 +167,7 @@ class Precision:
                     )
         if formats.parameters is None:
             return model
-        model.register_forward_pre_hook(
-            partial(_narrow_inputs, formats.parameters), with_kwargs=True
-        )
-        model.register_forward_hook(_widen_outputs)
+        Conversion(formats.parameters).put_around(model, model)
         return model.to(formats.parameters)
 
     @property
@@ -194,6 +191,13 @@ class Precision:
             return NoScaler()
         return DynamicScaler(self.loss_scale or LossScale(), replica.parameters)
 
+    @property
+    def rounds_at_random(self) -> bool:
+        """Whether a parameter, or its optimizer's state, is; its copies elsewhere differ then."""
+        rounding = _ROUNDINGS[self._update] if self._update is not None else None
+        narrow_state = rounding is not None and rounding.narrow_state
+        return narrow_state and _FORMATS[self.name].parameters is torch.bfloat16
+
     def rounding(self, seed: int) -> Rounding | None:
         """How updates get into 16-bit parameters; None: the optimizer does it by itself.
 
@@ -209,14 +213,56 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
+class Conversion(NamedTuple):
+    """What is around a model whose parameters have 16 bits; a model in stages has it at its ends.
+
+    Args:
+        dtype: of the parameters.
+    """
+
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Conversion | None:
+        """What `Precision.convert` has put around a model; None: nothing."""
+        hooks = model._forward_pre_hooks.values()
+        dtypes = [h.args[0] for h in hooks if isinstance(h, partial) and h.func is _narrow_inputs]
+        return cls(dtypes[0]) if dtypes else None
+
+    @staticmethod
+    def has_put(hook: Callable[..., Any]) -> bool:
+        """Whether a hook is one of these."""
+        return hook is _widen_outputs or getattr(hook, "func", None) is _narrow_inputs
+
+    def put_around(self, first: nn.Module | None, last: nn.Module | None) -> None:
+        """Let one module take floating inputs of any format, and one return float32."""
+        if first is not None:
+            first.register_forward_pre_hook(partial(_narrow_inputs, self.dtype), with_kwargs=True)
+        if last is not None:
+            last.register_forward_hook(_widen_outputs)
+
+    def narrow(self, inputs: Any) -> Any:
+        """Inputs as the model computes with them."""
+        return _narrow(self.dtype, inputs)
+
+    def widening(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The loss of outputs that have not been widened."""
+        return lambda outputs, targets: loss_fn(_widen(outputs), targets)
+
+
 def _narrow_inputs(
     dtype: torch.dtype, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def narrow(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() else t
+    return _narrow(dtype, args), _narrow(dtype, kwargs)
 
-    return tree_map_only(Tensor, narrow, args), tree_map_only(Tensor, narrow, kwargs)
+
+def _narrow(dtype: torch.dtype, values: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
 def _widen_outputs(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _HALF else t, outputs)
+    return _widen(outputs)
+
+
+def _widen(values: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _HALF else t, values)

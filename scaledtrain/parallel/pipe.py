@@ -210,7 +210,7 @@ class Pipe:
             precision=self.recipe.precision,
             scaler=scaler,
             tied=self.stages.tied,
-            equalizes=replicas > 1,
+            equalizes=replicas > 1 or self.recipe.precision.rounds_at_random,
             recomputed=self.recipe.recomputed,
             sharded=sharded,
             device=link.device,

@@ -21,6 +21,7 @@ __all__ = [
     "find_blocks",
     "first_tensor",
     "has_hooks",
+    "hooks_of",
     "is_compiled",
     "is_diverted",
     "named_blocks",
@@ -137,12 +138,17 @@ def check_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 def has_hooks(block: nn.Module) -> bool:
     """Whether something happens where the block is called, beside its ``forward``."""
-    return bool(
-        block._forward_hooks
-        or block._forward_pre_hooks
-        or block._backward_hooks
-        or block._backward_pre_hooks
-    )
+    return bool(hooks_of(block))
+
+
+def hooks_of(block: nn.Module) -> list[Call]:
+    """What happens there."""
+    return [
+        *block._forward_hooks.values(),
+        *block._forward_pre_hooks.values(),
+        *block._backward_hooks.values(),
+        *block._backward_pre_hooks.values(),
+    ]
 
 
 def same_arguments(one: Any, other: Any) -> bool:

@@ -98,6 +98,17 @@ def test_what_is_offloaded_is_told(
     assert "only what shards of FullyShard take is estimated" in capsys.readouterr().err
 
 
+def test_stages_are_told_in_every_precision(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["policies=[none]", "workers=2", "mesh.pipe=2", "model.hidden=[16,16]"]
+    cells = told(monkeypatch, capsys, *words)["cells"]
+    found = {cell["precision"]: cell["estimate"]["parameters"] for cell in cells}
+    full = found["fp32"]
+    assert found["bf16-mixed"] == full
+    assert 2 * found["bf16-true (stochastic)"] == full
+
+
 def test_the_ways_of_the_config_take_the_place_of_the_usual_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

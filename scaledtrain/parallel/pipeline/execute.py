@@ -60,7 +60,8 @@ class PipelineSchedule:
         scaler: of the loss; default: none. It must come to the same verdicts on all ranks.
         tied: groups of (stage, parameter name) that are one weight.
         equalizes: copies of tied weights get the first stage's values before each step: what
-            replicas tell each other (compressed, or added up in another order) may differ by copy.
+            replicas tell each other (compressed, or added up in another order) may differ by copy,
+            and so may what is rounded at random.
         recomputed: the stages recompute activations: backward passes are then made in one part.
         sharded: the stages are, so that a small batch is cut into as many microbatches as others.
         device: on which the stages compute; None: where they are, which shards in the host's memory

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.pipeline.trace import TracedPart, model_arguments, trace_parts
-from scaledtrain.recompute.blocks import has_hooks
+from scaledtrain.precision import Conversion
+from scaledtrain.recompute.blocks import has_hooks, hooks_of
 from scaledtrain.schedule import call_model
 
 __all__ = ["ModelParts", "NamesParts", "call_parts", "check_parts", "find_parts", "spread"]
@@ -100,7 +101,8 @@ def find_parts(
 
     A traced model is a graph of operators: the model's Python code runs once for training and once
     for evaluation, and what it decides there holds for all batches of the same kinds of tensors;
-    sizes may differ where the code allows it. Hooks are not called.
+    sizes may differ where the code allows it. Hooks are not called; those that bring a model's
+    inputs into its format of 16 bits (`scaledtrain.precision.Conversion`) are the caller's matter.
 
     Args:
         model: on any device. It keeps its parameters, which the parts share.
@@ -145,7 +147,7 @@ def find_parts(
             f"{type(model).__name__} has only one part, so that it cannot be cut; give it "
             "pipeline_parts() with more of them"
         )
-    if has_hooks(model):
+    if not all(map(Conversion.has_put, hooks_of(model))):
         raise ConfigError(
             f"{type(model).__name__} has hooks, which would not be called, since only its parts "
             "are; register them on submodules, or after the model has been cut"

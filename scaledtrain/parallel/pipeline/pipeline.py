@@ -24,6 +24,7 @@ from scaledtrain.parallel.pipeline.schedules import SCHEDULES, pipeline_order
 from scaledtrain.parallel.pipeline.simulate import peak_live, peak_live_of
 from scaledtrain.parallel.pipeline.split_points import Cut, given_cut
 from scaledtrain.parallel.pipeline.stage import Held, Stage, find_tied, make_stage
+from scaledtrain.precision import Conversion
 from scaledtrain.recompute.blocks import find_blocks
 from scaledtrain.replica import MakeOptimizer
 from scaledtrain.schedule import LossFn
@@ -132,7 +133,14 @@ class Pipeline:
             ConfigError: it cannot be cut so.
         """
         loss_fn, batches = recipe.loss_fn, recipe.gradient_accumulation_steps
+        conversion = Conversion.of(model)
         microbatch = to_device(self._example_microbatch(), device)
+        if conversion is not None and microbatch is not None:
+            if loss_fn is None:
+                microbatch = conversion.narrow(microbatch)
+            else:
+                microbatch = conversion.narrow(microbatch[0]), *microbatch[1:]
+                loss_fn = conversion.widening(loss_fn)
         traced = microbatch
         if loss_fn is not None and microbatch is not None:
             traced = microbatch[0]
@@ -155,6 +163,7 @@ class Pipeline:
             for stage, rank in enumerate(ranks)
             if rank == group.rank
         }
+        _put_around(own, len(ranks), conversion)
         tied, names = find_tied(parts, cut), list(model.state_dict())
         return OwnStages(own, cut, tied, _blocks_of(model), told, names)
 
@@ -180,6 +189,7 @@ class Pipeline:
             cut = partition([_estimate(part) for part in parts.modules], len(ranks))
         _check_trained(parts, cut, ranks)
         own = {s: make_stage(parts, cut, s) for s, where in enumerate(ranks) if where == rank}
+        _put_around(own, len(ranks), Conversion.of(model))
         tied, names = find_tied(parts, cut), list(model.state_dict())
         return OwnStages(own, cut, tied, _blocks_of(model), "", names)
 
@@ -269,6 +279,12 @@ def _as_before(
     if counts is None or len(counts) != len(rank_of) or sum(counts) != len(parts):
         return None
     return Cut(tuple(counts))
+
+
+def _put_around(own: Mapping[int, nn.Module], n_stages: int, conversion: Conversion | None) -> None:
+    """What is around a whole model is around its stages."""
+    if conversion is not None:
+        conversion.put_around(own.get(0), own.get(n_stages - 1))
 
 
 def _check_trained(parts: ModelParts, cut: Cut, rank_of: Sequence[int]) -> None:
