@@ -105,8 +105,11 @@ class MemoryBudget(CheckpointPolicy):
         """Measure, plan, and try the plan out."""
         if sample is None:
             raise ConfigError(
-                "a memory budget needs a sample: a function that is called with the model and "
-                "returns the loss of a microbatch, as large as any"
+                "a memory budget has to be tried out before training. In a loop of your own it "
+                "needs a sample: a function that is called with the model and returns the loss of "
+                "a microbatch, as large as any. Stages that are sharded (mesh.pipe and mesh.shard "
+                "above 1) run only in a step that all ranks make: choose a policy that measures "
+                "nothing (full, selective), or set one of the two to 1"
             )
         search = PlanSearch(model, blocks, sample, self._store(model))
         executor = search.fit(self.n_bytes)

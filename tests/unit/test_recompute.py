@@ -619,7 +619,7 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
     frozen = chain_of_layers().requires_grad_(False)
     with pytest.raises(ConfigError, match="no gradient comes to the last block"):
         checkpoint_activations(frozen, MemoryBudget("1MiB"), CASES["layers"][1])
-    with pytest.raises(ConfigError, match="needs a sample"):
+    with pytest.raises(ConfigError, match="needs a sample: .* Stages that are sharded .* choose"):
         checkpoint_activations(gpt(), MemoryBudget(10_000))
 
 
