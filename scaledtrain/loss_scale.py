@@ -18,6 +18,8 @@ from scaledtrain.replica import Replica
 
 __all__ = ["DynamicScaler", "LossScale", "LossScaler", "NoScaler"]
 
+_TOGETHER = 16  # gradients of which there are two for a moment
+
 
 class LossScaler(ABC):
     """Runs backward passes, and judges the gradients that they left.
@@ -152,7 +154,8 @@ class DynamicScaler(LossScaler):
     That is before it is added to those of earlier microbatches, and before any hook that waits for
     finished gradients (a bucket that begins its all-reduce during backward), so that neither the
     mean over replicas nor what a compression keeps is ever in units of an S that changes. Other
-    backward passes through the same parameters are left alone.
+    backward passes through the same parameters are left alone. Where no hook waits, and there are
+    no earlier gradients, all are unscaled at the end of the backward pass, which is faster.
 
     The verdict is about the gradients after they were combined: with `Sync` an overflow on one
     replica is in the mean, and all skip together; a replica that trains alone skips alone, with a
@@ -177,6 +180,7 @@ class DynamicScaler(LossScaler):
         self.scale = options.initial
         self._options = options
         self._clean = 0
+        self._parameters = parameters
         self._under_way = False
         me = weakref.ref(self)
 
@@ -202,11 +206,24 @@ class DynamicScaler(LossScaler):
     @contextmanager
     def passes(self) -> Iterator[float]:
         """Backward passes inside are of S times the loss; their gradients are unscaled."""
-        self._under_way = True
+        together = not any(map(_is_watched, self._parameters))
+        self._under_way = not together
         try:
             yield self.scale
         finally:
             self._under_way = False
+            if together:
+                self._unscale()
+
+    def _unscale(self) -> None:
+        """All gradients, not in place: some may share memory."""
+        present = [p for p in self._parameters if p.grad is not None]
+        for i in range(0, len(present), _TOGETHER):
+            some = present[i : i + _TOGETHER]
+            gradients = [p.grad for p in some if p.grad is not None]
+            unscaled = torch._foreach_mul(gradients, 1.0 / self.scale)
+            for parameter, gradient in zip(some, unscaled, strict=True):
+                parameter.grad = gradient
 
     def hand_over(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
         """Divided by S, where they are, so that there are not two of each."""
@@ -260,6 +277,15 @@ class DynamicScaler(LossScaler):
         self.scale = state.get("scale", self.scale)
         self._clean = state.get("clean", self._clean)
         self.overflows = state.get("overflows", self.overflows)
+
+
+def _is_watched(parameter: nn.Parameter) -> bool:
+    """Whether a gradient that comes is added to one, or seen by a hook other than a scaler's."""
+    return bool(
+        parameter.grad is not None
+        or parameter._post_accumulate_grad_hooks
+        or len(parameter._backward_hooks or ()) > 1
+    )
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaledtrain import Replica
 from scaledtrain.errors import ConfigError, NonFiniteLossError
@@ -85,6 +88,108 @@ def test_gradients_are_in_units_of_the_loss_as_they_arrive() -> None:
     assert seen == [2.0, 7.0]
     model.weight.sum().backward()  # the user's own, not scaled
     assert seen[-1] == 8.0
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[Any] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.of[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def two_microbatches(dtype: torch.dtype, watched: bool) -> tuple[list[list[Tensor]], list[int]]:
+    """Gradients after each of two, and how many were unscaled one by one meanwhile."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for _ in range(10)))
+    model[9].weight = model[3].weight  # 19 parameters
+    _, scaler = scaler_of(model, initial=3000.0)  # so that dividing rounds
+    if watched:
+        model[5].bias.register_post_accumulate_grad_hook(lambda p: None)
+    found, one_by_one = [], []
+    for seed in (1, 2):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        loss = model(x).float().square().mean()
+        with Counting() as counted:
+            scaler.backward(loss)
+        # Beside the loss times S, and the derivative of the square.
+        one_by_one.append(counted.of[torch.ops.aten.mul.Tensor] - 3)
+        found.append([p.grad.clone() for p in model.parameters()])
+    return found, one_by_one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_unscaled_together_gradients_have_the_bits_of_those_unscaled_alone(
+    dtype: torch.dtype,
+) -> None:
+    """Of the first microbatch, where nothing is there yet, and nobody looks."""
+    (together, some), (alone, all_) = (
+        two_microbatches(dtype, watched) for watched in (False, True)
+    )
+    assert (some, all_) == ([0, 19], [19, 19])
+    for got, expected in zip(together, alone, strict=True):
+        assert all(g.dtype is torch.float32 for g in got)
+        assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def test_gradients_that_share_memory_are_unscaled_once() -> None:
+    """A sum's terms may get views of one gradient."""
+    a, b = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(4))
+    scaler = DynamicScaler(LossScale(initial=1024.0), [a, b])
+    scaler.backward(((a.view(-1) + b.view(4)) * torch.arange(4.0)).sum())
+    assert a.grad.tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    assert b.grad.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_hook_of_ones_own_sees_units_of_the_loss() -> None:
+    model, seen = one_weight(), []
+    _, scaler = scaler_of(model, initial=1024.0)
+    model.weight.register_hook(lambda gradient: seen.append(gradient.item()))
+    scaler.backward(model.weight.sum() * 3.0)
+    assert seen == [3.0]
+
+
+class Breaks(torch.autograd.Function):
+    """Its backward fails."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_backward_pass_that_fails_leaves_no_scaled_gradient(before: bool) -> None:
+    """The second weight's has come by then; the first one's, if there was one, stays."""
+    first, second = one_weight(), one_weight()
+    scaler = DynamicScaler(LossScale(initial=1024.0), [*first.parameters(), *second.parameters()])
+    if before:
+        scaler.backward(first.weight.sum() * 7.0)
+    with pytest.raises(RuntimeError, match="broken"):
+        scaler.backward((Breaks.apply(first.weight) * second.weight).sum() * 2.0)
+    assert second.weight.grad.item() == 2.0
+    assert (first.weight.grad is not None) == before
+    assert not before or first.weight.grad.item() == 7.0
+    second.weight.sum().backward()  # the user's own, not scaled
+    assert second.weight.grad.item() == 3.0
+
+
+def test_sparse_gradients_are_unscaled() -> None:
+    table = nn.Embedding(5, 2, sparse=True)
+    scaler = DynamicScaler(LossScale(initial=1024.0), [table.weight])
+    for times in (1.0, 2.0):  # the second one is added to the first
+        scaler.backward(table(torch.tensor([1, 3, 1])).sum())
+        assert table.weight.grad.is_sparse
+        assert table.weight.grad.to_dense()[:, 0].tolist() == [0, 2 * times, 0, times, 0]
 
 
 def test_small_gradients_survive_float16() -> None:
