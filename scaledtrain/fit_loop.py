@@ -145,7 +145,8 @@ class FitLoop:
             return
         # Where each makes its own steps, the others' may have come since, up to the end.
         own_steps = self._steps > 0 and not trainer.in_lockstep
-        if own_steps or trainer.step_count > self._evaluated_at:
+        # And a run that was stopped when it had made its last step has not been evaluated.
+        if own_steps or trainer.step_count > self._evaluated_at or not self.evaluation:
             self._evaluate()
 
     def _ended_by_strategy(self) -> str:

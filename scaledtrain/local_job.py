@@ -60,10 +60,8 @@ def start_workers(
             _wait(ranks, store, stop)
         finally:
             codes = _end(ranks, stop, unwind_seconds)
-    if stop.number is not None and PREEMPTED not in codes.values():
-        raise SystemExit(128 + stop.number)
-    if codes[0] != 0 or any(code > 0 for code in codes.values()):
-        raise SystemExit(_summary(codes))
+    if code := _exit_code(codes, stop.number):
+        raise SystemExit(code)
     for rank, status in codes.items():
         if status < 0:
             tell(f"rank {rank} was lost ({_how(status)}); the others went on to the end")
@@ -166,6 +164,15 @@ def _end(ranks: _Ranks, stop: _Stop, unwind_seconds: float) -> dict[int, int]:
 
 def _how(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _exit_code(codes: Mapping[int, int], signal_number: int | None) -> int:
+    """Of the job, which may have come to its end before the signal that asked it to did."""
+    if signal_number is not None and any(codes.values()) and PREEMPTED not in codes.values():
+        return 128 + signal_number
+    if codes[0] != 0 or any(code > 0 for code in codes.values()):
+        return _summary(codes)
+    return 0
 
 
 def _summary(codes: Mapping[int, int]) -> int:

@@ -90,7 +90,13 @@ class Measures:
         self._has_added = False
 
     def add(self, loss: Tensor, outputs: Any, targets: Any, size: int) -> None:
-        """Add a batch of so many samples, whose mean loss is given."""
+        """Add a batch of so many samples, whose mean loss is given.
+
+        One that counts nothing is left out: a mean of it may be NaN, and where ranks share a model
+        it may be one that has been added, only to keep others company.
+        """
+        if not size:
+            return
         values = [loss, *(_number(n, m(outputs, targets)) for n, m in self._means.items())]
         self._sums[:-1] += torch.stack([v.to(self._sums) for v in values]) * size
         self._sums[-1] += size

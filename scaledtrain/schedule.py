@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from scaledtrain.clock import Clock, HostClock
 from scaledtrain.data.replica_loader import StepBatch
@@ -31,6 +32,7 @@ __all__ = [
     "call_model",
     "call_without_loss",
     "inputs_and_targets",
+    "loss_of",
 ]
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -151,6 +153,18 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
+def loss_of(weight: float, outputs: Any, loss: Tensor) -> Tensor:
+    """The loss of a microbatch; zero if it counts nothing, since a mean of no terms is NaN.
+
+    Its backward pass goes through the outputs all the same: other ranks may take part in it.
+    """
+    if weight:
+        return loss
+    parts = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t is not loss]
+    parts = [(t * 0.0).sum() for t in parts if t.requires_grad]
+    return torch.stack([t.to(loss.dtype) for t in parts]).sum() if parts else loss.nan_to_num() * 0
+
+
 def as_arguments(batch: Any) -> tuple[Any, ...]:
     """With which a model is called that returns its own loss; a mapping gives keywords instead."""
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
@@ -251,7 +265,7 @@ class MicrobatchLoop:
             start = self._clock.now()
             with self._precision.autocast(self._device):
                 # The outputs are let go of before backward, which can use their memory.
-                loss = call_model(self.model, microbatch, self._loss_fn)[1]
+                loss = loss_of(size, *call_model(self.model, microbatch, self._loss_fn))
             if abandon is not None and abandon():
                 return None
             if size != mean:

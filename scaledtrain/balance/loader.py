@@ -15,7 +15,14 @@ from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.division import Divisible, Division
 from scaledtrain.data.cut import count_samples
 from scaledtrain.data.map_style import SamplerOrder, rebuilt
-from scaledtrain.data.replica_loader import EPOCH_SEEDS, ReplicaLoader, StepBatch, Weigh, to_device
+from scaledtrain.data.replica_loader import (
+    EPOCH_SEEDS,
+    ReplicaLoader,
+    StepBatch,
+    Weigh,
+    counted,
+    to_device,
+)
 from scaledtrain.errors import ConfigError
 
 __all__ = ["BalancedLoader"]
@@ -223,7 +230,7 @@ class BalancedLoader:
 
     def _step(self, microbatches: list[Any], samples: int) -> StepBatch:
         own = sum(count_samples(batch) for batch in microbatches)
-        sizes = [int(self._weigh(batch)) for batch in microbatches]
+        sizes = [counted(self._weigh, batch) for batch in microbatches]
         self._balancer.handed_out(own)
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]

@@ -39,6 +39,7 @@ __all__ = [
     "StepBatch",
     "StridedLoader",
     "Weigh",
+    "counted",
     "count_samples",
     "first_batch",
     "known_length",
@@ -89,7 +90,7 @@ class StatefulLoader(Protocol):
 
 
 Weigh = Callable[[Any], float]
-"""How much a batch's mean loss counts in a mean over several: of how many terms it is the mean."""
+"""Of how many terms a batch's loss is the mean: so much it counts in a mean over several."""
 
 
 class StepBatch(NamedTuple):
@@ -153,6 +154,21 @@ def first_batch(loader: Iterable[Any], seed: int = 0) -> Any:
             for batch in step.microbatches:
                 return batch
     raise ConfigError("no batch of the loader could be read; see its warnings, and mend the data")
+
+
+def counted(weigh: Weigh, batch: Any) -> int:
+    """How much a batch counts.
+
+    Raises:
+        ConfigError: it is no whole number, or below 0.
+    """
+    number = float(weigh(batch))
+    if not (number >= 0 and number.is_integer()):
+        raise ConfigError(
+            f"loss_weight gave {number:g} for a batch; it is of how many terms the batch's loss is "
+            "the mean (samples, tokens), a whole number >= 0; put weights of samples into the loss"
+        )
+    return int(number)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -470,7 +486,7 @@ class ReplicaLoader:
                 yield mine
 
     def _step(self, microbatches: list[Any]) -> StepBatch:
-        sizes = [int(self._weigh(batch)) for batch in microbatches]
+        sizes = [counted(self._weigh, batch) for batch in microbatches]
         if self._device is not None:
             microbatches = [to_device(batch, self._device) for batch in microbatches]
         # Without a nominal size the weights are plain counts: only their ratios matter.

@@ -40,7 +40,8 @@ class Watch:
         step_seconds: the longest that a step, a batch of an evaluation, a save, or the start or end
             of a run may take.
         step_times: the longest that a step may take, in medians of this rank's last 50, but not
-            below 10 s; counted once there are 10.
+            below 10 s; counted once there are 10. Where replicas make steps of their own,
+            without the waiting for parameters: another one may be evaluating.
         ranks_every: steps of a rank between two tables.
         slow_factor: see above.
         on_nonfinite: loss or gradient is NaN or infinite. None: as without a watch, the run ends at

@@ -113,8 +113,10 @@ class Watchdog:
     def _limit(self) -> float | None:
         """For the stage that this rank is in."""
         limits = [self._options.step_seconds]
-        usual = self._position.usual_seconds
-        if self._options.step_times is not None and usual and self._position.place.in_step:
+        usual, place = self._position.usual_seconds, self._position.place
+        # Out of lockstep one may wait for another that evaluates alone, which takes no usual time.
+        is_own = place.in_step and (self._lockstep or place.stage != "pull")
+        if self._options.step_times is not None and usual and is_own:
             limits.append(max(self._options.step_times * usual, _LEAST_SECONDS))
         return min((limit for limit in limits if limit is not None), default=None)
 

@@ -13,8 +13,8 @@ import pytest
 
 import scaledtrain
 from scaledtrain.errors import ClusterError, ConfigError, PeerLostError
-from scaledtrain.launching import guarded
-from scaledtrain.local_job import _summary
+from scaledtrain.launching import PREEMPTED, guarded
+from scaledtrain.local_job import _exit_code, _summary
 from tests.commands import Command
 from tests.ranks import FRESH, free_port
 
@@ -226,6 +226,23 @@ def test_ctrl_c_ends_a_rank_whose_main_thread_is_stuck(folder: Path) -> None:
     wait_for(folder, "started", command)
     command.send_signal(signal.SIGINT)
     assert end(command, EXIT_SECONDS) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("codes", "number", "code"),
+    [
+        ({0: 0, 1: 0}, signal.SIGTERM, 0),  # they had made their last steps
+        ({0: 0, 1: -9}, None, 0),  # the others went on without it
+        ({0: 143, 1: 143}, signal.SIGTERM, 143),
+        ({0: 0, 1: -15}, signal.SIGTERM, 143),
+        ({0: PREEMPTED, 1: PREEMPTED}, signal.SIGTERM, PREEMPTED),
+        ({0: 1, 1: 0}, None, 1),
+    ],
+)
+def test_a_job_that_came_to_its_end_was_not_terminated(
+    codes: dict[int, int], number: int | None, code: int
+) -> None:
+    assert _exit_code(codes, number) == code
 
 
 @pytest.mark.parametrize(

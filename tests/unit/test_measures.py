@@ -103,6 +103,18 @@ def test_classes_on_three_ranks_are_as_scikit_learn_says(sizes: list[int]) -> No
         assert found["batchwise"].item() == (answers == labels).double().mean().item()
 
 
+def test_a_batch_that_counts_nothing_is_in_no_metric() -> None:
+    """As one that a rank computes with only because others, who share its model, have one."""
+    measures = Measures(
+        {"mse": MeanSquaredError(), "error": lambda x, y: (x - y).abs().mean()}, torch.device("cpu")
+    )
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 5.0])
+    measures.add(torch.tensor(5.0), x, y, 2)
+    measures.add(torch.tensor(math.nan), x + 9, y, 0)
+    found = {name: value.item() for name, value in measures.values([]).items()}
+    assert found == {"loss": 5.0, "mse": 5.0, "error": 2.0}  # (1 + 9) / 2, (1 + 3) / 2
+
+
 @pytest.mark.parametrize("sizes", UNEVEN, ids=str)
 def test_numbers_on_three_ranks_are_as_scikit_learn_says(sizes: list[int]) -> None:
     torch.manual_seed(0)

@@ -39,6 +39,17 @@ def said(run_dir: Path, max_steps: int = 8, **options: Any) -> list[str]:
     return lines
 
 
+def test_a_run_that_was_stopped_at_its_end_is_evaluated_when_it_goes_on(tmp_path: Path) -> None:
+    """It has made and saved its last step; what it did not come to is the evaluation."""
+    with trainer(tmp_path) as first:
+        first.fit(loader(), max_steps=5)
+        expected = first.evaluate(loader())
+    with trainer(tmp_path, resume="auto") as again:
+        result = again.fit(loader(), max_steps=5, eval=loader(), eval_every=2)
+    assert result.step == 5
+    assert result.evaluation == expected
+
+
 # What is refused
 
 

@@ -11,6 +11,7 @@ import torch
 
 from scaledtrain.data import (
     Column,
+    Normalization,
     ShardedDataset,
     ShardWriter,
     Statistics,
@@ -161,6 +162,17 @@ class TestMissing:
         assert v.covariance.count == 0, "no sample is whole"
         assert (age.count, age.missing, age.mean, age.minimum) == (2, 2, 40, 30)
         assert age.class_counts == {30: 1, 50: 1}
+
+    def test_a_sentinel_is_rounded_as_the_values_are(self, tmp_path: Path) -> None:
+        """The next numbers beside -9999 that bfloat16 has are -9984 and -10048."""
+        columns = {"v": Column("bfloat16")}
+        with ShardWriter(tmp_path, columns) as writer:
+            writer.write_batch({"v": torch.tensor([1.0, -9999.0, 3.0], dtype=torch.bfloat16)})
+        found = compute_statistics(tmp_path, missing="ignore", sentinels={"v": -9999})["v"]
+        assert (found.count, found.missing, found.mean) == (2, 1, 2.0)
+        how = Normalization("standardize", fill=9.0)
+        dataset = ShardedDataset(tmp_path, normalize={"v": how})
+        assert dataset.gather(np.arange(3))[0]["v"].tolist() == [-1.0, 9.0, 1.0]
 
     def test_infinity_is_not_missing(self, tmp_path: Path) -> None:
         with ShardWriter(tmp_path) as writer:

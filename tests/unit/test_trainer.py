@@ -126,6 +126,45 @@ def test_evaluate_is_the_mean_over_samples_in_eval_mode() -> None:
     assert values["accuracy"] == pytest.approx((outputs.argmax(1) == y).double().mean().item())
 
 
+def masked_mean(outputs: Tensor, targets: Tensor) -> Tensor:
+    """NaN where all is masked, and so is its gradient."""
+    kept = targets >= 0
+    losses = F.cross_entropy(outputs, targets.clamp(min=0), reduction="none")
+    return (losses * kept).sum() / kept.sum()
+
+
+def test_a_batch_whose_targets_are_all_masked_counts_nothing() -> None:
+    whole = batches()[:2]
+    inputs, targets = batches()[2]
+    given = [whole[0], (inputs, torch.full_like(targets, -100)), whole[1]]
+
+    def count(batch: Any) -> int:
+        return int((batch[1] >= 0).sum())
+
+    with trainer(
+        loss_fn=masked_mean, loss_weight=count, gradient_accumulation_steps=3
+    ) as accumulated:
+        accumulated.fit(given, max_epochs=2)
+        value = accumulated.evaluate(given)["loss"]
+    with trainer(gradient_accumulation_steps=2) as expected:
+        expected.fit(whole, max_epochs=2)
+        assert value == pytest.approx(expected.evaluate(whole)["loss"], rel=1e-6)
+    for got, want in zip(accumulated.model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    with trainer(loss_fn=masked_mean, loss_weight=count) as alone:  # of a step of its own, too
+        alone.fit(given[1:2], max_epochs=1)
+        assert_same(alone.model, list(net().parameters()))
+
+
+@pytest.mark.parametrize("weight", [0.8, -1, float("nan")])
+def test_a_batch_counts_a_number_of_terms(weight: float) -> None:
+    with (
+        trainer(loss_weight=lambda batch: weight) as weighted,
+        pytest.raises(ConfigError, match=f"loss_weight gave {weight:g} for a batch; it is of how"),
+    ):
+        weighted.fit(batches(), max_epochs=1)
+
+
 def test_predict_gives_every_batch_in_order() -> None:
     t = trainer()
     x = data(10).tensors[0]

@@ -251,6 +251,22 @@ def test_the_alarm_of_a_step_does_not_go_off_after_it(monkeypatch: pytest.Monkey
     dog.close()
 
 
+def test_waiting_for_one_that_evaluates_alone_is_no_step() -> None:
+    position = Position(lambda: (0, 0))
+    for _ in range(10):
+        position.enter("data")
+        position.enter("apply")
+    position.enter("data")
+    for lockstep in (False, True):
+        dog = Watchdog(Watch(step_times=2.0), position, Notes(None, 0, 1), None, lockstep=lockstep)
+        try:
+            for stage, expected in (("pull", 10.0 if lockstep else None), ("compute", 10.0)):
+                position.enter(stage)
+                assert dog._limit() == expected
+        finally:
+            dog.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="finds sockets in /proc")
 def test_a_lost_connection_is_made_again_and_nobody_is_taken_for_dead() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

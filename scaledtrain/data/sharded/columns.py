@@ -100,6 +100,15 @@ class Column:
         codes = {name: DTYPES[self.dtype].code}
         return {**codes, name + OFFSETS: "I64"} if self.ragged else codes
 
+    def rounded(self, number: float) -> float:
+        """With what its values are to be compared: where they are bfloat16, -9984 for -9999.
+
+        NumPy does so for the floats that it has.
+        """
+        if self.dtype != "bfloat16":
+            return number
+        return torch.tensor(number, dtype=torch.bfloat16).item()
+
     def to_torch(self, stored: Array) -> Tensor:
         """A tensor of the same memory as an array of this column's stored dtype."""
         tensor = torch.from_numpy(stored)

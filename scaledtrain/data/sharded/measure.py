@@ -159,7 +159,7 @@ class Measure:
         """float64, the sentinel as NaN."""
         values = stored.astype(np.float64, order="C")
         if self.sentinel is not None:
-            values[stored == self.sentinel] = np.nan
+            values[stored == self.column.rounded(self.sentinel)] = np.nan
         return values
 
     def _check(self, moments: Moments) -> None:

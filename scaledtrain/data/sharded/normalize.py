@@ -100,7 +100,8 @@ class Normalizer:
         self._name = name
         self._how = how
         self._axis = statistics.axis
-        self._sentinel = statistics.sentinel
+        sentinel = statistics.sentinel
+        self._sentinel = None if sentinel is None else column.rounded(sentinel)
         dims = len(column.shape)
         if any(dim >= dims for dim in self._axis) or statistics.shape != tuple(
             column.shape[dim] for dim in self._axis

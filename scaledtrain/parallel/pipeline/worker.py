@@ -27,6 +27,7 @@ from scaledtrain.schedule import (
     call_model,
     call_without_loss,
     inputs_and_targets,
+    loss_of,
 )
 from scaledtrain.timeline import Timeline
 
@@ -243,7 +244,7 @@ class Worker:
         if not self._with_loss:
             self._outputs[i] = outputs
             return
-        loss = outputs[1]
+        loss = loss_of(share, *outputs)
         if torch.is_grad_enabled():
             roots = [get_gradient_edge(loss)] if loss.requires_grad else []
             self._passes[stage, i] = _Pass(inputs, roots, torch.full_like(loss, share))
