@@ -21,7 +21,7 @@ from scaledtrain.recompute.blocks import (
     has_hooks,
     same_arguments,
 )
-from scaledtrain.recompute.dear import MakeContexts
+from scaledtrain.recompute.dear import Inside, MakeContexts
 from scaledtrain.recompute.offload import Offload, Store
 from scaledtrain.recompute.placeholder import Placeholder
 from scaledtrain.recompute.plan import Keep, Plan, Step, count_blocks
@@ -50,6 +50,7 @@ class Executor:
             which it is checkpointed then.
         store: where a plan offloads inputs to.
         told: what to tell the user about the plan.
+        inside: modules whose calls the ways want to know of.
 
     Raises:
         ConfigError: when the model is called: blocks that are to be computed again together are not
@@ -65,9 +66,10 @@ class Executor:
         ways: Mapping[str, MakeContexts] | None = None,
         store: Store | None = None,
         told: str = "",
+        inside: Inside | None = None,
     ) -> None:
         self.told = told
-        self._plan, self._ways, self._store = plan, ways, store
+        self._plan, self._ways, self._store, self._inside = plan, ways, store, inside
         assert count_blocks(plan) == len(blocks)
         self._waiting: _Together | None = None  # has run, but not all of its blocks were called
         self._place: list[tuple[_Together, int]] = []
@@ -81,6 +83,12 @@ class Executor:
             model.register_forward_pre_hook(_Tell(self._forget)),
             model.register_forward_hook(_Tell(self._raise_if_waiting)),
         ]
+        if inside is not None:
+            try:
+                self._hooks += inside.watch(blocks)
+            except ConfigError:
+                self.remove()
+                raise
 
     def when_removed(self, call: Callable[[], None]) -> None:
         """Have something done after the blocks have been let go."""
@@ -88,7 +96,8 @@ class Executor:
 
     def on(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Executor:
         """Let the blocks of another model run as these do."""
-        return Executor(model, blocks, self._plan, self._ways, self._store, self.told)
+        plan, ways, store = self._plan, self._ways, self._store
+        return Executor(model, blocks, plan, ways, store, self.told, self._inside)
 
     def remove(self) -> None:
         """Let the blocks run as they are."""

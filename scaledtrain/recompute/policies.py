@@ -14,7 +14,7 @@ from torch import nn
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute.apart import Sample
 from scaledtrain.recompute.blocks import is_compiled
-from scaledtrain.recompute.dear import DEAR, contexts_of
+from scaledtrain.recompute.dear import DEAR, Inside, contexts_of
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.plan import Keep, every
 
@@ -136,9 +136,11 @@ class Selective(CheckpointPolicy):
         operators: names of operators in ``torch.ops.aten`` whose results are kept, as
             ``"addmm"`` or ``"convolution"``; None: matrix products, convolutions and attention.
             Those that draw random numbers, as attention with dropout, run again in any case.
+        modules: names of submodules of the blocks, or their ends (``"attention"``), inside of which
+            these results are kept, and nowhere else. None: wherever they are.
 
     Raises:
-        ConfigError: there is no such operator.
+        ConfigError: there is no such operator or module.
 
     References:
         Korthikanti et al. 2022, Reducing activation recomputation in large transformer models
@@ -146,9 +148,14 @@ class Selective(CheckpointPolicy):
     """
 
     operators: Sequence[str] | None = None
+    modules: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self._overloads()
+        if isinstance(self.modules, str) or (self.modules is not None and not self.modules):
+            raise ConfigError(
+                f"modules is {self.modules!r}; it is a list of names of submodules, or left out"
+            )
 
     def _overloads(self) -> Sequence[Any]:
         if self.operators is None:
@@ -187,9 +194,11 @@ class Selective(CheckpointPolicy):
                         "results of its matrix products in place, so that they cannot be kept: "
                         "choose another policy (full, memory_budget)"
                     )
-        n, contexts = len(blocks), contexts_of(self._overloads())
+        inside = None if self.modules is None else Inside(self.modules)
+        n, contexts = len(blocks), contexts_of(self._overloads(), inside)
         told = f"activations: of each of {n} blocks only what is dear to compute is kept"
-        return Executor(model, blocks, (Keep("dear"),) * n, {"dear": contexts}, told=told)
+        plan = (Keep("dear"),) * n
+        return Executor(model, blocks, plan, {"dear": contexts}, told=told, inside=inside)
 
 
 def _told_groups(k: int, n: int) -> str:

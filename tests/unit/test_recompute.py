@@ -119,6 +119,38 @@ def test_the_same_bits_in_fewer_bytes(policy: str, case: str) -> None:
     assert peak < 0.8 * everything
 
 
+def test_what_is_dear_is_kept_in_the_modules_that_are_named() -> None:
+    """The bits of everything, dropout included; in bytes what these modules' layers return."""
+    make, sample = CASES["gpt"]
+    expected, everything = trained(make(), sample)
+    peaks = []
+    for policy in (
+        CheckpointEvery(1),
+        Selective(modules=["attention.projection"]),
+        Selective(modules=["attention"]),
+        Selective(modules=["attention", "mlp"]),
+        Selective(["bmm"], modules=["mlp"]),  # which has none
+    ):
+        model = make()
+        handle = checkpoint_activations(model, policy, sample)
+        found, peak = trained(model, sample)
+        assert all(map(torch.equal, expected, found))
+        peaks.append(peak)
+        handle.remove()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    # Of 8 blocks all but the last, whose turn it is at the peak, of 4 x 32 tokens of 32 floats.
+    unit = 7 * 4 * 32 * 32 * 4
+    # The projection returns one. Attention: queries, keys and values, 3; scores of 2 heads and 32
+    # tokens, 2; what they weigh, 1; its projection. The MLP: 4 and 1.
+    nothing = peaks[0]
+    assert [peak - nothing for peak in peaks] == [0, unit, 7 * unit, 12 * unit, 0]
+    assert nothing + 12 * unit < everything
+    with pytest.raises(ConfigError, match="modules has 'attn', but no module in the blocks has a"):
+        checkpoint_activations(model, Selective(modules=["attn"]))
+    assert not any("forward" in vars(module) for module in model.modules())
+    checkpoint_activations(model, Selective(modules=["mlp"]))
+
+
 @pytest.mark.parametrize("share", [0.75, 0.6, 0.5])
 @pytest.mark.parametrize("case", CASES)
 def test_a_budget_is_kept_and_predicted(case: str, share: float) -> None:
@@ -629,6 +661,7 @@ def test_what_cannot_be_computed_again_is_refused() -> None:
         (lambda: CheckpointEvery(0), "k is 0"),
         (lambda: MemoryBudget("2 gigs"), "'2 gigs' is not understood"),
         (lambda: MemoryBudget(0), "holds nothing"),
+        (lambda: Selective(modules="attention"), "modules is 'attention'; it is a list"),
         (lambda: Selective(["matmull"]), "'matmull', which torch.ops.aten has not"),
     ],
 )
