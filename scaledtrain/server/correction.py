@@ -140,7 +140,7 @@ class Correction:
         return server.parameters
 
     def forget(self, worker: int, server: Context) -> None:
-        """The worker no longer takes part."""
+        """The worker is lost; nothing is forgotten of one that has only ended a run."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Kind(IntEnum):
     SKIP = 4
     """A worker's step ended without a gradient."""
     REMOVE = 5
-    """A worker takes part no longer."""
+    """A worker takes part no longer; ``version``: 0 where it has ended a run and will be back for
+    the next one, -1 where it is lost."""
     ADD = 6
     """A worker takes part (again); ``version``: how often its process has been replaced by a new
     one, -1 where it goes on from a run to the next."""
@@ -86,7 +87,7 @@ def apply(
     if kind == Kind.SKIP:
         server.skip(worker)
     elif kind == Kind.REMOVE:
-        server.remove(worker)
+        server.remove(worker, done=version == 0)
     elif kind == Kind.ADD:
         server.add(worker)
     else:

@@ -206,13 +206,18 @@ class Server:
         """Workers that should give up what they compute, pull and begin anew: it came too late."""
         return self.ledger.to_abandon()
 
-    def remove(self, worker: int) -> None:
+    def remove(self, worker: int, done: bool = False) -> None:
         """Forget a worker that died, or that is done: nobody waits for it any more.
 
         Gradients that it gave are used. If the others waited only for it, this makes the update.
+
+        Args:
+            worker: which.
+            done: it has ended a run, and will be back for the next one: what the correction keeps
+                of it stays.
         """
         self.ledger.remove(worker)
-        self._forget(worker)
+        self._forget(worker, done)
         self._members_changed()
         if self.ledger.completes:
             self._update()
@@ -257,9 +262,10 @@ class Server:
         self.ledger.update()
 
     @torch.no_grad()
-    def _forget(self, worker: int) -> None:
+    def _forget(self, worker: int, done: bool = False) -> None:
         self._sent.forget(worker)
-        self._correction.forget(worker, self._context)
+        if not done:
+            self._correction.forget(worker, self._context)
 
     def _members_changed(self) -> None:
         n = self._context.n_members = len(self.members)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from scaledtrain import Callback, Checkpointing, Trainer
+from scaledtrain import Callback, Checkpointing, ParameterServer, Trainer
 from scaledtrain.checkpoint import Preempted
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, load_rank
@@ -31,6 +31,7 @@ from scaledtrain.checkpoint.tensor_file import DTYPES, write_tensors
 from scaledtrain.checkpoint.tree import flatten, restore
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted
+from scaledtrain.server import Dana
 from tests.checkpoints import ADAMW, data, fit, loader, steps, trainer
 
 
@@ -181,6 +182,23 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not(stopped: int, tmp_path:
     whole = fit(tmp_path / "whole")
     fit(tmp_path / "parts", stopped)
     assert fit(tmp_path / "parts", resume="auto") == whole
+
+
+def test_the_momentum_of_workers_goes_on_where_they_settle(tmp_path: Path) -> None:
+    """To save, and between two fits, they only end a run, and are back for the next one."""
+
+    def trained(name: str, max_steps: int = 12, **options: Any) -> str:
+        server = ParameterServer(correction=Dana(0.9))
+        return fit(tmp_path / name, max_steps, strategy=server, **options)
+
+    whole = trained("whole", saved=Checkpointing(every_steps=99))
+    assert trained("often", saved=Checkpointing(every_steps=5)) == whole
+    trained("parts", 7)
+    assert trained("parts", resume="auto") == whole
+    with trainer(tmp_path / "fits", strategy=ParameterServer(correction=Dana(0.9))) as one:
+        for max_steps in (7, 12):
+            one.fit(loader(), max_steps=max_steps)
+        assert one.replica.sha256() == whole
 
 
 def test_records_of_steps_that_are_made_again_are_not_there_twice(tmp_path: Path) -> None:

@@ -356,6 +356,26 @@ def test_shards_are_told_in_order_and_of_what_will_not_be_used() -> None:
     ]
 
 
+def test_who_has_only_ended_a_run_is_told_from_who_is_lost(threads: ThreadPoolExecutor) -> None:
+    """Of worker 1 something is kept until it is lost, though it had left the run before."""
+    host, shard = host_of(2), Recorded()
+    host.add_shard(shard)  # type: ignore[arg-type]
+    end = threads.submit(settle, host, 1)
+    waits(host, 1)
+    host.replace(1, attempt=1)
+    with pytest.raises(PeerLostError):
+        end.result()
+    settle(host, 0)
+    assert shard.sent == [
+        [Kind.REMOVE, 1, 0, False],
+        [Kind.REMOVE, 1, -1, False],
+        [Request.JOIN, 1, 1],
+        [Kind.REMOVE, 0, 0, False],
+        [Kind.READ, 0, *pulled(0, flags=0)],
+        [Kind.ADD, 0, -1, False],
+    ]
+
+
 def test_a_shard_that_answers_for_this_one_is_told_all_that_workers_hear(
     threads: ThreadPoolExecutor,
 ) -> None:

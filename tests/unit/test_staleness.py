@@ -283,6 +283,9 @@ def test_dana() -> None:
     c.push(1)  # v1 = (4, 4)/2 + (-2, -8) = (0, -6)
     assert c.x == (-3 / 2, 1)
     assert c.pull(0) == (-9 / 4, 5 / 2)  # (-3/2, 1) - 1/4 * (3, -6)
+    c.server.remove(1, done=True)
+    c.server.add(1)
+    assert c.pull(0) == (-9 / 4, 5 / 2)  # it was only done for now: v1 counts
     c.server.remove(1)
     assert c.pull(0) == (-9 / 4, 1)  # without v1: (-3/2, 1) - 1/4 * (3, 0)
 

@@ -257,7 +257,7 @@ class ServerHost:
             self._hear(worker, attempt)
             waits = self._roll.ends(worker)
             # Those that still compute need not wait for it.
-            self._do(Operation(Kind.REMOVE, worker))
+            self._do(Operation(Kind.REMOVE, worker, 0))
             self._changed.notify_all()
             if waits:
                 self._meet(worker, self._roll.end, still)
@@ -345,8 +345,7 @@ class ServerHost:
             _logger.warning(
                 "worker %d is lost, and the other %d go on without it: %s", worker, left, why
             )
-            if worker in self._server.members:
-                self._do(Operation(Kind.REMOVE, worker))
+            self._do(Operation(Kind.REMOVE, worker))
             self._hold_meetings()
         self._changed.notify_all()
 
