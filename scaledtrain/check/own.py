@@ -149,6 +149,7 @@ def check(
             optimizer,
             precision=subject.precision,
             activation_checkpointing=options.get("activation_checkpointing"),
+            microbatches=options.get("gradient_accumulation_steps", 1),
             device=where,
         )
 

@@ -336,6 +336,14 @@ class TestCost:
         of_steps = 1000 * cost.measured["step_seconds"]
         assert cost.measured["seconds"] == (of_steps if seconds is None else seconds)
 
+    def test_all_batches_of_a_step_take_memory(self) -> None:
+        bytes_of_batch = sum(t.nbytes for t in next(iter(planted.loader())))
+        two, five = (
+            climbed(Net, only=["cost"], trainer={"gradient_accumulation_steps": n})["cost"].measured
+            for n in (2, 5)
+        )
+        assert five["memory_bytes"] - two["memory_bytes"] == 3 * bytes_of_batch
+
 
 class TestAsking:
     def test_an_unknown_rung_is_refused(self) -> None:
