@@ -31,7 +31,7 @@ from scaledtrain import (
 )
 from scaledtrain.comm.compress import TopK
 from scaledtrain.data import digits
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.models import MLP
 from scaledtrain.schedule import MicrobatchLoop, Schedule, Slowdown
 from scaledtrain.server import (

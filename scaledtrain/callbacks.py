@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from scaledtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.data.steps import StepBatch
     from scaledtrain.trainer import Trainer
 
 __all__ = ["Callback", "StopAtTarget"]

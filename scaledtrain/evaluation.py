@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.comm.protocols import Link
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, must_end
+from scaledtrain.data.loaders import must_end
+from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.data.steps import StepBatch, Weigh
 from scaledtrain.errors import ConfigError
 from scaledtrain.measures import Measures, Metric
 from scaledtrain.parallel import Layout

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from scaledtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from scaledtrain.parallel.batches import Steps
+    from scaledtrain.data.steps import Steps
     from scaledtrain.trainer import Trainer
 
 __all__ = ["FitLoop", "FitResult", "Limits"]

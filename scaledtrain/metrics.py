@@ -177,7 +177,7 @@ class Metrics:
         loss: Tensor,
         samples: int,
         grad_norm: Tensor | None,
-        mean_samples: float | None = None,
+        gradient_samples: float | None = None,
     ) -> None:
         """Take note of a step; makes a record when one is due.
 
@@ -186,14 +186,14 @@ class Metrics:
             loss: of this replica, a scalar on its device.
             samples: that this replica trained on.
             grad_norm: of its gradient, if measured.
-            mean_samples: over all ranks; None: each trained on as many.
+            gradient_samples: over all ranks; None: each trained on as many.
 
         Raises:
             NonFiniteLossError: at a record, if a loss since the last one was NaN or infinite.
         """
         self._steps += 1
         self._samples += samples
-        self._mean_samples += samples if mean_samples is None else mean_samples
+        self._mean_samples += samples if gradient_samples is None else gradient_samples
         self._last_loss = loss if samples else None
         if samples:
             self._losses.append(loss)

@@ -17,7 +17,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.optim.noise_scale import GradientNoise, SmoothedNoise, gradient_noise
 
 if TYPE_CHECKING:
-    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.data.steps import StepBatch
     from scaledtrain.trainer import Trainer
 
 __all__ = ["NoiseScale"]
@@ -270,8 +270,8 @@ class _Gradients:
         self.is_full = batch.is_full
         self._own = float(batch.samples)  # of this rank
         self._samples = self._own  # by which the sum over those of the replica is divided
-        if batch.mean_samples is not None:
-            self._samples = batch.mean_samples * trainer.layout.data_ranks
+        if batch.gradient_samples is not None:
+            self._samples = batch.gradient_samples * trainer.layout.data_ranks
         self._sizes: list[float] = []
         self._squares: list[Tensor] = []
         self._before: dict[nn.Parameter, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from scaledtrain.clock import Clock, HostClock
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler, NoScaler
@@ -251,8 +251,8 @@ class MicrobatchLoop:
         """Run forward and backward for each microbatch; asks ``abandon`` between the two."""
         total: Tensor | None = None
         samples = batch.samples
-        mean = samples if batch.mean_samples is None else batch.mean_samples
-        even = mean / batch.multiple if batch.even_samples is None else batch.even_samples
+        mean = samples if batch.gradient_samples is None else batch.gradient_samples
+        even = mean / batch.multiple if batch.even_share is None else batch.even_share
         computed = 0
         self.microbatch_seconds = []
         for pace in self._paces:

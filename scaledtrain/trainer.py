@@ -22,7 +22,8 @@ from scaledtrain.comm.ambient import ambient_link
 from scaledtrain.comm.protocols import Link
 from scaledtrain.comm.votes import any_rank
 from scaledtrain.connection import Connection, connect
-from scaledtrain.data.replica_loader import StepBatch, Weigh, must_end
+from scaledtrain.data.loaders import must_end
+from scaledtrain.data.steps import StepBatch, Steps, Weigh
 from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.evaluation import Evaluator, as_numbers
@@ -31,7 +32,7 @@ from scaledtrain.measures import Metric
 from scaledtrain.mesh import Mesh
 from scaledtrain.metrics import Metrics
 from scaledtrain.parallel import Pipeline, lay_out
-from scaledtrain.parallel.batches import Steps, share_out
+from scaledtrain.parallel.batches import share_out
 from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointPolicy

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from scaledtrain.callbacks import Callback
-    from scaledtrain.parallel.batches import Steps
+    from scaledtrain.data.steps import Steps
     from scaledtrain.trainer import Trainer
 
 __all__ = ["Resumed", "restore", "state_of"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaledtrain import Precision
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.schedule import MicrobatchLoop
 

@@ -13,16 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.division import Divisible, Division
-from scaledtrain.data.cut import count_samples
+from scaledtrain.data.cut import count_samples, to_device
 from scaledtrain.data.map_style import SamplerOrder, rebuilt
-from scaledtrain.data.replica_loader import (
-    EPOCH_SEEDS,
-    ReplicaLoader,
-    StepBatch,
-    Weigh,
-    counted,
-    to_device,
-)
+from scaledtrain.data.replica_loader import EPOCH_SEEDS, ReplicaLoader
+from scaledtrain.data.steps import StepBatch, Weigh, counted
 from scaledtrain.errors import ConfigError
 
 __all__ = ["BalancedLoader"]
@@ -145,7 +139,7 @@ class BalancedLoader:
         """The next epoch goes on where ``state_dict`` was called."""
         self._whole.load_state_dict(state)
 
-    def samples(self, epoch: int, step: int) -> list[Any] | None:
+    def indices(self, epoch: int, step: int) -> list[Any] | None:
         """The indices of each microbatch of a step here; None if there are none."""
         if self._order is None:
             return None
@@ -243,9 +237,9 @@ class BalancedLoader:
             sizes,
             # Where all gradients are counted alike, they are made to count by samples.
             weight=1.0 if self._alone else weight,
-            mean_samples=mean if self._alone else None,
+            gradient_samples=mean if self._alone else None,
             multiple=self.multiple,
-            even_samples=even,
+            even_share=even,
             samples_per_rank=mean,
         )
 

@@ -17,12 +17,8 @@ from scaledtrain.baselines.fitted import Sample
 from scaledtrain.baselines.language import LanguageLearner
 from scaledtrain.baselines.regression import RegressionLearner
 from scaledtrain.baselines.results import HUMAN, Baselines, Row
-from scaledtrain.data.replica_loader import (
-    ReplicaLoader,
-    first_batch,
-    known_length,
-    must_end,
-)
+from scaledtrain.data.loaders import known_length, must_end
+from scaledtrain.data.replica_loader import ReplicaLoader, first_batch
 from scaledtrain.errors import ConfigError
 from scaledtrain.measures import Measures
 from scaledtrain.schedule import LossFn

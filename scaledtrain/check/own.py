@@ -17,7 +17,7 @@ from scaledtrain.check.subject import Plan, Subject
 from scaledtrain.check.verdict import Verdict
 from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.comm.protocols import Link
-from scaledtrain.data.replica_loader import Weigh
+from scaledtrain.data.steps import Weigh
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory.estimate import MemoryEstimate, estimate_memory
 from scaledtrain.precision import Precision, PrecisionName

@@ -15,8 +15,9 @@ from scaledtrain.callbacks import Callback
 from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.comm.protocols import Link
 from scaledtrain.connection import connect
-from scaledtrain.data.cut import count_samples, cut
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, Weigh, to_device
+from scaledtrain.data.cut import count_samples, cut, to_device
+from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.data.steps import StepBatch, Weigh
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory.estimate import MemoryEstimate
 from scaledtrain.precision import Precision

@@ -1,4 +1,4 @@
-"""Batches cut and joined by samples."""
+"""Batches cut and joined by samples, and brought to a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scaledtrain.data.ragged import Ragged
 
-__all__ = ["MisfitError", "count_samples", "cut", "join"]
+__all__ = ["MisfitError", "count_samples", "cut", "join", "to_device"]
 
 
 def count_samples(batch: Any) -> int:
@@ -98,3 +98,16 @@ def _holds_more(value: Any) -> bool:
 
 def _like(value: Any, columns: list[Any]) -> Any:
     return type(value)(*columns) if hasattr(value, "_fields") else type(value)(columns)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

@@ -20,127 +20,24 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from scaledtrain.data.cut import count_samples
+from scaledtrain.data.cut import count_samples, to_device
+from scaledtrain.data.loaders import StatefulLoader, StridedLoader, known_length
 from scaledtrain.data.map_style import SamplerOrder, rebuilt
+from scaledtrain.data.steps import StepBatch, Weigh, counted
 from scaledtrain.errors import ConfigError
 
-__all__ = [
-    "ReplicaLoader",
-    "StatefulLoader",
-    "StepBatch",
-    "StridedLoader",
-    "Weigh",
-    "counted",
-    "count_samples",
-    "first_batch",
-    "known_length",
-    "must_end",
-    "to_device",
-]
-
-
-@runtime_checkable
-class StridedLoader(Protocol):
-    """A loader that gives every n-th batch of an epoch, from any batch on, and reads no other."""
-
-    batch_size: int
-    """Samples in a full batch."""
-    infinite: bool
-    """Whether an epoch has no end."""
-
-    def __len__(self) -> int:
-        """Batches in an epoch, those of all replicas.
-
-        Raises:
-            TypeError: that is not known, or there is no end.
-        """
-
-    def batches(
-        self, epoch: int, start: int = 0, step: int = 1, seed: int | None = None
-    ) -> Generator[Any, None, None]:
-        """Batches ``start``, ``start + step``, ... of an epoch.
-
-        Which samples are in batch i is the same for the same (seed, epoch), whatever the start and
-        the step. None stands for a batch of which nothing could be read. Without a length, the
-        iterations from all starts below ``step`` are equally long: None stands for no batch.
-        """
+__all__ = ["EPOCH_SEEDS", "ReplicaLoader", "first_batch"]
 
 
 EPOCH_SEEDS = 1_000_003  # apart from each other by more than there are ranks
-
-
-@runtime_checkable
-class StatefulLoader(Protocol):
-    """A loader that keeps its own place inside an epoch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place of the iteration under way; of numbers, texts, tensors, lists and dicts."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on from there."""
-
-
-Weigh = Callable[[Any], float]
-"""Of how many terms a batch's loss is the mean: so much it counts in a mean over several."""
-
-
-class StepBatch(NamedTuple):
-    """What one replica trains on in one step."""
-
-    microbatches: list[Any]
-    """As the loader gives them, on the replica's device; empty if the epoch left it nothing."""
-    sizes: list[int]
-    """Samples in each microbatch, or how much else it counts in the mean loss of the step."""
-    weight: float = 1.0
-    """Samples here relative to a full step's: this replica's weight in a mean over replicas."""
-    mean_samples: float | None = None
-    """Samples per rank, where several make the gradient of one replica as the mean of theirs; None:
-    this one makes it, from ``samples``."""
-    multiple: int = 1
-    """How many steps of the usual size this one is."""
-    even_samples: float | None = None
-    """What a rank has of a full step of the usual size whose samples are shared out evenly; None:
-    these."""
-    samples_per_rank: float | None = None
-    """Mean over the ranks, of this step; None: as many as here on each."""
-
-    @property
-    def samples(self) -> int:
-        """Samples in all microbatches, or how much else they count (`Weigh`)."""
-        return sum(self.sizes)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is of a whole step, and not of what an epoch had left."""
-        if self.even_samples is None or self.samples_per_rank is None:
-            return self.weight >= 1.0
-        return self.samples_per_rank > self.even_samples * self.multiple - 1e-6  # rounding
-
-
-def must_end(loader: Iterable[Any], what: str) -> None:
-    """Raise ConfigError if an epoch of this loader has no end, and ``what`` would wait for it."""
-    if isinstance(loader, StridedLoader) and loader.infinite:
-        raise ConfigError(
-            f"{what} would never end with a loader that is infinite; give it one with "
-            "infinite=False, or a limit in steps or seconds"
-        )
-
-
-def known_length(iterable: Any) -> int | None:
-    """How many it has; None if only its end will tell."""
-    try:
-        return len(iterable)
-    except TypeError:
-        return None
 
 
 def first_batch(loader: Iterable[Any], seed: int = 0) -> Any:
@@ -154,34 +51,6 @@ def first_batch(loader: Iterable[Any], seed: int = 0) -> Any:
             for batch in step.microbatches:
                 return batch
     raise ConfigError("no batch of the loader could be read; see its warnings, and mend the data")
-
-
-def counted(weigh: Weigh, batch: Any) -> int:
-    """How much a batch counts.
-
-    Raises:
-        ConfigError: it is no whole number, or below 0.
-    """
-    number = float(weigh(batch))
-    if not (number >= 0 and number.is_integer()):
-        raise ConfigError(
-            f"loss_weight gave {number:g} for a batch; it is of how many terms the batch's loss is "
-            "the mean (samples, tokens), a whole number >= 0; put weights of samples into the loss"
-        )
-    return int(number)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with all its tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
 
 
 class _EveryNth:
@@ -372,7 +241,7 @@ class ReplicaLoader:
             self._stateful.load_state_dict(state)
             self._is_placed = True
 
-    def samples(self, epoch: int, step: int) -> list[Any] | None:
+    def indices(self, epoch: int, step: int) -> list[Any] | None:
         """What the sampler gave for each batch of a step here: indices; None if there is none."""
         if not isinstance(self._order, _EveryNth) or self._total is None:
             return None

@@ -20,7 +20,8 @@ from scaledtrain.checkpoint.folder import Manifest
 from scaledtrain.checkpoint.weights import load_weights
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import compose
-from scaledtrain.data.replica_loader import first_batch, known_length
+from scaledtrain.data.loaders import known_length
+from scaledtrain.data.replica_loader import first_batch
 from scaledtrain.environment import environment
 from scaledtrain.errors import ConfigError
 from scaledtrain.eval_metrics import classes_in, make_metrics

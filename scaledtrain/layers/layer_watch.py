@@ -20,7 +20,7 @@ from scaledtrain.layers.scale import ScaleWatch
 from scaledtrain.loss_scale import LossScale
 
 if TYPE_CHECKING:
-    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.data.steps import StepBatch
     from scaledtrain.trainer import Trainer
 
 __all__ = ["LayerWatch"]

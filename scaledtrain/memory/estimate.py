@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.data.cut import count_samples
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory.fake import Fakes, batch_of, bytes_of, copied, tensors_in
 from scaledtrain.memory.gathering import gathering_of, shards_of

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from scaledtrain.data.replica_loader import count_samples
+from scaledtrain.data.cut import count_samples
 from scaledtrain.errors import ConfigError
 
 __all__ = ["Fakes", "batch_of", "bytes_of", "copied", "tensors_in"]

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.data.cut import count_samples
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.memory.fake import Fakes
 from scaledtrain.parallel.pipeline.cut import cut_step
 from scaledtrain.parallel.pipeline.parts import spread

@@ -236,8 +236,8 @@ _FSDP: dict[str, Translate] = {
         "for replicas of several ranks each set mesh.shard on the command line",
     ),
     "fsdp_offload_params": _flag("engine.offload=true"),
-    "fsdp_transformer_cls_to_wrap": lambda value: [f"engine.blocks=[{value}]"],
-    "fsdp_transformer_layer_cls_to_wrap": lambda value: [f"engine.blocks=[{value}]"],
+    "fsdp_transformer_cls_to_wrap": lambda value: [f"engine.block_classes=[{value}]"],
+    "fsdp_transformer_layer_cls_to_wrap": lambda value: [f"engine.block_classes=[{value}]"],
     "fsdp_auto_wrap_policy": _only(
         "transformer_based_wrap", "no_wrap", instead="blocks are found by their classes here"
     ),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Generator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from scaledtrain.comm.protocols import Group
-from scaledtrain.data.replica_loader import StepBatch, to_device
+from scaledtrain.data.cut import to_device
+from scaledtrain.data.steps import StepBatch, Steps
 from scaledtrain.errors import ConfigError
 from scaledtrain.mesh import Mesh
 
@@ -60,42 +61,6 @@ def share_out(
             "multiple of all numbers of ranks that may come, or other numbers of ranks"
         )
     return least + bool(rest)
-
-
-class Steps(Protocol):
-    """What a rank trains on, step by step."""
-
-    multiple: int
-    """How many steps are made as one from the next one on."""
-
-    @property
-    def batch_size(self) -> int | None:
-        """Samples in a full batch; None if that is not known yet."""
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Steps of an epoch; None if only the end will tell."""
-
-    @property
-    def step_size(self) -> tuple[int, int | None]:
-        """See `ReplicaLoader`, as for the rest."""
-
-    def moved(self, steps: int, step_size: tuple[int, int | None]) -> int:
-        """How many steps are as many samples as those of another loader."""
-
-    def state_dict(self) -> Any:
-        """That of a loader which keeps its own place."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """The next epoch goes on where ``state_dict`` was called."""
-
-    def samples(self, epoch: int, step: int) -> list[Any] | None:
-        """What the sampler gave for each batch of a step here; None if there is none."""
-
-    def epoch(
-        self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
-    ) -> Generator[StepBatch, None, None]:
-        """The steps of one epoch, from step ``start`` on."""
 
 
 class AgreedBatches:
@@ -154,9 +119,9 @@ class AgreedBatches:
         """The next epoch goes on where ``state_dict`` was called."""
         self._loader.load_state_dict(state)
 
-    def samples(self, epoch: int, step: int) -> list[Any] | None:
+    def indices(self, epoch: int, step: int) -> list[Any] | None:
         """What the sampler gave for each batch of a step here; None if there is none."""
-        return self._loader.samples(epoch, step)
+        return self._loader.indices(epoch, step)
 
     def epoch(
         self, epoch: int, start: int = 0, ready: Callable[[], None] | None = None
@@ -174,14 +139,16 @@ class AgreedBatches:
         if 0.0 < sum(has) < self._group.size:
             self._lend(has.index(1.0))
         lacking = int(max(lengths)) - len(step.microbatches)
-        mean = sum(samples) / self._group.size if step.mean_samples is None else step.mean_samples
+        mean = step.gradient_samples
+        if mean is None:
+            mean = sum(samples) / self._group.size
         return StepBatch(
             step.microbatches + [self._spare] * lacking,
             step.sizes + [0] * lacking,
             weight=sum(weights) / self._group.size,
-            mean_samples=mean,
+            gradient_samples=mean,
             multiple=step.multiple,
-            even_samples=step.even_samples,
+            even_share=step.even_share,
             samples_per_rank=step.samples_per_rank,
         )
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from scaledtrain.data.replica_loader import StepBatch, Weigh
+from scaledtrain.data.steps import StepBatch, Weigh
 from scaledtrain.loss_scale import LossScaler
 from scaledtrain.precision import Precision
 from scaledtrain.replica import MakeOptimizer

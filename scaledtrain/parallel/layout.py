@@ -15,10 +15,12 @@ from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, Link
 from scaledtrain.comm.votes import any_rank
-from scaledtrain.data.replica_loader import ReplicaLoader, Weigh, to_device
+from scaledtrain.data.cut import to_device
+from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.data.steps import Steps, Weigh
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
-from scaledtrain.parallel.batches import AgreedBatches, Steps
+from scaledtrain.parallel.batches import AgreedBatches
 from scaledtrain.parallel.engine import Divided, DividedSchedule, Engine, Recipe
 from scaledtrain.parallel.pipe import Pipe, StagesSchedule
 from scaledtrain.parallel.pipeline.pipeline import Pipeline

@@ -12,7 +12,8 @@ from torch import nn
 
 from scaledtrain.comm.process_group import device_of_messages, meet_in_pairs
 from scaledtrain.comm.protocols import Group, Link
-from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.data.cut import count_samples
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.engine import Recipe
 from scaledtrain.parallel.pipeline.cut import cut_step

@@ -45,7 +45,7 @@ class FullyShard:
         reshard_after_forward: give up the parameters of a block after its forward pass; they are
             gathered once more for the backward pass. False: less is sent, more is kept.
         offload: keep the shards in the host's memory and step the optimizer there; for GPUs.
-        blocks: names of classes whose modules are gathered one by one
+        block_classes: names of classes whose modules are gathered one by one
             (``["GPT2Block"]``). None: the modules of the model's longest chain, as
             `scaledtrain.recompute.blocks.find_blocks` has it. What is in no block is one more.
 
@@ -56,7 +56,7 @@ class FullyShard:
 
     reshard_after_forward: bool = True
     offload: bool = False
-    blocks: Sequence[str] | None = None
+    block_classes: Sequence[str] | None = None
 
     takes_stages: ClassVar[bool] = True
     makes_own_groups: ClassVar[bool] = False
@@ -113,16 +113,18 @@ class FullyShard:
         return found
 
     def _candidates(self, model: nn.Module) -> list[nn.Module]:
-        if self.blocks is None:
+        if self.block_classes is None:
             try:
                 return find_blocks(model)
             except ConfigError:  # it has no chain: it is gathered as a whole
                 return []
         kinds = {type(module).__name__ for module in model.modules()}
-        for name in self.blocks:
+        for name in self.block_classes:
             if name not in kinds:
                 raise ConfigError(
-                    f"engine.blocks has {name!r}, but {type(model).__name__} has no module of that "
-                    f"class; it has {', '.join(sorted(kinds))}"
+                    f"engine.block_classes has {name!r}, but {type(model).__name__} has no module "
+                    f"of that class; it has {', '.join(sorted(kinds))}"
                 )
-        return [m for m in model.modules() if m is not model and type(m).__name__ in self.blocks]
+        return [
+            m for m in model.modules() if m is not model and type(m).__name__ in self.block_classes
+        ]

@@ -19,7 +19,7 @@ from scaledtrain.parallel.stand_in import StandIn
 from scaledtrain.parallel.whole_tensors import for_shards
 
 if TYPE_CHECKING:
-    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.data.steps import StepBatch
     from scaledtrain.loss_scale import LossScaler
     from scaledtrain.parallel.shard import FullyShard
     from scaledtrain.replica import MakeOptimizer

@@ -88,10 +88,10 @@ def _check_inside(block: nn.Module) -> None:
     for module in block.modules():
         if module is not block and isinstance(module, FSDPModule):
             raise ConfigError(
-                f"engine.blocks has {_class(module)}, modules inside of the blocks "
+                f"engine.block_classes has {_class(module)}, modules inside of the blocks "
                 f"({_class(block)}) whose activations are to be computed again; they would be "
-                "gathered in the middle of that: let engine.blocks name blocks of the chain, or "
-                "leave it out"
+                "gathered in the middle of that: let engine.block_classes name blocks of the chain, "
+                "or leave it out"
             )
 
 

@@ -12,7 +12,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.schedule import LossFn, call_model
 
 if TYPE_CHECKING:
-    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.data.steps import StepBatch
     from scaledtrain.parallel import Layout
     from scaledtrain.precision import Precision
     from scaledtrain.recompute.execute import Executor

@@ -16,7 +16,8 @@ from torch.func import functional_call
 from scaledtrain.build import settle
 from scaledtrain.callbacks import Callback
 from scaledtrain.config import TrainConfig
-from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.data.cut import count_samples
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError, ReplayError
 from scaledtrain.evaluation import eval_mode
 from scaledtrain.replay.history import History, Life

@@ -20,8 +20,7 @@ from scaledtrain.watch.spike import LossHistory
 
 if TYPE_CHECKING:
     from scaledtrain.checkpoint.saver import Saver
-    from scaledtrain.data.replica_loader import StepBatch
-    from scaledtrain.parallel.batches import Steps
+    from scaledtrain.data.steps import StepBatch, Steps
     from scaledtrain.trainer import Trainer
 
 __all__ = ["Judge"]
@@ -259,7 +258,7 @@ class Judge:
             "in_step": trainer.step_count + 1,
             "epoch": trainer.epoch,
             "step_in_epoch": trainer.steps_in_epoch,
-            "samples": self._loader.samples(trainer.epoch, trainer.steps_in_epoch),
+            "samples": self._loader.indices(trainer.epoch, trainer.steps_in_epoch),
         }
 
     def _text(self, facts: dict[str, Any]) -> str:

@@ -18,8 +18,7 @@ from scaledtrain.watch.watchdog import Watchdog, round_seconds
 
 if TYPE_CHECKING:
     from scaledtrain.checkpoint.saver import Saver
-    from scaledtrain.data.replica_loader import StepBatch
-    from scaledtrain.parallel.batches import Steps
+    from scaledtrain.data.steps import StepBatch, Steps
     from scaledtrain.schedule import Computed, LossFn
     from scaledtrain.trainer import Trainer
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import DiLoCo, LocalSGD, Mesh, ParameterServer, Strategy, Sync, Trainer, connect
 from scaledtrain.comm.compress import PowerSGD
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import NoScaler
 from scaledtrain.models import GPT, next_token_loss

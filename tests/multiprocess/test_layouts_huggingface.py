@@ -98,7 +98,7 @@ def test_a_sharded_model_is_trained_as_a_plain_one() -> None:
         runs += [
             (name, Mesh(), {}),
             (name, sharded, {}),
-            (name, sharded, {"engine": FullyShard(blocks=[BLOCKS[name]])}),
+            (name, sharded, {"engine": FullyShard(block_classes=[BLOCKS[name]])}),
             (name, sharded, {"activation_checkpointing": CheckpointEvery(1)}),
             (name, sharded, {"activation_checkpointing": MemoryBudget("80KiB")}),
         ]

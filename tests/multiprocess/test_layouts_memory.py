@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from scaledtrain import Mesh, Trainer, connect, estimate_memory
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.models import GPT
 from scaledtrain.models.gpt import next_token_loss
 from scaledtrain.parallel import FullyShard

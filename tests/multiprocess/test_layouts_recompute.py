@@ -91,7 +91,7 @@ def test_plans_keep_to_the_budget_and_change_no_bit() -> None:
 
 
 def test_what_cannot_be_is_an_error_on_every_rank() -> None:
-    nested = FullyShard(blocks=["_FeedForward"])
+    nested = FullyShard(block_classes=["_FeedForward"])
     cases = [
         (MemoryBudget("20KiB"), {}),
         (CheckpointSqrt(), {}),
@@ -104,7 +104,9 @@ def test_what_cannot_be_is_an_error_on_every_rank() -> None:
         assert "raise the budget" in small
         assert "3 blocks are to be computed again together" in sqrt
         assert "choose a policy that takes them one by one" in pairs
-        assert "engine.blocks has _FeedForward, modules inside of the blocks (_Block)" in inside
+        assert (
+            "engine.block_classes has _FeedForward, modules inside of the blocks (_Block)" in inside
+        )
 
 
 def one_rank_has_more(budget: int) -> str:

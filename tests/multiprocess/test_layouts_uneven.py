@@ -89,7 +89,7 @@ def train(shard: int) -> list[Any]:
     with connect(transport="torch", timeout_seconds=100) as link:
         for n, optimizer, options in RUNS:
             # The head is the embedding, so that it is gathered with what is in no block.
-            engine = FullyShard(blocks=["Linear"]) if shard > 1 else None
+            engine = FullyShard(block_classes=["Linear"]) if shard > 1 else None
             mesh = Mesh(shard=shard)
             with Trainer(
                 Odd(),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scaledtrain import Precision
 from scaledtrain.comm.process_group import meet_in_pairs
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError, PeerLostError, WaitTimeoutError
 from scaledtrain.loss_scale import DynamicScaler, LossScale
 from scaledtrain.parallel.pipeline import (

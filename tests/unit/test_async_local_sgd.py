@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scaledtrain import Trainer, connect
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.strategies import AsyncLocalSGD
 from scaledtrain.strategies.round import Round

@@ -23,7 +23,8 @@ from scaledtrain.balance.balancer import Balancer
 from scaledtrain.balance.loader import BalancedLoader
 from scaledtrain.data import Column, Ragged, ShardedDataset, ShardedLoader, ShardWriter
 from scaledtrain.data.cut import cut, join
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.timeline import Timeline
 
@@ -127,7 +128,7 @@ def test_steps_have_the_samples_of_one_process_in_their_order(kind: str, folder:
         weights = [[step.weight for step in steps] for steps in zip(*each, strict=True)]
         assert weights[0] == [6 / 4, 1 / 4, 5 / 4]
         assert [step.samples_per_rank for step in each[2]] == [4.0, 4.0, 4.0, 10 / 3]
-        assert {step.even_samples for step in each[2]} == {4.0}
+        assert {step.even_share for step in each[2]} == {4.0}
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -159,7 +160,7 @@ def test_steps_grow_and_need_be_no_multiple_of_the_ranks(kind: str, folder: Path
         assert [step.samples for step in each[0][:2]] == [4, 8]
         assert [step.samples for step in each[1][:2]] == [1, 2]
         assert [step.weight for step in each[2][:2]] == [3 / (8 / 3), 6 / (16 / 3)]
-        assert [step.even_samples for step in each[2][:2]] == [8 / 3, 8 / 3]
+        assert [step.even_share for step in each[2][:2]] == [8 / 3, 8 / 3]
         assert [step.is_full for step in each[1]] == [True, True, True, False]  # 46 = 8+16+16+6
 
 
@@ -167,9 +168,9 @@ def test_it_tells_the_samples_of_a_step_without_moving() -> None:
     rank = BalancedLoader(LOADERS["shuffled"](None), balancer(Fixed(SHARES)), replica=2, seed=3)
     with closing(rank.epoch(1)) as steps:
         for number, step in enumerate(steps):
-            assert rank.samples(1, number) == [column(batch) for batch in step.microbatches]
-    assert rank.samples(1, 9) == []  # behind the end
-    assert BalancedLoader([torch.zeros(2)], balancer(Fixed([1]), 1)).samples(0, 0) is None
+            assert rank.indices(1, number) == [column(batch) for batch in step.microbatches]
+    assert rank.indices(1, 9) == []  # behind the end
+    assert BalancedLoader([torch.zeros(2)], balancer(Fixed([1]), 1)).indices(0, 0) is None
 
 
 def test_replicas_alone_have_no_step_of_all() -> None:
@@ -197,7 +198,7 @@ def test_a_replica_alone_makes_no_step_on_nothing_and_counts_by_its_samples() ->
     """Of 9 samples in steps of 8 and 1 the second replica has 2 of the first and none then."""
     loader = DataLoader(TensorDataset(torch.arange(9)), batch_size=4)
     mine = steps_of(loader, 1, [6, 2], alone=True, epoch=0)
-    assert [(step.sizes, step.weight, step.mean_samples) for step in mine] == [([2], 1.0, 4.0)]
+    assert [(step.sizes, step.weight, step.gradient_samples) for step in mine] == [([2], 1.0, 4.0)]
     together = steps_of(loader, 1, [6, 2], epoch=0)
     assert [(step.sizes, step.weight) for step in together] == [([2], 0.5), ([], 0.0)]
 

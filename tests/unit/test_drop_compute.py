@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scaledtrain import DropCompute, ParameterServer, Precision, Strategy, Sync, Trainer
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.drop_compute import choose_threshold
 from scaledtrain.errors import ConfigError
 from scaledtrain.schedule import Computed, MicrobatchLoop, Pace, Slowdown

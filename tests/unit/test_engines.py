@@ -15,7 +15,7 @@ import torch
 
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScale
 from scaledtrain.parallel.accelerate import with_accelerate, words_of_environment
@@ -91,7 +91,7 @@ def test_a_file_of_accelerate_config_is_said_in_our_words(tmp_path: Path) -> Non
     config = check(compose(words(tmp_path, FSDP_FILE)))
     assert config.engine is not None
     assert config.engine["reshard_after_forward"] is False
-    assert config.engine["blocks"] == ["Block"]
+    assert config.engine["block_classes"] == ["Block"]
     assert (config.precision.name, config.compile) == ("fp16-mixed", "inductor")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scaledtrain import Trainer, connect
 from scaledtrain.comm.local import LocalGroup
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.strategies import Gossip
 from tests.worlds import Value, Worker, World
 

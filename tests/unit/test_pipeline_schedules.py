@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from scaledtrain import Precision
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel import Pipeline
 from scaledtrain.parallel.engine import Recipe

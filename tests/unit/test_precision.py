@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaledtrain import Precision, Replica, Trainer
-from scaledtrain.data.replica_loader import StepBatch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.faults import FaultInjector
 from scaledtrain.loss_scale import LossScale

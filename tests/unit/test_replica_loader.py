@@ -17,7 +17,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch, count_samples, first_batch
+from scaledtrain.data.cut import count_samples
+from scaledtrain.data.replica_loader import ReplicaLoader, first_batch
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 
 

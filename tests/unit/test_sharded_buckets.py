@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaledtrain.data import Column, Ragged, ShardedDataset, ShardedLoader, ShardWriter
-from scaledtrain.data.replica_loader import ReplicaLoader, StridedLoader
+from scaledtrain.data.loaders import StridedLoader
+from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.data.sharded.batching import LengthBuckets
 from scaledtrain.data.sharded.order import Order
 from scaledtrain.errors import ConfigError, DataError

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scaledtrain.data import Column, Ragged, ShardedDataset, ShardedLoader, ShardWriter
-from scaledtrain.data.replica_loader import ReplicaLoader, StepBatch
+from scaledtrain.data.replica_loader import ReplicaLoader
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError, DataError
 
 N = 103

@@ -194,7 +194,7 @@ class TestCrops:
 
 
 def test_count_of_a_ragged_batch() -> None:
-    from scaledtrain.data.replica_loader import count_samples
+    from scaledtrain.data.cut import count_samples
 
     ragged = Ragged(torch.zeros(7), torch.tensor([0, 3, 7]))
     assert count_samples(ragged) == 2

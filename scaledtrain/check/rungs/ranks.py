@@ -15,8 +15,7 @@ from scaledtrain.check.modules import dropouts, norms_of_batches
 from scaledtrain.check.subject import Subject
 from scaledtrain.check.verdict import Verdict, failed, passed, skipped
 from scaledtrain.comm.protocols import Link
-from scaledtrain.data.cut import count_samples, cut
-from scaledtrain.data.replica_loader import to_device
+from scaledtrain.data.cut import count_samples, cut, to_device
 from scaledtrain.sim import Cluster, Constant, Topology, Wire, simulate
 from scaledtrain.trainer import Trainer
 

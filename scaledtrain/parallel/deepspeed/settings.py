@@ -15,7 +15,7 @@ from scaledtrain.errors import ConfigError
 from scaledtrain.schema import did_you_mean
 
 if TYPE_CHECKING:
-    from scaledtrain.data.replica_loader import StepBatch
+    from scaledtrain.data.steps import StepBatch
     from scaledtrain.parallel.engine import Recipe
     from scaledtrain.precision import Precision
 

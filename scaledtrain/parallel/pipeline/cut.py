@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from scaledtrain.data.cut import count_samples
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.replica_loader import StepBatch, Weigh, count_samples
+from scaledtrain.data.steps import StepBatch, Weigh
 from scaledtrain.errors import ConfigError
 
 __all__ = ["Microbatch", "count_pieces", "cut_step"]
@@ -52,7 +53,7 @@ def cut_step(
         [[0, 1, 2], [3, 4]]
     """
     microbatches = []
-    mean = batch.samples if batch.mean_samples is None else batch.mean_samples
+    mean = batch.samples if batch.gradient_samples is None else batch.gradient_samples
     for whole, counted in zip(batch.microbatches, batch.sizes, strict=True):
         samples = count_samples(whole)
         n = count_pieces(whole, pieces)

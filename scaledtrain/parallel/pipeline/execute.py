@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaledtrain.data.replica_loader import StepBatch, Weigh
+from scaledtrain.data.steps import StepBatch, Weigh
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler, NoScaler
 from scaledtrain.parallel.pipeline.cut import count_pieces, cut_step

@@ -12,7 +12,8 @@ from torch import nn
 
 from scaledtrain.byte_sizes import parse_bytes
 from scaledtrain.comm.protocols import Group
-from scaledtrain.data.replica_loader import StepBatch, count_samples, to_device
+from scaledtrain.data.cut import count_samples, to_device
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.engine import Recipe
 from scaledtrain.parallel.pipeline.costs import PartCost, measure_parts

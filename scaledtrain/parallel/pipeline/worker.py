@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from scaledtrain.clock import HostClock
-from scaledtrain.data.replica_loader import StepBatch, count_samples
+from scaledtrain.data.cut import count_samples
+from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
 from scaledtrain.parallel.pipeline.cut import Microbatch, cut_step
