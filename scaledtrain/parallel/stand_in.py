@@ -90,8 +90,8 @@ def _check_inside(block: nn.Module) -> None:
             raise ConfigError(
                 f"engine.block_classes has {_class(module)}, modules inside of the blocks "
                 f"({_class(block)}) whose activations are to be computed again; they would be "
-                "gathered in the middle of that: let engine.block_classes name blocks of the chain, "
-                "or leave it out"
+                "gathered in the middle of that: let engine.block_classes name blocks of the "
+                "chain, or leave it out"
             )
 
 
