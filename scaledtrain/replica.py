@@ -18,8 +18,9 @@ from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group
 from scaledtrain.copies import copied
 from scaledtrain.errors import ConfigError
-from scaledtrain.optim.narrow import Rounding, WideStep
+from scaledtrain.optim.narrow import Rounding
 from scaledtrain.optim.scaling import LearningRateScaling, follow_batch
+from scaledtrain.optim.wide_step import WideStep
 
 __all__ = ["MakeOptimizer", "MakeRounding", "MakeScheduler", "Replica", "Updater"]
 

@@ -4,13 +4,7 @@ from scaledtrain.optim.adascale import AdaScale, adascale_gain
 from scaledtrain.optim.delayed_nesterov import DelayedNesterov
 from scaledtrain.optim.lamb import LAMB
 from scaledtrain.optim.lars import LARS
-from scaledtrain.optim.narrow import (
-    KahanCompensation,
-    MasterWeights,
-    Rounding,
-    StochasticRounding,
-    WideStep,
-)
+from scaledtrain.optim.narrow import KahanCompensation, MasterWeights, Rounding, StochasticRounding
 from scaledtrain.optim.noise_scale import GradientNoise, SmoothedNoise, gradient_noise
 from scaledtrain.optim.scaling import (
     LearningRateScaling,
@@ -19,6 +13,7 @@ from scaledtrain.optim.scaling import (
     zero_gamma,
 )
 from scaledtrain.optim.warmup import WarmupDecay
+from scaledtrain.optim.wide_step import WideStep
 
 __all__ = [
     "LAMB",

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scaledtrain.optim.narrow import (
-    KahanCompensation,
-    MasterWeights,
-    Rounding,
-    StochasticRounding,
-    WideStep,
-)
+from scaledtrain.optim.narrow import KahanCompensation, MasterWeights, Rounding, StochasticRounding
 from scaledtrain.optim.rounding import random_bits, stochastic_round
+from scaledtrain.optim.wide_step import WideStep
 
 N = 40_000
 ROUNDINGS = [StochasticRounding, KahanCompensation, MasterWeights]
@@ -314,7 +309,9 @@ def test_tensors_that_are_rounded_as_one_get_what_each_gets_by_itself(
         return [*(p.detach() for p in model.parameters()), *state]
 
     expected = trained()
-    monkeypatch.setattr(
-        "scaledtrain.optim.narrow._as_one", lambda tensors: [[*range(len(tensors))]]
-    )
+    for module in ("narrow", "together"):
+        monkeypatch.setattr(
+            f"scaledtrain.optim.{module}.rounded_as_one",
+            lambda tensors: [[*range(len(tensors))]],
+        )
     assert all(map(torch.equal, trained(), expected))
