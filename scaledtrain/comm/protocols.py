@@ -166,7 +166,7 @@ class Store(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the server's part that lives on this rank; empty if none does."""
+        """Of the server's part on this rank, and of what a compression keeps; empty if neither."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, before any worker pulls."""

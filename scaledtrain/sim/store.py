@@ -163,12 +163,18 @@ class VirtualStore:
         self._tell(self._host.stop)
 
     def state_dict(self) -> dict[str, Any]:
-        """The server's state, on the rank of its first shard."""
-        return self._host.state_dict() if self._worker == self._server.homes[0] else {}
+        """On the rank of its first shard the server's state; what this worker has not sent yet."""
+        local = self._host.state_dict() if self._worker == self._server.homes[0] else {}
+        if self._compressed is None:
+            return local
+        return {**local, "feedback": self._compressed.encoder.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the server's state."""
-        self._host.load_state_dict(state)
+        """Restore the server's state, and this worker's."""
+        if self._worker == self._server.homes[0]:
+            self._host.load_state_dict(state)
+        if self._compressed is not None and "feedback" in state:
+            self._compressed.encoder.load_state_dict(state["feedback"])
 
     def close(self) -> None:
         """Leave."""

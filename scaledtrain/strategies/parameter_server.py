@@ -259,7 +259,7 @@ class ParameterServer(Strategy):
         self.staleness = pulled.staleness if pulled.staleness >= 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the state of the server's shard that lives on this rank.
+        """The step, the server's shard that lives on this rank, and this worker's error feedback.
 
         With one shard at any time; with several, or with ``overlap``, when all workers have
         settled: until then gradients and parameters are on their way.

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 import scaledtrain
 from scaledtrain import ParameterServer, Replica, connect
-from scaledtrain.comm.protocols import Store
+from scaledtrain.comm.compress import TopK
+from scaledtrain.comm.protocols import Link, Store
 from scaledtrain.comm.serving.event_log import Event, read_events
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
@@ -43,7 +44,9 @@ from scaledtrain.server import (
     Synchronous,
 )
 from scaledtrain.server.operations import Kind, apply
+from scaledtrain.sim import simulate
 from scaledtrain.train import join, run
+from tests.contract.test_replicas import UNEVEN
 from tests.ranks import end_rank, free_port, run_ranks, start_rank
 
 TRANSPORTS: list[Transport] = ["shared_memory", "torch"]
@@ -253,6 +256,50 @@ def misbehave(transport: Transport) -> dict[str, Any]:
     weight = model.weight.detach().clone()
     link.close()
     return {"steps": steps, "version": strategy.step, "weight": weight}
+
+
+def feedback_after(link: Link) -> list[list[list[list[float]]]]:
+    """What is kept after a step, after another one, and when the first state was loaded."""
+    model = nn.ModuleList([nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)])
+    strategy = ParameterServer(
+        Synchronous(), shards=2, cut_tensors=False, compression=TopK(fraction=0.5)
+    )
+    strategy.attach(Replica(model, PLAIN), link)
+    states = []
+    for _ in range(2):
+        strategy.start(None)
+        strategy.before_forward()
+        for sign, p in zip([1.0, -1.0], model.parameters(), strict=True):
+            p.grad = sign * (torch.arange(1.0, 5.0) + 10 * link.group.rank).view(1, 4)
+        strategy.apply_gradients()
+        strategy.after_step()
+        strategy.settle()
+        states.append(strategy.state_dict())
+    strategy.load_state_dict(states[0])
+    states.append(strategy.state_dict())
+    kept = [state["server"]["feedback"] for state in states]
+    return [[[t["kept"].flatten().tolist() for t in part] for part in shards] for shards in kept]
+
+
+def feedback_of_connected() -> list[list[list[list[float]]]]:
+    with connect(timeout_seconds=30) as link:
+        return feedback_after(link)
+
+
+@pytest.mark.parametrize("world", ["real", "simulated"])
+def test_every_worker_saves_and_restores_what_it_has_not_sent_yet(world: str) -> None:
+    """The two largest of four are sent of the first shard's tensor, and of the second's."""
+    if world == "real":
+        ranks = run_ranks(feedback_of_connected, 2)
+    else:
+        ranks = simulate(feedback_after, UNEVEN, 2).results
+    for first, (once, twice, restored) in zip([1.0, 11.0], ranks, strict=True):
+        kept = [first, first + 1, 0.0, 0.0]
+        # Then rank 0 has 2, 4, 3, 4 to send, rank 1 22, 24, 13, 14.
+        then = [2.0, 0.0, 3.0, 0.0] if first == 1.0 else [0.0, 0.0, 13.0, 14.0]
+        assert once == [[kept], [[-each for each in kept]]]
+        assert twice == [[then], [[-each for each in then]]]
+        assert restored == once
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -29,6 +29,7 @@ from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, load_rank
 from scaledtrain.checkpoint.tensor_file import DTYPES, write_tensors
 from scaledtrain.checkpoint.tree import flatten, restore
+from scaledtrain.comm.compress import FP16, Codec, Sign, TopK
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted
 from scaledtrain.server import Dana
@@ -199,6 +200,17 @@ def test_the_momentum_of_workers_goes_on_where_they_settle(tmp_path: Path) -> No
         for max_steps in (7, 12):
             one.fit(loader(), max_steps=max_steps)
         assert one.replica.sha256() == whole
+
+
+@pytest.mark.parametrize("codec", [TopK(0.25), Sign(), FP16()], ids=str)
+def test_what_a_worker_has_not_sent_yet_is_saved(codec: Codec, tmp_path: Path) -> None:
+    def trained(name: str, max_steps: int = 12, **options: Any) -> str:
+        server = ParameterServer(compression=codec)
+        return fit(tmp_path / name, max_steps, strategy=server, **options)
+
+    whole = trained("whole")
+    trained("parts", 7)
+    assert trained("parts", resume="auto") == whole
 
 
 def test_records_of_steps_that_are_made_again_are_not_there_twice(tmp_path: Path) -> None:

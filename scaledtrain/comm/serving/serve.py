@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scaledtrain.comm.compress import Feedback
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Group, MakeServer, ServeOptions, Store
 from scaledtrain.comm.serving.answering import Decode, serve_worker
+from scaledtrain.comm.serving.encoding import Encoder
 from scaledtrain.comm.serving.event_log import EventLog
 from scaledtrain.comm.serving.host import SIGNS_OF_LIFE, ServerHost
 from scaledtrain.comm.serving.partition import Partition
@@ -205,12 +205,9 @@ class _Builder:
         """Whether a worker's end of a wire does; see `_wire_to`."""
         return self._options.overlap or len(self._parts) > 1 or self._listens
 
-    def _encoder(self) -> Callable[[Sequence[Tensor], int], Sequence[Tensor]] | None:
-        codec = self._options.compression
-        if codec is None:
-            return None
-        feedbacks = [Feedback(codec, part) for part in self._parts]
-        return lambda part, shard: feedbacks[shard].encode(part)
+    def _encoder(self) -> Encoder | None:
+        codec, shards = self._options.compression, self._options.shards
+        return None if codec is None else Encoder(codec, self._partition, self._like, shards)
 
     def _decoder(self, shard: int) -> Decode:
         codec, part = self._options.compression, self._parts[shard]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scaledtrain.comm.protocols import Group, Pulled
+from scaledtrain.comm.serving.encoding import Encoder
 from scaledtrain.comm.serving.host import ServerHost
 from scaledtrain.comm.serving.partition import Partition
 from scaledtrain.comm.serving.pushes import Pushes
@@ -128,8 +129,7 @@ class WireStore(Pushes):
         partition: what each shard holds.
         like: the parameters.
         worker: this worker's number.
-        encode: turns a shard's part of a gradient into what is sent to it; None: it is sent as it
-            is.
+        encoder: of gradients; None: they are sent as they are.
         overlap: ask for the next parameters as soon as the last have come.
         local: the server's part in this process, if there is one.
         timeline: a push counts as communication; a pull as waiting until the first shard answers
@@ -145,7 +145,7 @@ class WireStore(Pushes):
         partition: Partition,
         like: Sequence[Tensor],
         worker: int,
-        encode: Callable[[Sequence[Tensor], int], Sequence[Tensor]] | None,
+        encoder: Encoder | None,
         overlap: bool,
         local: Local | None,
         timeline: Timeline,
@@ -157,7 +157,7 @@ class WireStore(Pushes):
         self._partition = partition
         self._like = like
         self._worker = worker
-        self._encode = encode
+        self._encoder = encoder
         self._overlap = overlap
         self._local = local
         self._timeout_seconds = timeout_seconds
@@ -190,9 +190,11 @@ class WireStore(Pushes):
 
     def _written(self, update: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], int | None]:
         """Each shard's part where its wire sends it from; and what is wrong with the update."""
-        if self._encode is not None or find_misfit(update, self._like) is not None:
+        if self._encoder is not None or find_misfit(update, self._like) is not None:
             fault = find_fault(self._worker, update, self._like)
-            return [] if fault is not None else self._encoded(update), fault
+            if fault is not None or self._encoder is None:
+                return [], fault
+            return self._encoder.encode(update), None
         parts, total = [], 0.0
         for shard, wire in enumerate(self._wires):
             part, of_part = wire.write_and_sum(self._partition.part(update, shard))
@@ -201,11 +203,6 @@ class WireStore(Pushes):
         # The sum of finite values may overflow, too.
         fault = None if math.isfinite(total) else find_fault(self._worker, update, self._like)
         return parts, fault
-
-    def _encoded(self, update: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        assert self._encode is not None
-        shards = range(len(self._wires))
-        return [self._encode(self._partition.part(update, shard), shard) for shard in shards]
 
     def pull(self, into: Sequence[Tensor]) -> Pulled:
         """Take what was asked for, or ask now."""
@@ -248,13 +245,16 @@ class WireStore(Pushes):
         self._wires[0].send([Request.STOP])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the server's part in this process; empty if there is none."""
-        return {} if self._local is None else self._local.state_dict()
+        """The state of the server's part in this process, and what this worker has not sent yet."""
+        local = {} if self._local is None else self._local.state_dict()
+        return local if self._encoder is None else {**local, "feedback": self._encoder.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the server's part in this process."""
+        """Restore the server's part in this process, and this worker's."""
         if self._local is not None:
             self._local.load_state_dict(state)
+        if self._encoder is not None and "feedback" in state:
+            self._encoder.load_state_dict(state["feedback"])
 
     def close(self) -> None:
         """Leave; the server no longer answers this worker."""
