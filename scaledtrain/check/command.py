@@ -35,7 +35,7 @@ from scaledtrain.drop_compute import DropCompute
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
 from scaledtrain.memory.command import make_estimator
-from scaledtrain.memory.estimate import MemoryEstimate
+from scaledtrain.memory.figures import MemoryEstimate
 from scaledtrain.mesh import Mesh
 from scaledtrain.optim.scaling import zero_gamma
 from scaledtrain.parallel import Pipeline

@@ -19,7 +19,8 @@ from scaledtrain.checkpoint import Checkpointing
 from scaledtrain.comm.protocols import Link
 from scaledtrain.data.steps import Weigh
 from scaledtrain.errors import ConfigError
-from scaledtrain.memory.estimate import MemoryEstimate, estimate_memory
+from scaledtrain.memory.estimate import estimate_memory
+from scaledtrain.memory.figures import MemoryEstimate
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.replica import MakeOptimizer
 from scaledtrain.schedule import LossFn

@@ -19,7 +19,7 @@ from scaledtrain.data.cut import count_samples, cut, to_device
 from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.data.steps import StepBatch, Weigh
 from scaledtrain.errors import ConfigError
-from scaledtrain.memory.estimate import MemoryEstimate
+from scaledtrain.memory.figures import MemoryEstimate
 from scaledtrain.precision import Precision
 from scaledtrain.replica import MakeOptimizer
 from scaledtrain.schedule import LossFn, call_model, inputs_and_targets

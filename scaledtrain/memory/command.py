@@ -27,7 +27,8 @@ from scaledtrain.data.replica_loader import ReplicaLoader
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import guarded
 from scaledtrain.memory.budget import SmallestBudget
-from scaledtrain.memory.estimate import MemoryEstimate, MemoryEstimator
+from scaledtrain.memory.estimator import MemoryEstimator
+from scaledtrain.memory.figures import MemoryEstimate
 from scaledtrain.memory.table import Cell, Report, to_text
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointEvery, CheckpointPolicy, CheckpointSqrt, Selective

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from scaledtrain.memory.estimate import MemoryEstimate, RankMemory
+from scaledtrain.memory.figures import MemoryEstimate, RankMemory
 
 __all__ = ["Cell", "Report", "to_text"]
 

@@ -41,6 +41,7 @@ class WideStep:
             fit, and 2^24 on a GPU, which has little to do for fewer.
 
     Example:
+        >>> from scaledtrain.optim import StochasticRounding
         >>> weight = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
         >>> sgd = torch.optim.SGD([weight], lr=1.0)
         >>> optimizer = WideStep(sgd, StochasticRounding(seed=0))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scaledtrain import Mesh, Sync, estimate_memory
 from scaledtrain.errors import ConfigError
 from scaledtrain.memory.budget import SmallestBudget
-from scaledtrain.memory.estimate import MemoryEstimate
+from scaledtrain.memory.figures import MemoryEstimate
 from scaledtrain.parallel import Pipeline
 from scaledtrain.recompute import CheckpointEvery, CheckpointPolicy, MemoryBudget
 from scaledtrain.recompute.apart import kept_and_peak_bytes
