@@ -66,11 +66,14 @@ class ParameterServer(Strategy):
         cut_tensors: let a shard hold a part of a tensor, if whole ones would leave them uneven.
             Use False with an optimizer that looks at whole tensors (LARS, LAMB, Adafactor, Muon).
         overlap: pull while computing.
-        compression: of the gradients that are pushed, e.g. ``TopK(0.01)``; default none.
+        compression: of the gradients that are pushed, e.g. ``TopK(0.01)``; default none. What it
+            leaves out is sent with a later gradient, so that `TopK` and `Sign` want a policy that
+            accepts gradients however late they come.
 
     Raises:
-        ConfigError: (from ``attach``) more shards than ranks, or an overlap with a policy that has
-            no use for gradients that are a version older.
+        ConfigError: an overlap with a policy that has no use for gradients that are a version
+            older; a compression that keeps what it leaves out, with a policy that rejects late
+            gradients; (from ``attach``) more shards than ranks.
 
     Example:
         >>> from functools import partial
@@ -123,6 +126,8 @@ class ParameterServer(Strategy):
         self.may_abandon = self.admission.abandons(_ANCIENT)
         if overlap:
             self._check_overlap()
+        if compression is not None and compression.needs_feedback:
+            self._check_feedback(compression)
 
     def __str__(self) -> str:
         """Policy and correction, and what is not as usual."""
@@ -190,6 +195,17 @@ class ParameterServer(Strategy):
                     else "does not accept one that is"
                 )
                 + "; leave overlap out, or take another policy (Asynchronous, SoftSync)"
+            )
+
+    def _check_feedback(self, compression: Codec) -> None:
+        if self.admission.waits_for_all:  # nothing is late
+            return
+        if not self.admission.accepts(0, _ANCIENT, Ledger(2, self.admission)):
+            raise ConfigError(
+                f"{compression} sends a part of a gradient and keeps the rest for later ones, but "
+                f"{self.admission} rejects what comes late: the part that was sent would be lost, "
+                "the rest of the rejected gradient used; take another policy (Asynchronous, "
+                "Synchronous, SoftSync, StaleSynchronous), or FP16 or BF16, which keep nothing"
             )
 
     @property

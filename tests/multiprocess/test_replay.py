@@ -59,6 +59,7 @@ CASES = {
     "everything": [
         "strategy=async", "strategy/correction=dc_asgd_adaptive", "optimizer=adamw",
         "strategy.shards=2", "strategy.overlap=true", OWN, "max_steps=60",
+        "strategy/compression=top_k", "strategy.compression.fraction=0.1",
     ],
     "time": [  # ends when one worker has trained for long enough
         "strategy=async", "strategy/admission=stale_synchronous", "strategy.overlap=true",
@@ -66,7 +67,7 @@ CASES = {
     ],
     "backup": [
         "strategy=async", "strategy/admission=backup_workers", "strategy.admission.k=2",
-        "strategy/compression=top_k", "strategy.compression.fraction=0.1", "strategy.shards=2",
+        "strategy/compression=bf16", "strategy.shards=2",
         "max_steps=40", "gradient_accumulation_steps=2", OWN,
     ],
     "stopped": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from scaledtrain import ParameterServer
 from scaledtrain.comm.compress import (
     BF16,
     FP16,
@@ -26,6 +28,16 @@ from scaledtrain.comm.compress import (
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Handle, ReduceOp
 from scaledtrain.errors import ConfigError
+from scaledtrain.server import (
+    Admission,
+    Asynchronous,
+    BackupWorkers,
+    Rennala,
+    Ringmaster,
+    SoftSync,
+    StaleSynchronous,
+    Synchronous,
+)
 
 CODECS: list[Codec] = [FP16(), BF16(), TopK(0.3), TopK(1.0), Sign()]
 WITH_FEEDBACK: list[Codec] = [TopK(0.01), TopK(0.3), Sign()]
@@ -184,6 +196,24 @@ def test_feedback_is_saved_and_restored(codec: Codec) -> None:
     two.load_state_dict([{} for _ in SHAPES])  # without feedback: begins anew
     fresh = Feedback(codec, some()).encode(some(3))
     assert all(torch.equal(a, b) for a, b in zip(two.encode(some(3)), fresh, strict=True))
+
+
+@pytest.mark.parametrize("admission", [BackupWorkers(2), Rennala(2), Ringmaster(5)], ids=str)
+@pytest.mark.parametrize("codec", WITH_FEEDBACK, ids=str)
+def test_what_is_left_out_of_a_gradient_that_may_be_rejected_cannot_be_kept(
+    codec: Codec, admission: Admission
+) -> None:
+    message = f"{re.escape(str(codec))} sends.*{re.escape(str(admission))} rejects.*, or FP16 or"
+    with pytest.raises(ConfigError, match=message):
+        ParameterServer(admission, compression=codec)
+    ParameterServer(admission, compression=FP16())
+
+
+@pytest.mark.parametrize(
+    "admission", [Asynchronous(), Synchronous(), SoftSync(2), StaleSynchronous(1)], ids=str
+)
+def test_where_all_gradients_are_accepted_it_can(admission: Admission) -> None:
+    ParameterServer(admission, compression=Sign())
 
 
 def descend(codec: Codec, keep: bool, steps: int) -> float:
