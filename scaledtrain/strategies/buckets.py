@@ -149,6 +149,16 @@ class GradientBuckets:
             handle.wait()
         self._handles = []
 
+    def confirm(self) -> None:
+        """An update is made of what was reduced."""
+        for bucket in self._buckets:
+            bucket.group.confirm()
+
+    def undo(self) -> None:
+        """None is made, on any rank: what the compression remembers is as before."""
+        for bucket in self._buckets:
+            bucket.group.undo()
+
     def state_dict(self) -> list[dict[str, Tensor]]:
         """What the compression remembers of each parameter, in their order."""
         by_parameter = {

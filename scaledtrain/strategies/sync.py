@@ -129,6 +129,17 @@ class Sync(Strategy):
                     parameter.grad = None
             self._some_missing = not all(flags.tolist())
 
+    def apply_gradients(self) -> None:
+        """Let the replica's own optimizer use the gradients."""
+        if self._buckets is not None:
+            self._buckets.confirm()
+        super().apply_gradients()
+
+    def skip_update(self) -> None:
+        """Leave out an update, on all replicas: it is as if the batch had never been."""
+        if self._buckets is not None:
+            self._buckets.undo()
+
     def state_dict(self) -> dict[str, Any]:
         """Step, optimizer, and what the compression remembers on this replica."""
         kept = [] if self._buckets is None else self._buckets.state_dict()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from scaledtrain import ParameterServer
+from scaledtrain import ParameterServer, Replica, Sync
 from scaledtrain.comm.compress import (
     BF16,
     FP16,
@@ -26,7 +27,7 @@ from scaledtrain.comm.compress import (
     compressed,
 )
 from scaledtrain.comm.local import LocalGroup
-from scaledtrain.comm.protocols import Handle, ReduceOp
+from scaledtrain.comm.protocols import Handle, Link, ReduceOp
 from scaledtrain.errors import ConfigError
 from scaledtrain.server import (
     Admission,
@@ -38,6 +39,8 @@ from scaledtrain.server import (
     StaleSynchronous,
     Synchronous,
 )
+from scaledtrain.sim import simulate
+from tests.contract.test_replicas import UNEVEN
 
 CODECS: list[Codec] = [FP16(), BF16(), TopK(0.3), TopK(1.0), Sign()]
 WITH_FEEDBACK: list[Codec] = [TopK(0.01), TopK(0.3), Sign()]
@@ -214,6 +217,43 @@ def test_what_is_left_out_of_a_gradient_that_may_be_rejected_cannot_be_kept(
 )
 def test_where_all_gradients_are_accepted_it_can(admission: Admission) -> None:
     ParameterServer(admission, compression=Sign())
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0], ids=["all", "not_rank_1"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["at_once", "overlap"])
+@pytest.mark.parametrize("compression", [TopK(0.3), Sign(), PowerSGD(1)], ids=str)
+def test_a_step_that_is_skipped_leaves_no_trace(
+    compression: Compression, overlap: bool, weight: float
+) -> None:
+    """Only the first of two gradients overflows, and only on rank 0: all the others are finite."""
+
+    def run(overflow: bool, link: Link) -> list[Tensor]:
+        model = nn.ParameterList([torch.zeros(4, 6), torch.zeros(6, 4)])
+        sync = Sync(compression=compression, overlap=overlap, bucket_bytes=100)  # a tensor has 96
+        sync.attach(replica := Replica(model, partial(torch.optim.SGD, lr=1.0)), link)
+        generator = torch.Generator().manual_seed(link.group.rank)
+        for step in range(4):
+            is_skipped = step == 2
+            factors = [torch.randn(p.shape, generator=generator) for p in model]
+            if is_skipped and not overflow:
+                continue
+            if is_skipped and link.group.rank == 0:
+                factors[0][0, 0] = torch.inf
+            replica.zero_grad()
+            share = weight if is_skipped and link.group.rank == 1 else 1.0
+            sync.before_forward(1, share)
+            sum((f * p).sum() for f, p in zip(factors, model, strict=True)).backward()
+            sync.reduce_gradients(share)
+            assert all(p.grad.isfinite().all() for p in model) != is_skipped
+            sync.skip_update() if is_skipped else sync.apply_gradients()
+            sync.after_step()
+        kept = [t for state in sync.state_dict()["compression"] for t in state.values()]
+        return [*(p.detach() for p in model), *kept]
+
+    skipping, without = (simulate(partial(run, it), UNEVEN, 2).results for it in (True, False))
+    for one, other in zip(skipping, without, strict=True):
+        assert len(one) >= 4
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def descend(codec: Codec, keep: bool, steps: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from scaledtrain.comm.compress.codec import Codec
 
-__all__ = ["Feedback", "keep_if_finite"]
+__all__ = ["Feedback", "if_finite"]
 
 
 class Feedback:
@@ -22,7 +22,8 @@ class Feedback:
     with e in float32 at least, since p must not lose the small g of half precision to a larger e.
     So sent + kept = gradient + kept before, and every bit of gradient is sent in the end. A codec
     that needs no feedback is used as it is. Where a gradient is not finite, C(p) shows it and e
-    stays as it was: such a step is skipped.
+    stays as it was: such a step is skipped. As other gradients of the step may be finite, whoever
+    skips it calls ``undo``.
 
     A crash loses e, about as much as a few gradients.
 
@@ -44,6 +45,7 @@ class Feedback:
     def __init__(self, codec: Codec, like: Sequence[Tensor]) -> None:
         self._codec = codec
         self._kept: list[Tensor] = []
+        self._before: list[Tensor] = []
         if codec.needs_feedback:
             self._dtypes = [t.dtype for t in like]
             self._kept = [
@@ -60,9 +62,18 @@ class Feedback:
         whole = [w.to(dtype) for w, dtype in zip(wanted, self._dtypes, strict=True)]
         encoded = self._codec.encode(whole)
         sent = self._codec.decode(encoded, whole)
-        for kept, rest in zip(self._kept, torch._foreach_sub(wanted, sent), strict=True):
-            keep_if_finite(kept, rest)
+        rests = torch._foreach_sub(wanted, sent)
+        self._before = self._kept
+        self._kept = [if_finite(r, kept) for r, kept in zip(rests, self._before, strict=True)]
         return encoded
+
+    def confirm(self) -> None:
+        """What was encoded last is used: ``undo`` has nothing to undo, and no memory is needed."""
+        self._before = []
+
+    def undo(self) -> None:
+        """What was encoded last is not used: let e be what it was before."""
+        self._kept, self._before = self._before or self._kept, []
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """A copy of e, a dictionary for each tensor."""
@@ -74,9 +85,9 @@ class Feedback:
             kept.copy_(saved["kept"]) if saved else kept.zero_()
 
 
-def keep_if_finite(kept: Tensor, new: Tensor) -> None:
-    """Replace a tensor's values, in place, unless one of the new is infinite or NaN.
+def if_finite(new: Tensor, kept: Tensor) -> Tensor:
+    """The new tensor, with the values of the one kept so far if one of its own is not finite.
 
     A remainder of an overflow would come back in every later step.
     """
-    torch.where(new.isfinite().all(), new, kept, out=kept)
+    return torch.where(new.isfinite().all(), new, kept, out=new)

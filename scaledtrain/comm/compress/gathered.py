@@ -40,6 +40,7 @@ class GatheredGroup(CompressedGroup):
 
     def _exchange(self, tensors: list[Tensor], weight: float, mean: bool) -> None:
         if weight == 0.0:
+            self._feedback.confirm()  # of the last time: nothing changes this time
             encoded = self._codec.encode([torch.zeros_like(t) for t in tensors])
         else:
             encoded = self._feedback.encode(tensors)
@@ -54,6 +55,14 @@ class GatheredGroup(CompressedGroup):
                 torch._foreach_add_(tensors, self._codec.decode(theirs, tensors), alpha=w)
         if mean:
             torch._foreach_div_(tensors, sum(weights))
+
+    def confirm(self) -> None:
+        """What was sent last is used."""
+        self._feedback.confirm()
+
+    def undo(self) -> None:
+        """What was sent last is not used: e is what it was before."""
+        self._feedback.undo()
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """A copy of e, a dictionary for each tensor."""

@@ -101,6 +101,12 @@ class CompressedGroup(ABC):
         """Exactly, as the group below."""
         return self._group.all_gather(tensors)
 
+    def confirm(self) -> None:  # noqa: B027 - there may be nothing to remember
+        """The last reduction is used: there is nothing to ``undo``, for which memory is needed."""
+
+    def undo(self) -> None:  # noqa: B027
+        """The last reduction is not used, on no rank: remember what was remembered before it."""
+
     def state_dict(self) -> list[dict[str, Tensor]]:
         """A copy of what this rank remembers, a dictionary for each tensor."""
         return [{} for _ in self._shapes]

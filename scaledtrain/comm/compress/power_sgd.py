@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scaledtrain.comm.compress.feedback import keep_if_finite
+from scaledtrain.comm.compress.feedback import if_finite
 from scaledtrain.comm.compress.group import CompressedGroup, Later
 from scaledtrain.comm.protocols import Group, Handle, ReduceOp
 from scaledtrain.errors import ConfigError
@@ -35,8 +35,9 @@ class PowerSGD:
     the other: the work is done when the result is waited for, so overlap with the backward pass
     does not hide it.
 
-    Where a gradient is not finite, the result shows it, and Q and e stay as they were. A crash
-    loses e, about as much as a few gradients.
+    Where a gradient is not finite, the result shows it, and Q and e stay as they were; those of the
+    other gradients, too, when the step is skipped. A crash loses e, about as much as a few
+    gradients.
 
     Args:
         rank: r; 1 to 4 is common.
@@ -78,6 +79,7 @@ class _Matrix:
         start = torch.randn(columns, rank, generator=generator)
         self.q = start.to(device=like.device, dtype=self.dtype)
         self.kept = torch.zeros(like.shape[0], columns, dtype=self.dtype, device=like.device)
+        self.before: tuple[Tensor, Tensor] | None = None  # both, until the reduction is confirmed
 
     def begin(self, t: Tensor) -> Tensor:
         """The gradient plus what was kept, as a matrix."""
@@ -109,9 +111,22 @@ class _PowerSGDGroup(CompressedGroup):
         for basis, own, mean, (t, matrix, m) in zip(p, q, means, large, strict=True):
             t.copy_((basis @ mean.T).view(t.shape))
             # Not a column of zeros: what the basis then misses would be missed for ever.
-            keep_if_finite(matrix.q, torch.where(mean.any(dim=0), mean, matrix.q))
+            matrix.before = matrix.q, matrix.kept
+            matrix.q = if_finite(torch.where(mean.any(dim=0), mean, matrix.q), matrix.q)
             if weight != 0.0:
-                keep_if_finite(matrix.kept, m - basis @ own.T)
+                matrix.kept = if_finite(m - basis @ own.T, matrix.kept)
+
+    def confirm(self) -> None:
+        """The last reduction is used."""
+        for matrix in self._matrices:
+            if matrix is not None:
+                matrix.before = None
+
+    def undo(self) -> None:
+        """The last reduction is not used: Q and e are what they were before."""
+        for matrix in self._matrices:
+            if matrix is not None and matrix.before is not None:
+                (matrix.q, matrix.kept), matrix.before = matrix.before, None
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """A copy of Q and e, a dictionary for each tensor."""
