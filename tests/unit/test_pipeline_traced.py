@@ -256,8 +256,9 @@ class _Dropping(nn.Module):
 def test_a_traced_stage_drops_again_after_an_evaluation() -> None:
     model = _Dropping()
     parts = find_parts(model, torch.ones(2, 8))
-    stage = make_stage(parts, Cut((len(parts),)), 0)
-    own = OwnStages({0: stage}, 1, [], [], "", [])
+    cut = Cut((len(parts),))
+    stage = make_stage(parts, cut, 0)
+    own = OwnStages({0: stage}, cut, [], [], "", [])
     x = torch.ones(4, 8)
     with eval_mode(own):
         assert torch.equal(stage(x), stage(x))
