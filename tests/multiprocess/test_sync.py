@@ -269,7 +269,7 @@ def weighted_top_k(link: Connection) -> list[Any]:
     group = compressed(link.group, TopK(0.5), [torch.zeros(2)])
     result = []
     for step in range(2):
-        g = torch.tensor([[4.0, 1.0], [2.0, -8.0], [torch.nan, 1.0]][rank])
+        g = torch.tensor([[4.0, 1.0], [1.0, -8.0], [torch.nan, 1.0]][rank])
         if step == 1 and rank == 2:
             g = torch.tensor([0.0, 7.0])
         weight = [1.0, 3.0, 0.0][rank] if step == 0 else 1.0
@@ -514,7 +514,7 @@ def test_a_run_with_compression_is_resumed_where_it_was(
 
 
 def test_weighted_mean_of_what_was_sent(compressed_runs: list[dict[str, Any]]) -> None:
-    """Weights 1, 3, 0: (4, 0) + 3 (0, -8) over 4; kept: (0, 1) and (2, 0), and on rank 2 nothing.
+    """Weights 1, 3, 0: (4, 0) + 3 (0, -8) over 4; kept: (0, 1), 3 (1, 0), and on rank 2 nothing.
 
     Then (4, 2), (4, -8) and (0, 7): (4, 0) + (0, -8) + (0, 7) over 3.
     """

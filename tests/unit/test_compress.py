@@ -256,6 +256,29 @@ def test_a_step_that_is_skipped_leaves_no_trace(
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("compression", [TopK(0.1), Sign(), PowerSGD(1)], ids=str)
+def test_what_is_kept_counts_with_the_weight_that_its_gradient_had(
+    compression: Compression,
+) -> None:
+    """Of every sum_i w_i g_i all is used sooner or later, though the weights change."""
+
+    def run(link: Link) -> tuple[Tensor, Tensor, Tensor]:
+        group = compressed(link.group, compression, [torch.zeros(6, 8)])
+        generator = torch.Generator().manual_seed(link.group.rank)
+        used, given = torch.zeros(6, 8), torch.zeros(6, 8)
+        for weights in [(1.0, 1.0), (1.0, 1 / 32), (0.25, 0.0), (0.0, 2.0), (1 / 32, 1.0)]:
+            weight = weights[link.group.rank]
+            g = torch.randn(6, 8, generator=generator)
+            given += weight * g
+            group.all_reduce([g], "mean", weight).wait()
+            used += g * sum(weights)
+        return used, given, group.state_dict()[0]["kept"]
+
+    (used, given, kept), (also_used, also_given, also_kept) = simulate(run, UNEVEN, 2).results
+    assert torch.equal(used, also_used)
+    torch.testing.assert_close(used + kept + also_kept, given + also_given, rtol=0.0, atol=1e-5)
+
+
 def descend(codec: Codec, keep: bool, steps: int) -> float:
     """Gradient descent on f(x) = (x1^2 + (x2 / 10)^2) / 2 from (0, 10), lr 0.1; the last x2.
 

@@ -17,13 +17,13 @@ __all__ = ["Feedback", "if_finite"]
 class Feedback:
     """Encodes one list of tensors again and again, and keeps what was left out.
 
-        p = g + e,  sent: C(p),  e <- p - C(p)
+        p = w g + e,  sent: C(p),  e <- p - C(p)
 
-    with e in float32 at least, since p must not lose the small g of half precision to a larger e.
-    So sent + kept = gradient + kept before, and every bit of gradient is sent in the end. A codec
-    that needs no feedback is used as it is. Where a gradient is not finite, C(p) shows it and e
-    stays as it was: such a step is skipped. As other gradients of the step may be finite, whoever
-    skips it calls ``undo``.
+    for a gradient of weight w (1 unless given), with e in float32 at least, since p must not lose
+    the small g of half precision to a larger e. So sent + kept = w gradient + kept before, and
+    every bit of gradient is sent in the end. A codec that needs no feedback is used as it is. Where
+    a gradient is not finite, C(p) shows it and e stays as it was: such a step is skipped. As other
+    gradients of the step may be finite, whoever skips it calls ``undo``.
 
     A crash loses e, about as much as a few gradients.
 
@@ -54,11 +54,12 @@ class Feedback:
         self._empty: list[dict[str, Tensor]] = [{} for _ in like]
 
     @torch.no_grad()
-    def encode(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """C(g + e); the gradients are not changed."""
+    def encode(self, gradients: Sequence[Tensor], weight: float = 1.0) -> list[Tensor]:
+        """C(w g + e); the gradients are not changed."""
         if not self._kept:
-            return self._codec.encode(gradients)
-        wanted = torch._foreach_add(self._kept, list(gradients))
+            weighted = gradients if weight == 1.0 else torch._foreach_mul(list(gradients), weight)
+            return self._codec.encode(weighted)
+        wanted = torch._foreach_add(self._kept, list(gradients), alpha=weight)
         whole = [w.to(dtype) for w, dtype in zip(wanted, self._dtypes, strict=True)]
         encoded = self._codec.encode(whole)
         sent = self._codec.decode(encoded, whole)

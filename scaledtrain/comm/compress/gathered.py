@@ -21,13 +21,14 @@ __all__ = ["GatheredGroup"]
 
 
 class GatheredGroup(CompressedGroup):
-    r"""Every rank sends C(g + e) to all, and each takes the mean of what it decodes.
+    r"""Every rank sends C(w g + e) to all, and each takes the mean of what it decodes.
 
-        mean = sum_i w_i C(g_i + e_i) / sum_i w_i,   e_i <- g_i + e_i - C(g_i + e_i)
+        mean = sum_i C(w_i g_i + e_i) / sum_i w_i,   e_i <- w_i g_i + e_i - C(w_i g_i + e_i)
 
-    in the order of ranks, so the result is the same on every rank, bit by bit. A rank of weight 0
-    keeps its e for the next time. n ranks receive n - 1 encoded gradients each, so that with more
-    ranks than the codec saves bytes an all-reduce of the gradients themselves is cheaper.
+    in the order of ranks, so the result is the same on every rank, bit by bit. What is kept has its
+    weight in it, so that it counts as much when it is sent, whatever the weights are then. A rank
+    of weight 0 keeps its e for the next time. n ranks receive n - 1 encoded gradients each, so that
+    with more ranks than the codec saves bytes an all-reduce of the gradients themselves is cheaper.
     """
 
     def __init__(self, group: Group, codec: Codec, like: Sequence[Tensor]) -> None:
@@ -43,7 +44,7 @@ class GatheredGroup(CompressedGroup):
             self._feedback.confirm()  # of the last time: nothing changes this time
             encoded = self._codec.encode([torch.zeros_like(t) for t in tensors])
         else:
-            encoded = self._feedback.encode(tensors)
+            encoded = self._feedback.encode(tensors, weight)
         own = torch.tensor([weight], dtype=torch.float64, device=tensors[0].device)
         gathered = self._group.all_gather([own, *encoded])
         weights = [float(row[0]) for row in gathered]
@@ -52,7 +53,7 @@ class GatheredGroup(CompressedGroup):
             t.zero_()
         for (_, *theirs), w in zip(gathered, weights, strict=True):
             if w != 0.0:
-                torch._foreach_add_(tensors, self._codec.decode(theirs, tensors), alpha=w)
+                torch._foreach_add_(tensors, self._codec.decode(theirs, tensors))
         if mean:
             torch._foreach_div_(tensors, sum(weights))
 

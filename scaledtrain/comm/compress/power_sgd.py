@@ -20,20 +20,20 @@ __all__ = ["PowerSGD"]
 class PowerSGD:
     r"""The mean gradient as a matrix of low rank, found by one step of power iteration.
 
-    Each gradient, plus what was kept of it last time, is a matrix M_i of n rows (its first dim) and
-    m columns (the others). With Q [m, r] of the last step (at first random, the same on every
-    rank)::
+    Each gradient of weight w_i, plus what was kept of it last time, g_i + e_i / w_i, is a matrix
+    M_i of n rows (its first dim) and m columns (the others). With Q [m, r] of the last step (at
+    first random, the same on every rank)::
 
         P = mean_i M_i Q              all-reduce of n r numbers
         P <- orthonormal basis of P   by QR, so also where a gradient is zero
         Q = mean_i M_i^T P            all-reduce of m r numbers; a column of zeros is not remembered
-        result: P Q^T,  kept: e_i = M_i - P P^T M_i
+        result: P Q^T,  kept: e_i = w_i (M_i - P P^T M_i)
 
-    P Q^T is the mean of the M_i projected onto P, so result + mean of kept = mean of M_i; a mean of
-    rank r or less is exact. Tensors for which r (n + m) >= n m (vectors, small or thin matrices)
-    are sent as they are, together with P. Two all-reduces, computed in float32 at least, one after
-    the other: the work is done when the result is waited for, so overlap with the backward pass
-    does not hide it.
+    P Q^T is the mean of the M_i projected onto P, so result + sum of kept / sum of w_i = mean of
+    M_i; a mean of rank r or less is exact. Tensors for which r (n + m) >= n m (vectors, small or
+    thin matrices) are sent as they are, together with P. Two all-reduces, computed in float32 at
+    least, one after the other: the work is done when the result is waited for, so overlap with the
+    backward pass does not hide it.
 
     Where a gradient is not finite, the result shows it, and Q and e stay as they were; those of the
     other gradients, too, when the step is skipped. A crash loses e, about as much as a few
@@ -81,9 +81,9 @@ class _Matrix:
         self.kept = torch.zeros(like.shape[0], columns, dtype=self.dtype, device=like.device)
         self.before: tuple[Tensor, Tensor] | None = None  # both, until the reduction is confirmed
 
-    def begin(self, t: Tensor) -> Tensor:
-        """The gradient plus what was kept, as a matrix."""
-        return self.kept + t.reshape(self.kept.shape)
+    def begin(self, t: Tensor, weight: float) -> Tensor:
+        """The gradient plus what was kept, as a matrix; of weight 0 it only has to be there."""
+        return torch.add(t.reshape(self.kept.shape), self.kept, alpha=1.0 / (weight or 1.0))
 
 
 class _PowerSGDGroup(CompressedGroup):
@@ -100,7 +100,7 @@ class _PowerSGDGroup(CompressedGroup):
     def _exchange(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> None:
         pairs = list(zip(tensors, self._matrices, strict=True))
         small = [t for t, matrix in pairs if matrix is None]
-        large = [(t, matrix, matrix.begin(t)) for t, matrix in pairs if matrix is not None]
+        large = [(t, matrix, matrix.begin(t, weight)) for t, matrix in pairs if matrix is not None]
         p = [m @ matrix.q for _, matrix, m in large]
         self._group.all_reduce([*p, *small], op, weight).wait()
         p = [torch.linalg.qr(each).Q for each in p]
@@ -114,7 +114,7 @@ class _PowerSGDGroup(CompressedGroup):
             matrix.before = matrix.q, matrix.kept
             matrix.q = if_finite(torch.where(mean.any(dim=0), mean, matrix.q), matrix.q)
             if weight != 0.0:
-                matrix.kept = if_finite(m - basis @ own.T, matrix.kept)
+                matrix.kept = if_finite((m - basis @ own.T).mul_(weight), matrix.kept)
 
     def confirm(self) -> None:
         """The last reduction is used."""
