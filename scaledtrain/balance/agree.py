@@ -15,10 +15,11 @@ __all__ = ["Agree", "InLockstep", "OnBoard"]
 
 # A word of a board has 53 bits.
 _COST_BITS = 18
-_ROUNDS = 2**17
+_ROUNDS = 2**16
 _OCTAVE = 2**12  # codes between a time and twice that: they differ by 0.02 %
+_DEAD = -1  # a word of a rank that died
 _LOWEST = -40  # 2^-40 s and less is no time
-_OVER = 1  # instead of a code: this rank says nothing more
+_OVER = 1  # the last bit: this rank says nothing more
 
 
 class Agree(Protocol):
@@ -80,33 +81,47 @@ class OnBoard:
 
     def __init__(self, board: Board) -> None:
         self._board = board
+        self._word = 0
 
     def __call__(self, number: int, mine: Cost | None) -> Sequence[Cost] | None:
-        """Costs by replica; None from when on one of them has left."""
+        """Costs by replica; None from when on one of them has left.
+
+        One that has left since it said its costs counts: the others may have seen them before.
+        """
         number = 1 + (number - 1) % (_ROUNDS - 1)  # 0: none yet
         codes = [_code(seconds) for seconds in mine or (0.0, 0.0)]
-        self._board.write((number << 2 * _COST_BITS) | (codes[0] << _COST_BITS) | codes[1])
+        self._word = (((number << _COST_BITS) | codes[0]) << _COST_BITS | codes[1]) << 1
+        self._board.write(self._word)
         words: Sequence[int] = []
 
         def all_there(now: Sequence[int]) -> bool:
             nonlocal words
             words = list(now)
-            return all(word in (-1, _OVER) or word >> 2 * _COST_BITS == number for word in words)
+            return all(word == _DEAD or word & _OVER or _number(word) == number for word in words)
 
         self._board.wait(all_there, "the balance of samples")
-        if any(word in (-1, _OVER) for word in words):
+        if any(word == _DEAD or _number(word) != number for word in words):
             return None
-        mask = (1 << _COST_BITS) - 1
-        costs = [Cost(_seconds(word >> _COST_BITS & mask), _seconds(word & mask)) for word in words]
+        costs = [_cost(word) for word in words]
         return costs if all(cost.per_sample > 0.0 for cost in costs) else None
 
     def start(self) -> None:
         """Be there again."""
+        self._word = 0
         self._board.write(0)
 
     def end(self) -> None:
         """Let nobody wait for this rank."""
-        self._board.write(_OVER)
+        self._board.write(self._word | _OVER)
+
+
+def _number(word: int) -> int:
+    return word >> 2 * _COST_BITS + 1
+
+
+def _cost(word: int) -> Cost:
+    mask = (1 << _COST_BITS) - 1
+    return Cost(_seconds(word >> _COST_BITS + 1 & mask), _seconds(word >> 1 & mask))
 
 
 def _code(seconds: float) -> int:

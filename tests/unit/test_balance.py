@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -412,3 +412,44 @@ def test_a_board_carries_costs_and_says_who_has_left() -> None:
     world.dead.add(1)
     agree = OnBoard(WorldBoard(world, 0, [0, 0], threading.Condition()))
     assert agree(4, Cost(0.0, 1.0)) is None
+
+
+class Words:
+    """A board on which others act while its rank waits."""
+
+    def __init__(self, rank: int, words: list[int], meanwhile: Callable[[], object]) -> None:
+        self._rank = rank
+        self._words = words
+        self._meanwhile = meanwhile
+
+    def write(self, word: int) -> None:
+        assert 0 <= word < 2**53
+        self._words[self._rank] = word
+
+    def read(self) -> Sequence[int]:
+        return self._words
+
+    def wait(self, until: Callable[[Sequence[int]], bool], doing: str) -> None:
+        self._meanwhile()
+        assert until(self._words)
+
+    def close(self) -> None:
+        pass
+
+
+def test_who_leaves_after_a_decision_has_made_it_with_all() -> None:
+    """Rank 0 decides and has made its last step before rank 1 looks: both have the same costs."""
+    words, told = [0, 0], []
+
+    def decide_and_end() -> None:
+        if not told:
+            told.append(first(2**16 - 1, Cost(0.5, 0.25)))
+            first.end()
+
+    first = OnBoard(Words(0, words, lambda: None))
+    second = OnBoard(Words(1, words, decide_and_end))
+    for each in (first, second):
+        each.start()
+    costs = second(2**16 - 1, Cost(0.125, 1.0))
+    assert costs == told[0] == [Cost(0.5, 0.25), Cost(0.125, 1.0)]  # powers of 2 are exact
+    assert second(2**16, Cost(0.125, 1.0)) is None
