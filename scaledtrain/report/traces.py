@@ -121,6 +121,8 @@ class Trace:
         shift = 0.0 if self.origin is None else begun_at(path) - self.origin.seconds
         for (kind, worker, version), seconds, accepted, staleness in read_events(path):
             time = seconds + shift
+            if kind not in (Kind.PUSH, Kind.REJECT):
+                version = -1  # it is no gradient's
             if worker in self.paths and kind in _SHOWN and window.start <= time <= window.end:
                 yield Arrival(_SHOWN[kind], worker, time, version, staleness, accepted)
 

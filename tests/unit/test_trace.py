@@ -73,7 +73,7 @@ def write_async(folder: Path) -> Path:
             (Operation(Kind.PULL, 0), 2.125, False, -1),
             (Operation(Kind.PUSH, 0, 0), 3.0, True, 0),
             (Operation(Kind.PUSH, 1, 0), 4.5, False, 1),
-            (Operation(Kind.REMOVE, 1), 4.75, False, -1),
+            (Operation(Kind.REMOVE, 1, 0), 4.75, False, -1),
         ],
     )
     return folder
