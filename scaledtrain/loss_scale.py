@@ -216,7 +216,7 @@ class DynamicScaler(LossScaler):
                 self._unscale()
 
     def _unscale(self) -> None:
-        """All gradients, not in place: some may share memory."""
+        """All gradients, some at a time; not in place: some may share memory."""
         present = [p for p in self._parameters if p.grad is not None]
         for i in range(0, len(present), _TOGETHER):
             some = present[i : i + _TOGETHER]

@@ -156,13 +156,16 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 def loss_of(weight: float, outputs: Any, loss: Tensor) -> Tensor:
     """The loss of a microbatch; zero if it counts nothing, since a mean of no terms is NaN.
 
-    Its backward pass goes through the outputs all the same: other ranks may take part in it.
+    Its backward pass goes through the outputs all the same: other ranks may take part in it. Of a
+    model that returns its loss alone that is all there is, and has to be finite.
     """
     if weight:
         return loss
     parts = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t is not loss]
     parts = [(t * 0.0).sum() for t in parts if t.requires_grad]
-    return torch.stack([t.to(loss.dtype) for t in parts]).sum() if parts else loss.nan_to_num() * 0
+    if not parts:
+        return loss * 0.0
+    return torch.stack([t.to(loss.dtype) for t in parts]).sum().nan_to_num()  # of infinite outputs
 
 
 def as_arguments(batch: Any) -> tuple[Any, ...]:
@@ -278,7 +281,7 @@ class MicrobatchLoop:
             computed += size
             if self._waits_for_device and loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
-            if self._paces and not self._take_time(start, size / even, abandon):
+            if self._paces and not self._take_time(start, size / even if even else 1.0, abandon):
                 return None
             self.microbatch_seconds.append(self._clock.now() - start)
         if total is None:  # this replica has no samples left in a step that others still make

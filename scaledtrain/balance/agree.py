@@ -86,7 +86,8 @@ class OnBoard:
     def __call__(self, number: int, mine: Cost | None) -> Sequence[Cost] | None:
         """Costs by replica; None from when on one of them has left.
 
-        One that has left since it said its costs counts: the others may have seen them before.
+        One that has left since it said its costs counts: the others may have seen them before. (Of
+        one that died they may have, too; who looks later then keeps the shares that it has.)
         """
         number = 1 + (number - 1) % (_ROUNDS - 1)  # 0: none yet
         codes = [_code(seconds) for seconds in mine or (0.0, 0.0)]

@@ -124,7 +124,8 @@ def load(saved: SavedStep, owner: Owner) -> dict[str, Any]:
     """The state for this rank.
 
     Where the ranks are others now, those that have none of their own begin with the first one's;
-    generators, of which each rank had its own, are left out then.
+    generators, and what compressions have not sent yet, of which each rank had its own, are left
+    out then.
 
     Args:
         saved: intact.
@@ -166,6 +167,11 @@ def load(saved: SavedStep, owner: Owner) -> dict[str, Any]:
             )
         state = gathered(states, list(owner.parameters))
     del state["generators"]
+    strategy = state["strategy"]
+    if "compression" in strategy:
+        strategy["compression"] = []
+    if isinstance(strategy.get("server"), dict):
+        strategy["server"].pop("feedback", None)
     if owner.rank == 0 and not owner.is_equal:
         _logger.warning(
             "%s is of %s, each with a state of its own; here are %s: the run goes on from them, "

@@ -42,7 +42,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write what `_flat` has put together."""
+    """Write what `flat` has put together."""
     parts = torch.split(flat, [t.numel() for t in tensors])
     values = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
     torch._foreach_copy_(list(tensors), values)

@@ -62,6 +62,12 @@ def divide(
         cast_forward_inputs=False,  # autocast does
     )
     stand_in = StandIn(roots[0], gathered) if recomputed else None
+    offload: OffloadPolicy = OffloadPolicy()
+    if engine.offload:
+        added_up = any(p.dtype != reduced for root in roots for p in root.parameters())
+        # `Shards` adds them up in a hook, for which torch before 2.13 does not wait for copies into
+        # page-locked memory.
+        offload = CPUOffloadPolicy(pin_memory=reduced is None or not added_up)
     mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
     for module in modules:
         _fully_shard(
@@ -69,7 +75,7 @@ def divide(
             mesh=mesh,
             reshard_after_forward=engine.reshard_after_forward,
             mp_policy=policy,
-            offload_policy=CPUOffloadPolicy() if engine.offload else OffloadPolicy(),
+            offload_policy=offload,
         )
     return Shards(roots, device, stand_in, reduced)
 

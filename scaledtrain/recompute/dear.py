@@ -67,7 +67,7 @@ class Inside:
             if not own:
                 raise ConfigError(
                     f"modules has {ending!r}, but no module in the blocks has a name that ends so; "
-                    f"they have {', '.join(list(dict.fromkeys(name for name, _ in named))[:20])}"
+                    f"they have {', '.join(dict.fromkeys(name for name, _ in named)) or 'none'}"
                 )
             found |= dict.fromkeys(own)
         handles = []

@@ -137,7 +137,8 @@ class Selective(CheckpointPolicy):
             ``"addmm"`` or ``"convolution"``; None: matrix products, convolutions and attention.
             Those that draw random numbers, as attention with dropout, run again in any case.
         modules: names of submodules of the blocks, or their ends (``"attention"``), inside of which
-            these results are kept, and nowhere else. None: wherever they are.
+            these results are kept, and nowhere else. None: wherever they are. With ``mesh.pipe``
+            each stage has to have one, and a traced model has none.
 
     Raises:
         ConfigError: there is no such operator or module.

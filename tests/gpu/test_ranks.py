@@ -193,7 +193,7 @@ def test_shards_in_the_hosts_memory_compute_under_the_gpus_autocast() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-true"])
 def test_offloading_changes_no_weight(precision: str) -> None:
     """But that the host's optimizer may round otherwise."""
     found = []

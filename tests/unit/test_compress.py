@@ -28,6 +28,8 @@ from scaledtrain.comm.compress import (
 )
 from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Handle, Link, ReduceOp
+from scaledtrain.comm.serving.encoding import Encoder
+from scaledtrain.comm.serving.partition import Partition
 from scaledtrain.errors import ConfigError
 from scaledtrain.server import (
     Admission,
@@ -260,23 +262,41 @@ def test_a_step_that_is_skipped_leaves_no_trace(
 def test_what_is_kept_counts_with_the_weight_that_its_gradient_had(
     compression: Compression,
 ) -> None:
-    """Of every sum_i w_i g_i all is used sooner or later, though the weights change."""
+    """Of every mean, sum_i w_i g_i / sum_i w_i, all is used sooner or later: none counts more."""
 
     def run(link: Link) -> tuple[Tensor, Tensor, Tensor]:
         group = compressed(link.group, compression, [torch.zeros(6, 8)])
         generator = torch.Generator().manual_seed(link.group.rank)
         used, given = torch.zeros(6, 8), torch.zeros(6, 8)
-        for weights in [(1.0, 1.0), (1.0, 1 / 32), (0.25, 0.0), (0.0, 2.0), (1 / 32, 1.0)]:
+        changing = [
+            (1.0, 1.0),
+            (1.0, 1 / 32),
+            (0.25, 0.0),
+            (0.0, 2.0),
+            (1 / 32, 1 / 32),
+            (0.1, 1.0),
+        ]
+        for weights in changing:
             weight = weights[link.group.rank]
             g = torch.randn(6, 8, generator=generator)
-            given += weight * g
+            given += weight / sum(weights) * g
             group.all_reduce([g], "mean", weight).wait()
-            used += g * sum(weights)
+            used += g
         return used, given, group.state_dict()[0]["kept"]
 
     (used, given, kept), (also_used, also_given, also_kept) = simulate(run, UNEVEN, 2).results
     assert torch.equal(used, also_used)
-    torch.testing.assert_close(used + kept + also_kept, given + also_given, rtol=0.0, atol=1e-5)
+    left = (kept + also_kept) / 2
+    torch.testing.assert_close(used + left, given + also_given, rtol=0.0, atol=1e-5)
+
+
+def test_a_push_is_not_taken_back_so_that_no_memory_is_kept_for_it() -> None:
+    like = [torch.zeros(4)]
+    encoder = Encoder(TopK(0.5), Partition(like, 1), like, shards=1)
+    encoder.encode([torch.tensor([3.0, 2.0, 1.0, 4.0])])
+    (feedback,) = encoder._feedback
+    assert not feedback._before
+    assert encoder.state_dict()[0][0]["kept"].tolist() == [0.0, 2.0, 1.0, 0.0]
 
 
 def descend(codec: Codec, keep: bool, steps: int) -> float:

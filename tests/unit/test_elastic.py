@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from scaledtrain import Checkpointing, LocalSGD, Mesh, Trainer
+from scaledtrain import Checkpointing, LocalSGD, Mesh, ParameterServer, Strategy, Sync, Trainer
+from scaledtrain.comm.compress import TopK
 from scaledtrain.comm.protocols import Link
 from scaledtrain.command_line import compose
 from scaledtrain.config import BatchSizes, check
@@ -96,6 +98,49 @@ def test_a_run_with_other_replicas_each_time_ends_as_one_alone(tmp_path: Path) -
     for workers, max_steps in ((4, 4), (3, 9), (2, 13), (3, 16)):
         changing = ranks(workers, "changing", max_steps)
     torch.testing.assert_close(changing, alone, rtol=1e-4, atol=1e-5)
+
+
+def unsent(link: Link, run_dir: Path, strategy: Callable[[], Strategy], epochs: int) -> Tensor:
+    """What this rank has not sent yet, before a fit and after it."""
+    torch.manual_seed(1)
+    trainer = Trainer(
+        nn.Linear(3, 1), F.mse_loss, partial(torch.optim.SGD, lr=0.05), strategy=strategy(),
+        checkpointing=Checkpointing(every_steps=100), resume="auto", run_dir=run_dir,
+        console=False, link=link,
+    )  # fmt: skip
+
+    def now() -> Tensor:
+        state = trainer.strategy.state_dict()
+        kept = state["compression"] if "server" not in state else state["server"]["feedback"][0]
+        return torch.cat([own["kept"].flatten() for own in kept])
+
+    before = now()
+    trainer.fit(DataLoader(data(), batch_size=BATCH), max_epochs=epochs)
+    trainer._release()
+    return torch.stack([before, now()])
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [partial(Sync, compression=TopK(0.1)), partial(ParameterServer, compression=TopK(0.1))],
+)
+def test_what_one_rank_has_not_sent_is_sent_by_no_other(
+    strategy: Callable[[], Strategy], tmp_path: Path
+) -> None:
+    """A saved rank's part of the state is the beginning of ranks that were not there."""
+
+    def ranks(workers: int, epochs: int) -> list[Tensor]:
+        program = partial(unsent, run_dir=tmp_path, strategy=strategy, epochs=epochs)
+        found = simulate(program, CLUSTER, workers).results
+        return [kept for kept in found if kept is not None]
+
+    first, again, more = ranks(2, 1), ranks(2, 2), ranks(3, 3)
+    for one, same, other in zip(first, again, more, strict=False):
+        assert one[1].count_nonzero() > 0
+        assert torch.equal(same[0], one[1])
+        assert same[1].count_nonzero() > 0
+        assert other[0].count_nonzero() == 0
+    assert more[2][0].count_nonzero() == 0
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

@@ -6,6 +6,7 @@ What holds for every strategy is in tests/contract.
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from scaledtrain import (
     Trainer,
 )
 from scaledtrain.errors import ClusterError, ConfigError, NonFiniteLossError
-from scaledtrain.schedule import Slowdown
+from scaledtrain.schedule import Slowdown, loss_of
 
 STRATEGIES = [Sync, ParameterServer]
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -151,9 +152,19 @@ def test_a_batch_whose_targets_are_all_masked_counts_nothing() -> None:
         assert value == pytest.approx(expected.evaluate(whole)["loss"], rel=1e-6)
     for got, want in zip(accumulated.model.parameters(), expected.model.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-    with trainer(loss_fn=masked_mean, loss_weight=count) as alone:  # of a step of its own, too
+    slow = Slowdown({0: 2.0})
+    with trainer(loss_fn=masked_mean, loss_weight=count, slowdown=slow) as alone:  # a step, too
         alone.fit(given[1:2], max_epochs=1)
         assert_same(alone.model, list(net().parameters()))
+
+
+def test_outputs_of_a_batch_that_counts_nothing_may_be_infinite() -> None:
+    logits = torch.tensor([[1.0, -math.inf]], requires_grad=True)
+    loss = loss_of(0, {"logits": logits}, torch.tensor(math.nan))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("weight", [0.8, -1, float("nan")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from scaledtrain.comm.compress.feedback import Feedback
 from scaledtrain.comm.compress.group import CompressedGroup, Later
 from scaledtrain.comm.protocols import Group, Handle, ReduceOp
-from scaledtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from scaledtrain.comm.compress.codec import Codec
@@ -21,14 +19,16 @@ __all__ = ["GatheredGroup"]
 
 
 class GatheredGroup(CompressedGroup):
-    r"""Every rank sends C(w g + e) to all, and each takes the mean of what it decodes.
+    r"""Every rank sends C(s g + e) to all, and each takes the mean of what it decodes.
 
-        mean = sum_i C(w_i g_i + e_i) / sum_i w_i,   e_i <- w_i g_i + e_i - C(w_i g_i + e_i)
+        mean = sum_i C(s_i g_i + e_i) / n,   e_i <- s_i g_i + e_i - C(s_i g_i + e_i)
 
-    in the order of ranks, so the result is the same on every rank, bit by bit. What is kept has its
-    weight in it, so that it counts as much when it is sent, whatever the weights are then. A rank
-    of weight 0 keeps its e for the next time. n ranks receive n - 1 encoded gradients each, so that
-    with more ranks than the codec saves bytes an all-reduce of the gradients themselves is cheaper.
+    in the order of ranks, so the result is the same on every rank, bit by bit. s_i = n w_i / sum w
+    is a rank's weight relative to the mean one, 1 where all are equal, so that what is kept counts
+    as much when it is sent as it would have in its own step. A rank of weight 0 keeps its e for the
+    next time. n ranks receive n - 1 encoded gradients each, so that with more ranks than the codec
+    saves bytes an all-reduce of the gradients themselves is cheaper; the weights go before, in 8
+    bytes of each.
     """
 
     def __init__(self, group: Group, codec: Codec, like: Sequence[Tensor]) -> None:
@@ -37,25 +37,24 @@ class GatheredGroup(CompressedGroup):
         self._feedback = Feedback(codec, like)
 
     def _reduce(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> Handle:
-        return Later(lambda: self._exchange(tensors, 1.0 if op == "sum" else weight, op == "mean"))
+        return Later(lambda: self._exchange(tensors, op, weight))
 
-    def _exchange(self, tensors: list[Tensor], weight: float, mean: bool) -> None:
-        if weight == 0.0:
+    def _exchange(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> None:
+        relative = self._relative_weights(op, weight, tensors[0].device)
+        own = relative[self.rank]
+        if own == 0.0:
             self._feedback.confirm()  # of the last time: nothing changes this time
             encoded = self._codec.encode([torch.zeros_like(t) for t in tensors])
         else:
-            encoded = self._feedback.encode(tensors, weight)
-        own = torch.tensor([weight], dtype=torch.float64, device=tensors[0].device)
-        gathered = self._group.all_gather([own, *encoded])
-        weights = [float(row[0]) for row in gathered]
-        _check(weights)
+            encoded = self._feedback.encode(tensors, own)
+        gathered = self._group.all_gather(encoded)
         for t in tensors:
             t.zero_()
-        for (_, *theirs), w in zip(gathered, weights, strict=True):
+        for theirs, w in zip(gathered, relative, strict=True):
             if w != 0.0:
                 torch._foreach_add_(tensors, self._codec.decode(theirs, tensors))
-        if mean:
-            torch._foreach_div_(tensors, sum(weights))
+        if op == "mean":
+            torch._foreach_div_(tensors, self.size)
 
     def confirm(self) -> None:
         """What was sent last is used."""
@@ -72,11 +71,3 @@ class GatheredGroup(CompressedGroup):
     def load_state_dict(self, state: Sequence[Mapping[str, Tensor]]) -> None:
         """Restore what ``state_dict`` returned; empty dictionaries: e is zero."""
         self._feedback.load_state_dict(state)
-
-
-def _check(weights: list[float]) -> None:
-    if not all(w >= 0.0 and math.isfinite(w) for w in weights) or sum(weights) == 0.0:
-        raise ConfigError(
-            f"the ranks gave a mean the weights {weights}; weights are finite numbers >= 0, and at "
-            "least one is positive"
-        )

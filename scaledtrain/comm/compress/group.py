@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from scaledtrain.comm.protocols import Group, Handle, ReduceOp
+from scaledtrain.comm.reduction import total_weight
 from scaledtrain.errors import ConfigError
 
 __all__ = ["CompressedGroup", "Later", "PlainGroup"]
@@ -92,6 +94,19 @@ class CompressedGroup(ABC):
     @abstractmethod
     def _reduce(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> Handle:
         """``all_reduce`` for ``"sum"`` and ``"mean"`` of the tensors this group is made for."""
+
+    def _relative_weights(self, op: ReduceOp, weight: float, device: torch.device) -> list[float]:
+        """By rank, so that their mean is 1: what a gradient counts in ``size`` times the mean.
+
+        What is kept of a gradient is kept with that factor, so that it counts as much when it is
+        sent, whatever the weights of that step are. A sum has no weights. Collective.
+        """
+        if op == "sum":
+            return [1.0] * self.size
+        own = torch.tensor([weight], dtype=torch.float64, device=device)
+        weights = [float(theirs.item()) for (theirs,) in self._group.all_gather([own])]
+        total = total_weight(weights)
+        return [w * self.size / total for w in weights]
 
     def broadcast(self, tensors: Sequence[Tensor], src: int = 0) -> None:
         """Exactly, as the group below."""

@@ -20,20 +20,20 @@ __all__ = ["PowerSGD"]
 class PowerSGD:
     r"""The mean gradient as a matrix of low rank, found by one step of power iteration.
 
-    Each gradient of weight w_i, plus what was kept of it last time, g_i + e_i / w_i, is a matrix
-    M_i of n rows (its first dim) and m columns (the others). With Q [m, r] of the last step (at
-    first random, the same on every rank)::
+    Each gradient plus what was kept of it last time, g_i + e_i / s_i, is a matrix M_i of n rows
+    (its first dim) and m columns (the others); s_i is the rank's weight relative to the mean one.
+    With Q [m, r] of the last step (at first random, the same on every rank)::
 
         P = mean_i M_i Q              all-reduce of n r numbers
         P <- orthonormal basis of P   by QR, so also where a gradient is zero
         Q = mean_i M_i^T P            all-reduce of m r numbers; a column of zeros is not remembered
-        result: P Q^T,  kept: e_i = w_i (M_i - P P^T M_i)
+        result: P Q^T,  kept: e_i = s_i (M_i - P P^T M_i)
 
-    P Q^T is the mean of the M_i projected onto P, so result + sum of kept / sum of w_i = mean of
-    M_i; a mean of rank r or less is exact. Tensors for which r (n + m) >= n m (vectors, small or
-    thin matrices) are sent as they are, together with P. Two all-reduces, computed in float32 at
-    least, one after the other: the work is done when the result is waited for, so overlap with the
-    backward pass does not hide it.
+    P Q^T is the mean of the M_i projected onto P, so result + mean of kept = mean of M_i, weighted,
+    and what is kept counts later as it would have in its own step; a mean of rank r or less is
+    exact. Tensors for which r (n + m) >= n m (vectors, small or thin matrices) are sent as they
+    are, together with P. Two all-reduces, computed in float32 at least, one after the other: the
+    work is done when the result is waited for, so overlap with the backward pass does not hide it.
 
     Where a gradient is not finite, the result shows it, and Q and e stay as they were; those of the
     other gradients, too, when the step is skipped. A crash loses e, about as much as a few
@@ -94,13 +94,16 @@ class _PowerSGDGroup(CompressedGroup):
         ]
 
     def _reduce(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> Handle:
-        return Later(lambda: self._exchange(tensors, op, 1.0 if op == "sum" else weight))
+        return Later(lambda: self._exchange(tensors, op, weight))
 
     @torch.no_grad()
     def _exchange(self, tensors: list[Tensor], op: ReduceOp, weight: float) -> None:
+        own_weight = self._relative_weights(op, weight, tensors[0].device)[self.rank]
         pairs = list(zip(tensors, self._matrices, strict=True))
         small = [t for t, matrix in pairs if matrix is None]
-        large = [(t, matrix, matrix.begin(t, weight)) for t, matrix in pairs if matrix is not None]
+        large = [
+            (t, matrix, matrix.begin(t, own_weight)) for t, matrix in pairs if matrix is not None
+        ]
         p = [m @ matrix.q for _, matrix, m in large]
         self._group.all_reduce([*p, *small], op, weight).wait()
         p = [torch.linalg.qr(each).Q for each in p]
@@ -113,8 +116,8 @@ class _PowerSGDGroup(CompressedGroup):
             # Not a column of zeros: what the basis then misses would be missed for ever.
             matrix.before = matrix.q, matrix.kept
             matrix.q = if_finite(torch.where(mean.any(dim=0), mean, matrix.q), matrix.q)
-            if weight != 0.0:
-                matrix.kept = if_finite((m - basis @ own.T).mul_(weight), matrix.kept)
+            if own_weight != 0.0:
+                matrix.kept = if_finite((m - basis @ own.T).mul_(own_weight), matrix.kept)
 
     def confirm(self) -> None:
         """The last reduction is used."""

@@ -35,10 +35,11 @@ class Encoder:
 
     def encode(self, update: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """What each shard is sent."""
-        return [
-            feedback.encode(self._partition.part(update, shard))
-            for shard, feedback in enumerate(self._feedback)
-        ]
+        encoded: list[Sequence[Tensor]] = []
+        for shard, feedback in enumerate(self._feedback):
+            encoded.append(feedback.encode(self._partition.part(update, shard)))
+            feedback.confirm()  # a push cannot be taken back
+        return encoded
 
     def state_dict(self) -> list[list[dict[str, Tensor]]]:
         """A copy of what was not sent yet: by shard, a dictionary for each of its tensors."""

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from scaledtrain.data.cut import count_samples
 from scaledtrain.data.ragged import Ragged
-from scaledtrain.data.steps import StepBatch, Weigh
+from scaledtrain.data.steps import StepBatch, Weigh, counted
 from scaledtrain.errors import ConfigError
 
 __all__ = ["Microbatch", "count_pieces", "cut_step"]
@@ -54,16 +54,16 @@ def cut_step(
     """
     microbatches = []
     mean = batch.samples if batch.gradient_samples is None else batch.gradient_samples
-    for whole, counted in zip(batch.microbatches, batch.sizes, strict=True):
+    for whole, size_of_whole in zip(batch.microbatches, batch.sizes, strict=True):
         samples = count_samples(whole)
         n = count_pieces(whole, pieces)
         start = 0
         for i in range(n):
             stop = start + samples // n + (i < samples % n)
             part = whole if n == 1 else _map(whole, _between(start, stop, samples))
-            size: float = counted
-            if n > 1 and counted:  # else it is whole, or only keeps others company
-                size = stop - start if weigh is None else weigh(part)
+            size = size_of_whole
+            if n > 1 and size_of_whole:  # else it is whole, or only keeps others company
+                size = stop - start if weigh is None else counted(weigh, part)
             microbatches.append(Microbatch(part, size, size / mean if mean else 0.0, _form(part)))
             start = stop
         if exactly:
