@@ -492,7 +492,7 @@ def test_bytes_sent_in_a_step(compressed_runs: list[dict[str, Any]]) -> None:
 
     Top 10 %: 5 + 2 + 13 + 1 + 2 + 1 values of 4 bytes with places of 4; the weight takes 8.
     Sign: 6 + 2 + 16 + 1 + 2 + 1 bytes, six means, the weight: 28 + 24 + 8.
-    PowerSGD, rank 1: (16 + 3) + (8 + 16) + (2 + 8) and 16 + 8 + 2 as they are: 79 floats.
+    PowerSGD, rank 1: (16 + 3) + (8 + 16) + (2 + 8) and 16 + 8 + 2 as they are: 79 floats, and 8.
     """
     for rank in compressed_runs:
         assert rank["bytes"] == {
@@ -501,7 +501,7 @@ def test_bytes_sent_in_a_step(compressed_runs: list[dict[str, Any]]) -> None:
             "BF16()": 436,
             "TopK(fraction=0.1)": 200,
             "Sign()": 60,
-            "PowerSGD(rank=1)": 316,
+            "PowerSGD(rank=1)": 324,
         }
 
 
