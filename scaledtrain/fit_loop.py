@@ -91,7 +91,7 @@ class FitLoop:
         ready: Callable[[], None],
     ) -> None:
         self.stopping = False
-        self.may_stop = may_stop
+        self._may_stop = may_stop
         self.evaluation: dict[str, float] = {}
         self._trainer = trainer
         self._loader = loader
@@ -191,7 +191,7 @@ class FitLoop:
         if trainer.strategy.lockstep.size == 1 and trainer.layout.pieces.size == 1:
             ask = stopping or late
         else:
-            ask = self.may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
+            ask = self._may_stop and (evaluated or self._steps % trainer.metrics.log_every == 0)
             if ask:
                 stopping, late = trainer.layout.agree(stopping), trainer.layout.agree(late)
         if not ask or not trainer.strategy.agree_to_stop(stopping or late):

@@ -77,7 +77,8 @@ class Precision:
     Replicas that average parameters (`LocalSGD`, `Gossip`, ...) do so in the parameters' format,
     and lose what is smaller there; gradients that are averaged or pushed to a server, whose copy is
     float32, are no such case. With 16-bit parameters the optimizer's ``step`` is called for some
-    parameters at a time: one that looks at all of them together does not fit.
+    parameters at a time: one that looks at all of them together does not fit, but LARS and LAMB do,
+    which are given all at once.
 
     Args:
         name: of the formats.
@@ -172,7 +173,7 @@ class Precision:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """In which matrix products are computed, of parameters of another; None: in theirs."""
+        """Of matrix products under autocast; None: that of the parameters."""
         return _FORMATS[self.name].autocast
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -193,7 +194,7 @@ class Precision:
 
     @property
     def rounds_at_random(self) -> bool:
-        """Whether a parameter, or its optimizer's state, is; its copies elsewhere differ then."""
+        """Whether parameters, or their optimizer's state, are, so that copies elsewhere differ."""
         rounding = _ROUNDINGS[self._update] if self._update is not None else None
         narrow_state = rounding is not None and rounding.narrow_state
         return narrow_state and _FORMATS[self.name].parameters is torch.bfloat16

@@ -30,7 +30,7 @@ def meet(info: RankInfo, timeout_seconds: float) -> tuple[dist.Store, int]:
 
     Raises:
         RendezvousError: a rank did not come.
-        PeerLostError: rank 0, which has the store, left.
+        PeerLostError: who has the store, rank 0 or the launcher, left.
     """
     where = f"{info.master_address}:{info.master_port}"
     deadline = time.monotonic() + timeout_seconds
@@ -64,8 +64,8 @@ def meet(info: RankInfo, timeout_seconds: float) -> tuple[dist.Store, int]:
         raise
     except (RuntimeError, dist.DistError) as error:
         raise PeerLostError(
-            f"rank 0 at {where} left while rank {info.rank} met the others; its own message says "
-            f"why ({str(error).splitlines()[0]})"
+            f"{_host(info)} at {where} left while rank {info.rank} met the others; its own message "
+            f"says why ({str(error).splitlines()[0]})"
         ) from error
     if missing:
         raise _missed(info, missing, timeout_seconds)
@@ -83,8 +83,13 @@ def _missed(info: RankInfo, missing: Sequence[int], timeout_seconds: float) -> R
     )
 
 
+def _host(info: RankInfo) -> str:
+    """Who has the job's store."""
+    return "the launcher" if info.has_agent else "rank 0"
+
+
 def life_of(store: dist.Store) -> str:
-    """The word by which the ranks that are there now, or met last, have their keys in a store."""
+    """Prefix of the keys that the ranks which met last have in a store."""
     return store.get(_LIFE).decode() if store.check([_LIFE]) else _FIRST_LIFE
 
 
@@ -123,7 +128,7 @@ def _begin_life(info: RankInfo, store: dist.Store, deadline: float, timeout_seco
 
 
 def _wait_for_port(info: RankInfo, deadline: float, timeout_seconds: float) -> None:
-    """Return when rank 0 listens; torch's own waiting would write warnings meanwhile."""
+    """Return when somebody listens; torch's own waiting would write warnings meanwhile."""
     address = (info.master_address, info.master_port)
     while True:
         try:
@@ -132,9 +137,9 @@ def _wait_for_port(info: RankInfo, deadline: float, timeout_seconds: float) -> N
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RendezvousError(
-                    f"rank {info.rank} of {info.size} found no rank 0 at {address[0]}:{address[1]} "
-                    f"within {timeout_seconds:g} s; start it, or check MASTER_ADDR, MASTER_PORT "
-                    f"and firewalls ({error})"
+                    f"rank {info.rank} of {info.size} did not find {_host(info)} at {address[0]}:"
+                    f"{address[1]} within {timeout_seconds:g} s; start it, or check MASTER_ADDR, "
+                    f"MASTER_PORT and firewalls ({error})"
                 ) from error
         time.sleep(_POLL_SECONDS)
 

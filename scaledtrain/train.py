@@ -58,7 +58,7 @@ def launch(arguments: Sequence[str], module: str, callbacks: Sequence[Callback] 
 
     Args:
         arguments: of the command line.
-        module: this is called by its ``main``, which the new processes call, too.
+        module: whose ``main`` calls this; new processes call it, too.
         callbacks: called beside those that the config asks for.
     """
     arguments = with_accelerate(list(arguments))

@@ -40,10 +40,7 @@ from scaledtrain.recompute.late import LatePlan
 from scaledtrain.replica import MakeOptimizer, MakeScheduler, Replica
 from scaledtrain.run_dir import EVENTS
 from scaledtrain.schedule import LossFn, MicrobatchLoop, Pace, Slowdown
-from scaledtrain.seeding import (
-    be_deterministic,
-    seed_everything,
-)
+from scaledtrain.seeding import be_deterministic, seed_everything
 from scaledtrain.short_run import ShortRun
 from scaledtrain.strategies import Strategy, Sync
 from scaledtrain.trainer_state import Resumed, restore, state_of
@@ -114,7 +111,10 @@ class Trainer:
         layout: which ranks have the replica together, and what each has.
         strategy: attached to the replica.
         schedule: runs the passes of a step.
+        precision: its number formats.
         scaler: of the loss.
+        eval_metrics: by name.
+        watcher: what looks after the run.
         link: to the other ranks; ``trainer.link.group.rank == 0`` is the first of all.
         metrics: what is recorded and shown; ``say`` shows a line.
         timeline: spans of time.
@@ -396,7 +396,7 @@ class Trainer:
             weight = self.schedule.weight(nothing)
             self.schedule.run(nothing)
             found = any(p.grad is not None for p in self.replica.parameters)
-            # Some replica has samples of the batch that is through now, if it was one.
+            # One without samples in the step that is through now takes part if another has some.
             found = any_rank(self.strategy.lockstep, found, self.link.device)
             if found:
                 self.strategy.reduce_gradients(weight)
@@ -466,14 +466,17 @@ class Trainer:
             gradients = self._short.steps * replicas.size
             last = self.step_count + max(1, int(gradients // self.strategy.gradients_per_step))
             limits = limits.at_most(last)
+        # Without these nobody can want to stop early, and replicas need not ask each other. If one
+        # of those in lockstep may, all must be ready to be asked.
+        may_stop = self.layout.agree(max_seconds is not None or bool(self.callbacks))
+        may_stop = any_rank(self.strategy.lockstep, may_stop, self.link.device)
         run = self._loop = FitLoop(
             self,
             loader,
             self._call,
             limits,
             eval_loader=eval,
-            # Without these nobody can want to stop, and replicas need not ask each other.
-            may_stop=max_seconds is not None or bool(self.callbacks),
+            may_stop=may_stop,
             after_step=self._step_ended,
             ready=self._resumed.restore_generators,
         )
@@ -482,9 +485,6 @@ class Trainer:
             left = (max_epochs - self.epoch) * loader.steps_per_epoch - self.steps_in_epoch
             gradients = left * replicas.size
             total = self.step_count + gradients // self.strategy.gradients_per_step
-        # If one of those in lockstep may want to stop early, all must be ready to be asked.
-        may_stop = self.layout.agree(run.may_stop)
-        run.may_stop = any_rank(self.strategy.lockstep, may_stop, self.link.device)
         if self.balancer is not None:
             self.balancer.start()
         stop_request = self._saver.stop_request if self._saver is not None else nullcontext()
@@ -497,14 +497,14 @@ class Trainer:
                     self._saver.start(limits.max_steps)
                 self._call("on_fit_start")
                 stopped_by = run.run()
-                is_drained = self.schedule.pending > 0
+                has_pending = self.schedule.pending > 0
                 if self.balancer is not None:
                     self.balancer.end()
                 self.watcher.enter("end")
                 self._drain()
                 if self._saver is not None:
                     is_stopping = stopped_by not in ("max_steps", "max_epochs")
-                    self._saver.end(is_stopping, is_changed=is_drained)
+                    self._saver.end(is_stopping, is_changed=has_pending)
                 else:
                     self.strategy.settle()
                 self.layout.share_buffers()

@@ -298,6 +298,11 @@ class ReplicaLoader:
         """This replica's first batch from that one on."""
         return begin + (rank - begin) % self._replicas
 
+    @property
+    def _window(self) -> int:
+        """Batches of the next step, of all replicas together."""
+        return self._per_step * self.multiple
+
     def _own_only(self, first: int, rank: int) -> Iterator[list[Any]]:
         """This replica's batches of each step, from a loader that yields no others."""
         if self._total is None:
@@ -316,13 +321,8 @@ class ReplicaLoader:
                 if own or not self._alone:
                     yield own
 
-    @property
-    def _window(self) -> int:
-        """Batches of the next step, of all replicas together."""
-        return self._per_step * self.multiple
-
     def _own_of_unknown(self) -> Iterator[list[Any]]:
-        """The same where no length is known: it yields equally many on every replica."""
+        """As `_own_only` where no length is known: it yields equally many on every replica."""
         accumulation, rest = divmod(self._per_step, self._replicas)
         if rest:
             raise ConfigError(

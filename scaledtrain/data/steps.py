@@ -43,8 +43,8 @@ class StepBatch(NamedTuple):
     multiple: int = 1
     """How many steps of the usual size this one is."""
     even_share: float | None = None
-    """What a rank has of a full step of the usual size whose samples are shared out evenly; None:
-    these."""
+    """Samples that a rank has of a full step of the usual size if they are shared out evenly; None:
+    those of this step, divided by ``multiple``."""
     samples_per_rank: float | None = None
     """Mean over the ranks, of this step; None: as many as here on each."""
 

@@ -58,8 +58,8 @@ def estimate_memory(
 
     With ``mesh.shard`` parameters, gradients and optimizer are those of the largest shard; what is
     gathered of the blocks that compute, and their gradients until they are reduced, is counted
-    while computing. With ``engine=FullyShard(offload=True)`` there is on the device nothing else
-    but buffers and batch.
+    while computing. With ``engine=FullyShard(offload=True)`` the device has, beside that, buffers
+    and batch alone.
 
     Not counted is what is not a tensor of torch's: what a kernel needs while it runs, what an
     allocator rounds up or does not give back (on CUDA some 10 % more), the CUDA context, buffers

@@ -84,7 +84,7 @@ class MemoryEstimator:
                 "sharded stages take is not estimated; set one of them to 1"
             )
         self._pipeline = pipeline or Pipeline()
-        self._batches_per_step = microbatches
+        self._microbatches = microbatches
         if engine is not None and not isinstance(engine, FullyShard):
             raise ConfigError(
                 f"engine is {engine}, but only what shards of FullyShard take is estimated; leave "
@@ -130,18 +130,18 @@ class MemoryEstimator:
             looks_at_values = fakes.n_read > n_read
         ranks = tuple(prepared.rank(kept, step.batch_bytes, computing) for kept in prepared.ranks)
         return MemoryEstimate(
-            size,
-            prepared.parameters,
-            prepared.buffers,
-            step.batch_bytes,
-            prepared.gradients,
-            activations,
-            at_the_end,
-            computing,
-            prepared.update.working,
-            ranks,
-            max(rank.peak for rank in ranks),
-            looks_at_values,
+            batch_size=size,
+            parameters=prepared.parameters,
+            buffers=prepared.buffers,
+            batch=step.batch_bytes,
+            gradients=prepared.gradients,
+            activations=activations,
+            kept=at_the_end,
+            computing=computing,
+            updating=prepared.update.working,
+            ranks=ranks,
+            peak=max(rank.peak for rank in ranks),
+            looks_at_values=looks_at_values,
         )
 
     def largest_batch(
@@ -193,7 +193,7 @@ class MemoryEstimator:
         with Fakes() as fakes, fakes.explained(type(self._model).__name__):
             model = copied(prepared[0].model, self._device)
             batch = batch_of(size, self._batch, self._device)
-            batch_bytes = bytes_of(tensors_in(batch)) * self._batches_per_step
+            batch_bytes = bytes_of(tensors_in(batch)) * self._microbatches
             activations = activations_of_stages(
                 fakes,
                 [self._stages_of(model, rank) for rank in range(self._mesh.pipe)],
@@ -202,7 +202,7 @@ class MemoryEstimator:
                 prepared[0].precision,
                 policy,
                 self._pipeline,
-                self._batches_per_step,
+                self._microbatches,
             )
         ranks: list[RankMemory] = []
         for replica in range(self._mesh.replicas(self._workers)):
@@ -213,24 +213,22 @@ class MemoryEstimator:
         shown = prepared[needs_most % self._mesh.pipe]
         most = activations[needs_most % self._mesh.pipe]
         return MemoryEstimate(
-            size,
-            shown.parameters,
-            shown.buffers,
-            batch_bytes * shown.steps,
-            shown.gradients,
-            most.most,
-            Kept(most.kept, (), 0),
-            shown.gradients + most.most,
-            shown.update.working,
-            tuple(ranks),
-            ranks[needs_most].peak,
-            any(found.looks_at_values for found in activations),
+            batch_size=size,
+            parameters=shown.parameters,
+            buffers=shown.buffers,
+            batch=batch_bytes * shown.steps,
+            gradients=shown.gradients,
+            activations=most.most,
+            kept=Kept(most.kept, (), 0),
+            computing=shown.gradients + most.most,
+            updating=shown.update.working,
+            ranks=tuple(ranks),
+            peak=ranks[needs_most].peak,
+            looks_at_values=any(found.looks_at_values for found in activations),
         )
 
     def _stages_of(self, model: nn.Module, rank: int) -> OwnStages:
-        return self._pipeline.unmeasured_stages(
-            model, rank, self._mesh.pipe, self._batches_per_step
-        )
+        return self._pipeline.unmeasured_stages(model, rank, self._mesh.pipe, self._microbatches)
 
     def _size(self, batch_size: int | None) -> int:
         size = count_samples(self._batch) if batch_size is None else batch_size
@@ -269,7 +267,7 @@ class MemoryEstimator:
         parameters = bytes_of([*replica.parameters, *replica.frozen])
         if pipe > 1:
             trained = bytes_of(replica.parameters)
-            versions = self._pipeline.further_versions(rank, pipe, self._batches_per_step)
+            versions = self._pipeline.further_versions(rank, pipe, self._microbatches)
             parameters += trained * versions
         replicas = self._mesh.replicas(self._workers)
         kept = [RankKept(update.state, 0, updates=True, serves=False)] * replicas
@@ -356,7 +354,7 @@ class _Step:
         )
         n = of._batches_run
         self._step = StepBatch([self._batch] * n, [size] * n)
-        self.batch_bytes = bytes_of(tensors_in(self._batch)) * of._batches_per_step
+        self.batch_bytes = bytes_of(tensors_in(self._batch)) * of._microbatches
         if policy is not None:
             policy.install(self.model, self.blocks, self.sample)
 

@@ -69,11 +69,11 @@ class Rounding(ABC):
         Args:
             narrow: to write to.
             wide: what ``widen`` returned, changed.
-            bits: random, as many as the parameters have entries.
+            bits: random, as many as the parameters have entries, or none.
         """
 
     def bits(self, like: Sequence[Tensor]) -> Tensor:
-        """As many as the tensors have entries, on their device; none if nothing needs them."""
+        """As many as the tensors have entries, on their device; none if no state is narrow."""
         if not self.narrow_state:
             return torch.empty(0, dtype=torch.int16)
         if self._generator is None:

@@ -41,9 +41,9 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+def spread(together: Tensor, tensors: Sequence[Tensor]) -> None:
     """Write what `flat` has put together."""
-    parts = torch.split(flat, [t.numel() for t in tensors])
+    parts = torch.split(together, [t.numel() for t in tensors])
     values = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
     torch._foreach_copy_(list(tensors), values)
 
@@ -64,14 +64,14 @@ def round_all(wide: Sequence[Tensor], bits: Tensor, out: Sequence[Tensor]) -> No
 def portions(
     parameters: Sequence[Tensor], indices: Sequence[int], n_at_once: float
 ) -> list[list[int]]:
-    """Indices in order, of at most so many numbers together or of one tensor; never no list."""
-    portions: list[list[int]] = [[]]
+    """Indices in order, of at most so many numbers together or of one tensor; at least one list."""
+    found: list[list[int]] = [[]]
     n = 0
     for index in indices:
         numel = parameters[index].numel()
-        if portions[-1] and n + numel > n_at_once:
-            portions.append([])
+        if found[-1] and n + numel > n_at_once:
+            found.append([])
             n = 0
-        portions[-1].append(index)
+        found[-1].append(index)
         n += numel
-    return portions
+    return found

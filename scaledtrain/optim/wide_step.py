@@ -26,9 +26,9 @@ class WideStep:
     ``step`` takes the parameters some at a time: each becomes float32 for the moment, with its
     gradient and its state, the optimizer's own ``step`` is called, which skips those without a
     gradient, and all become 16 bits again. So any optimizer will do that treats every parameter by
-    itself, as all of ``torch.optim`` do but LBFGS, and LARS and LAMB unless they clip a norm over
-    all tensors or work on shards, when all are widened at once; its groups, learning rates and
-    fused kernels are as usual. Parameters of 32 bits are left alone.
+    itself: all of ``torch.optim`` but LBFGS. LARS and LAMB will, too: where they clip a norm over
+    all tensors, or work on shards, all are widened at once. Groups, learning rates and fused
+    kernels are as usual. Parameters of 32 bits are left alone.
 
     The memory for float32 is that of ``n_at_once`` numbers at a time, or of the largest tensor if
     that is larger. A crash loses what is not saved: ``state_dict`` holds what the optimizer's own

@@ -59,7 +59,7 @@ class Placeholder(Tensor):
             next(v for v in tree_leaves((args, kwargs)) if type(v) is cls).told
         )
 
-    # These are no operators.
+    # These do not come by `__torch_dispatch__`.
     def register_hook(self, hook: Callable[..., Any]) -> NoReturn:
         """Refuse."""
         raise UsedElsewhereError(self.told)

@@ -117,10 +117,10 @@ class CompressedGroup(ABC):
         return self._group.all_gather(tensors)
 
     def confirm(self) -> None:  # noqa: B027 - there may be nothing to remember
-        """The last reduction is used: there is nothing to ``undo``, for which memory is needed."""
+        """The last reduction is used: give up the memory that ``undo`` would need."""
 
     def undo(self) -> None:  # noqa: B027
-        """The last reduction is not used, on no rank: remember what was remembered before it."""
+        """The last reduction is used on no rank: remember what was remembered before it."""
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """A copy of what this rank remembers, a dictionary for each tensor."""

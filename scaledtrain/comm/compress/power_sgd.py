@@ -113,8 +113,8 @@ class _PowerSGDGroup(CompressedGroup):
             self._group.all_reduce(means, op, weight).wait()
         for basis, own, mean, (t, matrix, m) in zip(p, q, means, large, strict=True):
             t.copy_((basis @ mean.T).view(t.shape))
-            # Not a column of zeros: what the basis then misses would be missed for ever.
             matrix.before = matrix.q, matrix.kept
+            # Not a column of zeros, whose direction would be lost for ever.
             matrix.q = if_finite(torch.where(mean.any(dim=0), mean, matrix.q), matrix.q)
             if own_weight != 0.0:
                 matrix.kept = if_finite((m - basis @ own.T).mul_(own_weight), matrix.kept)
@@ -139,11 +139,11 @@ class _PowerSGDGroup(CompressedGroup):
         ]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Tensor]]) -> None:
-        """Restore what ``state_dict`` returned; empty dictionaries: as it is."""
+        """Restore what ``state_dict`` returned; of an empty dictionary e is zero, and Q stays."""
         for matrix, saved in zip(self._matrices, state, strict=True):
-            if matrix is not None and saved:
-                matrix.q.copy_(saved["q"])
-                matrix.kept.copy_(saved["kept"])
+            if matrix is not None:
+                matrix.kept.copy_(saved["kept"]) if saved else matrix.kept.zero_()
+                matrix.q.copy_(saved["q"] if saved else matrix.q)
 
 
 def _is_worth_it(t: Tensor, rank: int) -> bool:
