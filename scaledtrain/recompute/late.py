@@ -75,9 +75,7 @@ class LatePlan:
             self._executor = self._layout.recompute(
                 policy, sample, self._compile, batch.microbatches[largest]
             )
-        except (
-            ConfigError
-        ) as error:  # another rank may have batches of another shape, and none
+        except ConfigError as error:  # another rank may have batches of another shape, and none
             refused = error
         if self._layout.agree(refused is not None):
             raise refused or ConfigError(
