@@ -4,7 +4,7 @@ python -m benchmarks.ssgd_vs_asgd                       everything; results/ and
 python -m benchmarks.ssgd_vs_asgd --only async,ddp      some contenders (and always the references)
 python -m benchmarks.ssgd_vs_asgd --cases slept:4       some of slept:2, slept:4, real:2
 python -m benchmarks.ssgd_vs_asgd --conditions gamma    some of equal, straggler, gamma
-python -m benchmarks.ssgd_vs_asgd --quick               does it run? A second each, stores nothing
+python -m benchmarks.ssgd_vs_asgd --quick               does it run? Each once, for a second
 python -m benchmarks.ssgd_vs_asgd --table               write README.md's table and picture anew
 python -m benchmarks.ssgd_vs_asgd --check               fail if README.md is not up to date
 """
@@ -407,8 +407,12 @@ def rounds(
     before: Sequence[Race],
     is_quick: bool,
 ) -> Iterator[Race]:
-    """Each round begins with another contender; a later command adds rounds."""
+    """Each round begins with another contender; a later command adds rounds.
+
+    If it is to be quick each contender runs once, where it can first.
+    """
     count = 1 if is_quick else count
+    done = set[str]()
     first = {
         (case, c): max((r.round for r in before if (r.case, r.condition) == (case, c)), default=-1)
         + 1
@@ -420,6 +424,9 @@ def rounds(
             for condition in conditions:
                 this = number + first[case, condition]
                 taking_part = [c for c in contenders if able(c, case, condition)]
+                if is_quick:
+                    taking_part = [c for c in taking_part if c not in done]
+                    done.update(taking_part)
                 for contender in rotated(taking_part, this):
                     race = measure(contender, case, condition, this, is_quick)
                     print(
@@ -432,7 +439,7 @@ def rounds(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line("ssgd_vs_asgd", __doc__, "a second each", rounds=3)
+    parser = command_line("ssgd_vs_asgd", __doc__, "each once, for a second", rounds=3)
     add_some(parser, "only", (*OURS, *PEERS))
     add_some(parser, "cases", {f"{workload}:{n}": (workload, n) for workload, n in CASES})
     add_some(parser, "conditions", list(CONDITIONS))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from scaledtrain.comm.local import LocalGroup
 from scaledtrain.comm.protocols import Link
 from scaledtrain.errors import ConfigError
 from scaledtrain.replica import Replica, Updater
@@ -113,6 +114,7 @@ class SizedReplica(Replica):
         self._sized = [_SizedParameter(p) for p in parameters]
         self.parameters = list[nn.Parameter](self._sized)
         self.frozen = []
+        self._pieces = LocalGroup()
         self._gradients: list[Tensor] = [p.detach() for p in self.parameters]
         for parameter, gradient in zip(self._sized, self._gradients, strict=True):
             parameter.grad = gradient

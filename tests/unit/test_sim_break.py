@@ -32,7 +32,7 @@ from scaledtrain.sim import (
     simulate_times,
 )
 from scaledtrain.simulate import command
-from scaledtrain.strategies import EASGD, PushSum
+from scaledtrain.strategies import EASGD, AsyncLocalSGD, Gossip, LocalSGD, PushSum, SlowMo
 
 FREE = Wire(latency_seconds=0.0, gigabits_per_second=float("inf"))
 ONE_HOST = Topology(ranks_per_host=4, hosts=1, port=FREE)
@@ -194,6 +194,10 @@ TIMED: dict[str, Callable[[], Strategy]] = {
     "async_shards": lambda: ParameterServer(shards=2, overlap=True, compression=FP16()),
     "easgd": lambda: EASGD(sync_every=2),
     "push_sum": lambda: PushSum(overlap=True),
+    "async_local_sgd": lambda: AsyncLocalSGD(sync_every=2),
+    "local_sgd": lambda: LocalSGD(sync_every=2),
+    "slow_mo": lambda: SlowMo(sync_every=2),
+    "gossip": Gossip,
 }
 
 
