@@ -3,7 +3,7 @@
 python -m benchmarks.prediction                  everything; results/ and README.md
 python -m benchmarks.prediction --only sync,ssp  some of sync, async, ssp, local_sgd
 python -m benchmarks.prediction --workers 4      one number of workers
-python -m benchmarks.prediction --quick          does it run? Two workers, half a second each
+python -m benchmarks.prediction --quick          does it run? Each strategy once, half a second
 python -m benchmarks.prediction --table          write README.md's table anew
 python -m benchmarks.prediction --check          fail if README.md is not up to date
 
@@ -423,12 +423,13 @@ def rounds(
     """Each round calibrates anew, and begins with another strategy; a later command adds rounds."""
     count, scale = (1, 0.2) if is_quick else (count, 1.0)
     workers = workers[:1] if is_quick else workers
+    conditions = list(CONDITIONS)[:1] if is_quick else list(CONDITIONS)
     first = max((p.round for p in before), default=-1) + 1
     for number in range(first, first + count):
         for n in workers:
             machine = calibration(n, CALIBRATION_SECONDS * scale)
             for strategy in rotated(strategies, number):
-                for condition in CONDITIONS:
+                for condition in conditions:
                     made = compare(strategy, condition, n, number, machine, SECONDS * scale)
                     print(
                         f"round {number}  {n} workers  {strategy:10} {condition:10} "
@@ -442,7 +443,7 @@ def rounds(
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line("prediction", __doc__, "two workers, half a second each", rounds=3)
+    parser = command_line("prediction", __doc__, "each strategy once, half a second", rounds=3)
     add_some(parser, "only", list(STRATEGIES))
     add_some(parser, "workers", {str(n): n for n in WORKERS})
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
