@@ -28,7 +28,7 @@ from scaledtrain.optim.scaling import decay_groups, norms_and_biases, zero_gamma
 from scaledtrain.optim.warmup import units_per_update
 from scaledtrain.parallel import Pipeline
 from scaledtrain.replica import MakeScheduler
-from scaledtrain.schema import Node, complete, did_you_mean, make
+from scaledtrain.schema import Node, class_name, complete, did_you_mean, make
 from scaledtrain.seeding import seed_everything
 from scaledtrain.strategies import Strategy
 from scaledtrain.tasks import Task
@@ -73,9 +73,9 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
     model, lacking = complete(config.model, task.sizes)
     if lacking:
         raise ConfigError(
-            f"model {_class(config.model)} needs {' and '.join(lacking)}, which data "
-            f"{_class(config.data)} does not say (it says: {', '.join(task.sizes) or 'nothing'}); "
-            f"choose a model and data that belong together, or set model.{lacking[0]}=..."
+            f"model {class_name(config.model)} needs {' and '.join(lacking)}, which data "
+            f"{class_name(config.data)} does not say (it says: "
+            f"{', '.join(task.sizes) or 'nothing'}); choose a model and data that belong together, or set model.{lacking[0]}=..."
         )
     sizes = {**task.sizes, **{k: v for k, v in model.items() if isinstance(v, int)}}
     task = replace(task, metrics={**task.metrics, **make_metrics(config.eval_metrics, sizes)})
@@ -84,7 +84,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
         there = ", ".join(metrics) if task.test is not None else "nothing, for lack of test data"
         raise ConfigError(
             f"target.metric is {metric!r}{did_you_mean(metric, metrics)}, but data "
-            f"{_class(config.data)} evaluates: {there}"
+            f"{class_name(config.data)} evaluates: {there}"
         )
     return replace(config, model=model), task
 
@@ -304,7 +304,7 @@ class _Optimization:
         node, lacking = complete(config.lr_scheduler, known, n_given=1)
         if lacking:
             raise ConfigError(
-                f"lr_scheduler {_class(node)} needs {' and '.join(lacking)}, the number of "
+                f"lr_scheduler {class_name(node)} needs {' and '.join(lacking)}, the number of "
                 "updates, which follows from "
                 f"{'max_steps' if is_adascale else 'max_steps or max_epochs'}; "
                 f"set {'it' if is_adascale else 'one'}, or lr_scheduler.{lacking[0]}"
@@ -356,11 +356,7 @@ def make_of(key: str, node: Node, given: Any) -> Any:
     except ValueError as error:
         if isinstance(error, ScaledTrainError):
             raise
-        raise ConfigError(f"{key} {_class(node)}: {error}") from error
-
-
-def _class(node: Node) -> str:
-    return str(node["_target_"]).rpartition(".")[2]
+        raise ConfigError(f"{key} {class_name(node)}: {error}") from error
 
 
 def _a(value: object) -> str:

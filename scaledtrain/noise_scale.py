@@ -226,7 +226,7 @@ class NoiseScale(Callback):
         following = grow.following(self._multiple, configured)
         called = following > self._multiple and scale >= following * configured
         self._calls = self._calls + 1 if called else 0
-        grows = self._calls >= grow.patience  # asked for, should rounding differ
+        grows = self._calls >= grow.patience  # all ask, since rounding may differ
         grows = any_rank(trainer.strategy.lockstep, grows, trainer.link.device)
         if trainer.layout.agree(grows):
             self._multiple, self._calls = following, 0

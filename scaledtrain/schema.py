@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from scaledtrain.errors import ConfigError
 
-__all__ = ["Kind", "Misfit", "Node", "complete", "did_you_mean", "make", "parse"]
+__all__ = ["Kind", "Misfit", "Node", "class_name", "complete", "did_you_mean", "make", "parse"]
 
 LEFT_OUT = "???"  # as OmegaConf writes a value that is still to be given
 _SPECIAL = ("_target_", "_partial_")  # keys of a node that are no arguments
@@ -168,6 +168,16 @@ def complete(node: Node, known: Mapping[str, Any], n_given: int = 0) -> tuple[No
     wanted -= {name for name, value in node.items() if value != LEFT_OUT}
     filled = {name: known[name] for name in wanted & known.keys()}
     return Node({**node, **filled}), sorted(wanted - known.keys())
+
+
+def class_name(node: Mapping[str, Any]) -> str:
+    """Of what a part of a config names, without its module.
+
+    Example:
+        >>> class_name({"_target_": "torch.optim.SGD", "lr": 0.1})
+        'SGD'
+    """
+    return str(node["_target_"]).rpartition(".")[2]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

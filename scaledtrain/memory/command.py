@@ -33,7 +33,7 @@ from scaledtrain.memory.table import Cell, Report, to_text
 from scaledtrain.precision import Precision, PrecisionName
 from scaledtrain.recompute import CheckpointEvery, CheckpointPolicy, CheckpointSqrt, Selective
 from scaledtrain.recompute.budget import MemoryBudget
-from scaledtrain.schema import make, parse
+from scaledtrain.schema import class_name, make, parse
 from scaledtrain.tasks import Task
 
 __all__ = ["MemoryConfig", "main", "make_estimator", "report"]
@@ -145,9 +145,9 @@ def report(training: TrainConfig, asked: MemoryConfig, progress: bool = False) -
             why_not = str(error)
         cells.append(Cell(str(precision), name, estimate, largest, why_not))
     return Report(
-        model=_class(training.model),
-        optimizer=_class(training.optimizer),
-        strategy=_class(training.strategy),
+        model=class_name(training.model),
+        optimizer=class_name(training.optimizer),
+        strategy=class_name(training.strategy),
         workers=workers,
         mesh_shard=training.mesh.shard,
         mesh_pipe=training.mesh.pipe,
@@ -233,7 +233,7 @@ def _chosen(training: TrainConfig) -> str:
     node = training.activation_checkpointing
     if node is None:
         return "none"
-    name = _class(node)
+    name = class_name(node)
     if name == "CheckpointEvery":
         return "full" if node.get("k", 1) == 1 else "every_k"
     return {
@@ -241,7 +241,3 @@ def _chosen(training: TrainConfig) -> str:
         "Selective": "selective",
         "MemoryBudget": "memory_budget",
     }.get(name, name)
-
-
-def _class(node: Any) -> str:
-    return str(node["_target_"]).rpartition(".")[2]
