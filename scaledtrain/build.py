@@ -75,7 +75,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, Task]:
         raise ConfigError(
             f"model {class_name(config.model)} needs {' and '.join(lacking)}, which data "
             f"{class_name(config.data)} does not say (it says: "
-            f"{', '.join(task.sizes) or 'nothing'}); choose a model and data that belong together, or set model.{lacking[0]}=..."
+            f"{', '.join(task.sizes) or 'nothing'}); choose a model and data that belong "
+            f"together, or set model.{lacking[0]}=..."
         )
     sizes = {**task.sizes, **{k: v for k, v in model.items() if isinstance(v, int)}}
     task = replace(task, metrics={**task.metrics, **make_metrics(config.eval_metrics, sizes)})
