@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scaledtrain.allocator import keep_freed_memory
 from scaledtrain.balance import Balance
 from scaledtrain.balance.make import make_balancer
 from scaledtrain.callbacks import Callback
@@ -192,6 +193,8 @@ class Trainer:
         if link is None:
             link = self._owned = connect()
         self.link: Link = link
+        if link.device.type == "cpu":
+            keep_freed_memory()
         if self._short.steps:
             run_dir, checkpointing, resume = self._short.keep_nothing(
                 link, run_dir, checkpointing, resume
