@@ -7,21 +7,24 @@ python -m benchmarks.recompute --table          write README.md's table anew
 python -m benchmarks.recompute --check          fail if README.md is not up to date
 
 Every contender trains the same chain of blocks; bytes are those of activations that are alive at
-once, counted in the same way for all, and time is that of a step against keeping everything, in the
-same process and round. Beside every fixed policy stands ours with a budget of just its bytes. At
-the end, how deep a GPT fits into a fixed number of bytes.
+once, counted in the same way for all. A fixed policy, ours with a budget of just its bytes, and
+keeping everything take turns step by step, so that time is compared with what ran a moment before.
+At the end, how deep a GPT fits into a fixed number of bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,22 +36,28 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from benchmarks.command_line import add_some, carry_out, command_line
 from benchmarks.harness import (
     ROOT,
+    BenchmarkError,
     Report,
     Spread,
     provenance,
     python_module,
     rotated,
 )
+from scaledtrain.allocator import keep_freed_memory
 from scaledtrain.errors import ConfigError
 from scaledtrain.models.gpt import GPT
-from scaledtrain.recompute import MemoryBudget, checkpoint_activations
+from scaledtrain.recompute import Executor, MemoryBudget, checkpoint_activations
 from scaledtrain.recompute.live_bytes import LiveBytes
 
 Blocks = Sequence[nn.Module]
 Run = Callable[[Blocks, Tensor], Tensor]
 
-REPEATS = 3  # steps of a contender in a round
+REPEATS = 5  # steps of a contender in a round
 SHARES = (10, 15, 30)  # of what everything needs, one part in so many
+OFFERED = list(itertools.product(SHARES, (None, "disk")))
+TIMES = (("gpt", 10, 0.25), ("mlp", 10, 0.25), ("gpt", 30, 0.45))
+"""Of a chain, with one part in so many of its bytes: what time it may take more."""
+OURS = "ours, bytes of "
 PACKAGES = ("torch", "deepspeed", "numpy")
 THREADS = 2
 DEEPEST = "deepest"
@@ -138,6 +147,12 @@ SETTINGS = {
     },
 }
 
+
+def shown_share(share: int, offload: str | None) -> str:
+    """Ours with one part in so many of the bytes."""
+    return f"ours, 1/{share}" if offload is None else f"ours, 1/{share}, {offload}"
+
+
 # --- Contenders -------------------------------------------------------------------------------
 
 
@@ -190,7 +205,6 @@ def deepspeed_every_block(blocks: Blocks, x: Tensor) -> Tensor:
 
 NONE = "none"
 FIXED: Mapping[str, Run] = {
-    NONE: one_by_one,
     "torch, every block": partial(in_groups, 1),
     "torch, every 2": partial(in_groups, 2),
     "torch, every 4": partial(in_groups, 4),
@@ -211,81 +225,108 @@ class Point:
     peak_bytes: int
     """Activations alive at once, at most."""
     seconds: list[float]
-    """Of each step."""
+    """Of each step; none if nothing fits."""
+    plain_seconds: list[float] = field(default_factory=list)
+    """Of the steps between them, in which everything was kept."""
     budget: int | None = None
     """Of ours, in bytes."""
+    planned_bytes: int = 0
+    planned_more: float = 0.0
+    """Time, as a part of that of keeping everything."""
     told: str = ""
     """What the planner said."""
     depth: int | None = None
     """Blocks, where contenders have different ones."""
+
+    @property
+    def more(self) -> float:
+        """Time, as a part of that of keeping everything."""
+        return statistics.median(self.seconds) / statistics.median(self.plain_seconds) - 1.0
 
 
 def loss_of(x: Tensor, called: Callable[[Tensor], Tensor]) -> Tensor:
     return called(x).float().square().mean()
 
 
-def measure(model: Stack, x: Tensor, repeats: int) -> tuple[int, list[float]]:
-    """Bytes, in a step of its own; seconds of others. Gradients are there before."""
-
-    def step() -> None:
+def peak_of(model: Stack, x: Tensor) -> int:
+    """Bytes of activations in a step."""
+    with LiveBytes() as counted:
         loss_of(x, model).backward()
+    return counted.peak
 
+
+def by_turns(models: Sequence[Stack], x: Tensor, repeats: int) -> list[list[float]]:
+    """Seconds of steps of each, one after another, so that none has another moment to itself."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for number in range(repeats):
+        for index in rotated(range(len(models)), number):
+            start = time.perf_counter()
+            loss_of(x, models[index]).backward()
+            seconds[index].append(time.perf_counter() - start)
+    return seconds
+
+
+def with_gradients(model: Stack) -> Stack:
+    """The model, after a first step: what it accumulates into is there."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with LiveBytes() as counted:
-        step()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return counted.peak, seconds
+    return model
 
 
 def measure_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
-    """All contenders of one chain, one after another, the fixed ones first."""
+    """All contenders of one chain, one after another."""
     make, depth = CHAINS[chain]
     torch.manual_seed(0)
     model, x = make(8 if is_quick else depth)
+    plain, fixed, own = (with_gradients(copy.deepcopy(model)) for _ in range(3))
     repeats = 1 if is_quick else REPEATS
-    peaks: dict[str, int] = {}
+    everything = peak_of(plain, x)
+    yield Point(chain, NONE, number, everything, [])
     for name, run in rotated(list(FIXED.items()), number):
-        model.run = run
-        peaks[name], seconds = measure(model, x, repeats)
-        yield Point(chain, name, number, peaks[name], seconds)
-    model.run = one_by_one
-    budgets = {
-        f"ours, bytes of {name}": MemoryBudget(peak) for name, peak in peaks.items() if name != NONE
-    }
-    for share in SHARES:
-        n_bytes = peaks[NONE] // share
-        budgets[f"ours, 1/{share}"] = MemoryBudget(n_bytes)
-        budgets[f"ours, 1/{share}, disk"] = MemoryBudget(n_bytes, offload="disk")
-    for name, budget in rotated(list(budgets.items()), number):
-        yield with_budget(chain, name, number, model, x, budget, repeats)
-    peak, seconds = measure(model, x, repeats)
-    yield Point(chain, NONE, number, peak, seconds)
+        fixed.run = run
+        peak = peak_of(fixed, x)
+        beside, executor = with_budget(chain, f"{OURS}{name}", number, own, x, MemoryBudget(peak))
+        models = [plain, fixed] if executor is None else [plain, fixed, own]
+        seconds = by_turns(models, x, repeats)
+        yield Point(chain, name, number, peak, seconds[1], seconds[0])
+        if executor is not None:
+            executor.remove()
+            beside = replace(beside, seconds=seconds[2], plain_seconds=seconds[0])
+        yield beside
+    for share, offload in rotated(OFFERED, number):
+        name = shown_share(share, offload)
+        budget = MemoryBudget(everything // share, offload=offload)
+        point, executor = with_budget(chain, name, number, own, x, budget)
+        if executor is not None:
+            seconds = by_turns([plain, own], x, repeats)
+            executor.remove()
+            point = replace(point, seconds=seconds[1], plain_seconds=seconds[0])
+        yield point
 
 
 def with_budget(
-    chain: str,
-    name: str,
-    number: int,
-    model: Stack,
-    x: Tensor,
-    budget: MemoryBudget,
-    repeats: int,
-) -> Point:
-    """Ours; without seconds if nothing fits."""
-    depth = len(model.blocks)
-    budget = replace(budget, blocks=_names(model))
+    chain: str, name: str, number: int, model: Stack, x: Tensor, budget: MemoryBudget
+) -> tuple[Point, Executor | None]:
+    """The model with a budget, but for its seconds; None: nothing fits."""
+    names = [f"blocks.{index}" for index in range(len(model.blocks))]
     try:
-        executor = checkpoint_activations(model, budget, partial(loss_of, x))
+        executor = checkpoint_activations(model, replace(budget, blocks=names), partial(loss_of, x))
     except ConfigError as error:
-        return Point(chain, name, number, 0, [], budget.n_bytes, str(error), depth)
-    peak, seconds = measure(model, x, repeats)
-    executor.remove()
-    return Point(chain, name, number, peak, seconds, budget.n_bytes, executor.told, depth)
+        return Point(chain, name, number, 0, [], budget=budget.n_bytes, told=str(error)), None
+    planned = executor.planned
+    assert planned is not None
+    point = Point(
+        chain,
+        name,
+        number,
+        peak_of(model, x),
+        [],
+        budget=budget.n_bytes,
+        planned_bytes=planned.predicted.peak_bytes,
+        planned_more=planned.predicted_more,
+        told=executor.told,
+    )
+    return point, executor
 
 
 def deepest_round(number: int, is_quick: bool) -> Iterator[Point]:
@@ -300,12 +341,15 @@ def deepest_round(number: int, is_quick: bool) -> Iterator[Point]:
         if depth:
             model, x = gpt(depth, 16)
             model.run = run
-            peak, seconds = measure(model, x, 1)
-            yield Point(DEEPEST, name, number, peak, seconds, n_bytes, depth=depth)
-    for name, offload in (("ours", None), ("ours, disk", "disk")):
+            peak, [seconds] = peak_of(with_gradients(model), x), by_turns([model], x, 1)
+            yield Point(DEEPEST, name, number, peak, seconds, budget=n_bytes, depth=depth)
+    for offload in (None, "disk"):
         model, x = gpt(8 if is_quick else OUR_DEPTH, 16)
         budget = MemoryBudget(n_bytes, offload=offload)
-        yield with_budget(DEEPEST, name, number, model, x, budget, 1)
+        name = "ours" if offload is None else "ours, disk"
+        point, executor = with_budget(DEEPEST, name, number, with_gradients(model), x, budget)
+        seconds = [] if executor is None else by_turns([model], x, 1)[0]
+        yield replace(point, seconds=seconds, depth=len(model.blocks))
 
 
 def deepest(run: Run, size: int, n_bytes: int) -> int:
@@ -314,9 +358,7 @@ def deepest(run: Run, size: int, n_bytes: int) -> int:
     for groups in (2, 4):
         model, x = gpt(groups * size, 16)
         model.run = run
-        with LiveBytes() as counted:
-            loss_of(x, model).backward()
-        peaks.append(counted.peak)
+        peaks.append(peak_of(model, x))
     by_group = (peaks[1] - peaks[0]) / 2
     return max(0, size * (2 + int((n_bytes - peaks[0]) / by_group)))
 
@@ -328,45 +370,39 @@ def a_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
     return measure_round(chain, number, is_quick)
 
 
-def _names(model: Stack) -> list[str]:
-    return [f"blocks.{index}" for index in range(len(model.blocks))]
-
-
 # --- What is shown ----------------------------------------------------------------------------
 
 
-def extra(points: Sequence[Point], chain: str, name: str) -> Spread | None:
-    """Time over that of keeping everything, less 1, by round."""
-    values = []
-    for number in sorted({p.round for p in points if p.chain == chain}):
-        own = _seconds(points, chain, name, number)
-        base = _seconds(points, chain, NONE, number)
-        if own and base:
-            values.append(statistics.median(own) / statistics.median(base) - 1.0)
-    return Spread.of(values)
+def more_time(points: Sequence[Point], chain: str, name: str) -> Spread | None:
+    """Over that of keeping everything, less 1, by round."""
+    return Spread.of([p.more for p in _of(points, chain, name) if p.seconds])
 
 
-def _seconds(points: Sequence[Point], chain: str, name: str, number: int) -> list[float]:
-    of_chain = [p for p in points if (p.chain, p.contender, p.round) == (chain, name, number)]
-    return [second for point in of_chain for second in point.seconds]
+def slower(points: Sequence[Point], chain: str, name: str) -> Spread | None:
+    """Time of ours with the bytes of a fixed policy over that of the policy, by round."""
+    fixed = {p.round: p.seconds for p in _of(points, chain, name)}
+    own = {p.round: p.seconds for p in _of(points, chain, f"{OURS}{name}") if p.seconds}
+    both = [(own[r], fixed[r]) for r in own if r in fixed]
+    return Spread.of([statistics.median(a) / statistics.median(b) for a, b in both])
+
+
+def _of(points: Sequence[Point], chain: str, name: str) -> list[Point]:
+    return [p for p in points if (p.chain, p.contender) == (chain, name)]
 
 
 def _peak(points: Sequence[Point], chain: str, name: str) -> int:
-    return max((p.peak_bytes for p in points if (p.chain, p.contender) == (chain, name)), default=0)
+    return max((p.peak_bytes for p in _of(points, chain, name)), default=0)
 
 
 def render(points: Sequence[Point], where: Mapping[str, Any]) -> str:
     """The tables, in Markdown."""
+    chains = [chain for chain in CHAINS if any(p.chain == chain for p in points)]
     parts = [provenance(where)]
-    for chain in CHAINS:
-        if any(p.chain == chain for p in points):
-            parts.append(_table(points, chain, where["settings"]["chains"][chain]))
+    for chain in chains:
+        parts += [_table(points, chain, where["settings"]["chains"][chain]), _ours(points, chain)]
     if any(p.chain == DEEPEST for p in points):
         parts.append(_deepest_table(points, where["settings"]["chains"][DEEPEST]))
-    kept = [p for p in points if p.contender.startswith("ours") and p.seconds]
-    if kept:
-        over = sum(p.peak_bytes > (p.budget or 0) for p in kept)
-        parts.append(f"Of {len(kept)} runs with a budget {over} needed more bytes than that.")
+    parts.append(_bars(points, chains))
     return "\n\n".join(parts) + "\n"
 
 
@@ -375,21 +411,95 @@ def _table(points: Sequence[Point], chain: str, what: str) -> str:
     lines = [
         f"**{chain}** ({what}), {everything / 2**20:.0f} MiB if everything is kept",
         "",
-        "| | times less bytes | more time | ours, with its bytes: more time |",
-        "|---|--:|--:|--:|",
+        "| | times less bytes | more time | ours, with its bytes: more time | ours / it |",
+        "|---|--:|--:|--:|--:|",
     ]
     for name in FIXED:
         peak = _peak(points, chain, name)
-        if name != NONE and peak:
-            beside = _shown(extra(points, chain, f"ours, bytes of {name}"))
-            own = _shown(extra(points, chain, name))
-            lines.append(f"| {name} | {everything / peak:.1f} | {own} | {beside} |")
-    for name in (f"ours, 1/{share}{where}" for share in SHARES for where in ("", ", disk")):
-        if any(p.contender == name and p.chain == chain for p in points):
-            peak = _peak(points, chain, name)
-            less = f"{everything / peak:.1f}" if peak else "does not fit"
-            lines.append(f"| {name} | {less} | {_shown(extra(points, chain, name))} | |")
+        if peak:
+            own = _shown(more_time(points, chain, name))
+            beside = _shown(more_time(points, chain, f"{OURS}{name}"))
+            ratio = _ratio(slower(points, chain, name))
+            lines.append(f"| {name} | {everything / peak:.1f} | {own} | {beside} | {ratio} |")
     return "\n".join(lines)
+
+
+def _ours(points: Sequence[Point], chain: str) -> str:
+    """What was planned beside what came of it."""
+    everything = _peak(points, chain, NONE)
+    lines = [
+        "| | times less bytes | MiB: budget | planned | measured | more time: planned | measured |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in (*(f"{OURS}{n}" for n in FIXED), *(shown_share(*s) for s in OFFERED)):
+        own = _of(points, chain, name)
+        if not own:
+            continue
+        mib = [max(p.budget or 0 for p in own) / 2**20]
+        fitting = [p for p in own if p.seconds]
+        if not fitting:
+            lines.append(f"| {name} | does not fit | {mib[0]:.1f} | | | | |")
+            continue
+        mib += [max(p.planned_bytes for p in fitting) / 2**20, _peak(fitting, chain, name) / 2**20]
+        cells = [f"{everything / _peak(fitting, chain, name):.1f}", *(f"{x:.1f}" for x in mib)]
+        planned = _shown(Spread.of([p.planned_more for p in fitting]))
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {planned} | "
+            f"{_shown(more_time(points, chain, name))} |"
+        )
+    return "\n".join(lines)
+
+
+def _bars(points: Sequence[Point], chains: Sequence[str]) -> str:
+    lines = ["What it has to reach:", "", "| | measured | |", "|---|---|---|"]
+    for chain in chains:
+        for name in FIXED:
+            lines.append(
+                _bar(
+                    f"{chain}: ours / {name}, in as many bytes ≤ 1", slower(points, chain, name), 1
+                )
+            )
+    for chain, share, bar in TIMES:
+        if chain in chains:
+            for offload in (None, "disk"):
+                found = more_time(points, chain, shown_share(share, offload))
+                name = f"{chain}: {shown_share(share, offload)} of the bytes, more time"
+                lines.append(_bar(f"{name} ≤ {bar:.0%}", found, bar, _shown))
+    own = [
+        p for p in points if p.budget is not None and p.contender.startswith("ours") and p.seconds
+    ]
+    if own:
+        over = sum(p.peak_bytes > (p.budget or 0) for p in own)
+        lines.append(
+            f"| runs that exceed their budget, of {len(own)}: 0 | {over} | {_passes(not over)} |"
+        )
+        wrong = max(abs(p.planned_bytes / p.peak_bytes - 1.0) for p in own)
+        lines.append(
+            f"| planned bytes beside measured ones, at most 5% apart | {wrong:.1%} | "
+            f"{_passes(wrong <= 0.05)} |"
+        )
+    fits = [p.depth or 0 for p in points if p.chain == DEEPEST and p in own]
+    if any(p.chain == DEEPEST for p in points):
+        lines.append(
+            f"| blocks of a GPT in {DEEPEST_BYTES // 2**20} MiB ≥ {OUR_DEPTH:,} | "
+            f"{max(fits, default=0):,} | {_passes(max(fits, default=0) >= OUR_DEPTH)} |"
+        )
+    return "\n".join(lines)
+
+
+def _bar(
+    what: str,
+    found: Spread | None,
+    most: float,
+    shown: Callable[[Spread | None], str] | None = None,
+) -> str:
+    if found is None:
+        return f"| {what} | nothing fits | |"
+    return f"| {what} | {(shown or _ratio)(found)} | {_passes(found.median <= most)} |"
+
+
+def _passes(does: bool) -> str:
+    return "pass" if does else "**MISSED**"
 
 
 def _deepest_table(points: Sequence[Point], what: str) -> str:
@@ -408,6 +518,10 @@ def _deepest_table(points: Sequence[Point], what: str) -> str:
         shown = "does not fit" if times is None else f"{times.median:.0f}"
         lines.append(f"| {name} | {depth} | {peak:.1f} | {shown} |")
     return "\n".join(lines)
+
+
+def _ratio(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
 
 
 def _shown(spread: Spread | None) -> str:
@@ -435,10 +549,13 @@ def rounds(
 def in_a_process(chain: str, number: int) -> Iterator[Point]:
     """One round in a fresh one."""
     command = python_module("benchmarks.recompute", "--work", chain, str(number))
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for line in ran.stdout.splitlines():
-        if line.startswith("{"):
-            yield Point(**json.loads(line))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield Point(**json.loads(line))
+    if process.returncode:
+        raise BenchmarkError(f"{shlex.join(command)} ended with status {process.returncode}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -452,6 +569,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.work:
         torch.set_num_threads(THREADS)
+        keep_freed_memory()  # for all: else each step's time hangs on what is where in the heap
         for point in a_round(options.work[0], int(options.work[1]), False):
             print(json.dumps(asdict(point)), flush=True)
         return 0

@@ -24,7 +24,17 @@ from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results
 from scaledtrain.recompute.measure import measure_chain
 from scaledtrain.recompute.offload import DiskStore, HostStore, Store
 from scaledtrain.recompute.placeholder import UsedElsewhereError
-from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, depth, every, kept_bytes
+from scaledtrain.recompute.plan import (
+    Keep,
+    Plan,
+    Planned,
+    Recompute,
+    cost,
+    count_blocks,
+    depth,
+    every,
+    kept_bytes,
+)
 from scaledtrain.recompute.policies import CheckpointPolicy, Live
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
@@ -239,7 +249,9 @@ class PlanSearch:
 
     def _told(self, plan: Plan, n_bytes: int, measured: int) -> Executor:
         executor = self._executor(plan)
-        executor.told = _told(self._chain, plan, n_bytes, measured)
+        everything = cost(self._chain, (Keep(),) * len(self._chain))
+        executor.planned = Planned(cost(self._chain, plan), everything, measured)
+        executor.told = _told(plan[:-1], n_bytes, executor.planned)
         if self._others:
             executor.told += f"; {self._others + 1} microbatches at once"
         return executor
@@ -328,25 +340,22 @@ def _plan(chain: Chain, peak_bytes: int) -> Plan | None:
     return None if plan is None or depth(plan) > _MAX_DEPTH else plan
 
 
-def _told(chain: Chain, plan: Plan, budget: int, measured: int) -> str:
-    steps = plan[:-1]
-    kept = Counter(step.way for step in steps if isinstance(step, Keep))
+def _told(plan: Plan, budget: int, planned: Planned) -> str:
+    kept = Counter(step.way for step in plan if isinstance(step, Keep))
     whole = kept.pop("all", 0)
     told = [f"{whole} keep everything", *(f"{n} keep {way}" for way, n in sorted(kept.items()))]
-    groups = sum(isinstance(step, Recompute) for step in steps)
+    groups = sum(isinstance(step, Recompute) for step in plan)
     if groups:
-        computed = len(chain) - 1 - whole - sum(kept.values())
+        computed = count_blocks(plan) - whole - sum(kept.values())
         told.append(f"{computed} are computed again in {groups} groups")
-    offloaded = sum(step.offload for step in steps)
+    offloaded = sum(step.offload for step in plan)
     if offloaded:
         told.append(f"{offloaded} inputs are elsewhere meanwhile")
-    predicted = cost(chain, plan)
-    everything = cost(chain, (Keep(),) * len(chain))
     return (
-        f"activations: of {len(chain) - 1} blocks {', '.join(told)}; predicted are "
-        f"{_mib(predicted.peak_bytes)} and {predicted.seconds / everything.seconds - 1.0:+.0%} "
-        f"time, measured {_mib(measured)} of {_mib(budget)} (everything: "
-        f"{_mib(everything.peak_bytes)})"
+        f"activations: of {count_blocks(plan)} blocks {', '.join(told)}; predicted are "
+        f"{_mib(planned.predicted.peak_bytes)} and {planned.predicted_more:+.0%} time, measured "
+        f"{_mib(planned.measured_bytes)} of {_mib(budget)} (everything: "
+        f"{_mib(planned.everything.peak_bytes)})"
     )
 
 

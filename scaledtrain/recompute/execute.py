@@ -24,7 +24,7 @@ from scaledtrain.recompute.blocks import (
 from scaledtrain.recompute.dear import Inside, MakeContexts
 from scaledtrain.recompute.offload import Offload, Store
 from scaledtrain.recompute.placeholder import Placeholder
-from scaledtrain.recompute.plan import Keep, Plan, Step, count_blocks
+from scaledtrain.recompute.plan import Keep, Plan, Planned, Step, count_blocks
 from scaledtrain.recompute.rerun import Rerun
 
 __all__ = ["Executor"]
@@ -52,6 +52,10 @@ class Executor:
         told: what to tell the user about the plan.
         inside: modules whose calls the ways want to know of.
 
+    Attributes:
+        told: see above.
+        planned: what the plan is to come to, if something was measured for it.
+
     Raises:
         ConfigError: when the model is called: blocks that are to be computed again together are not
             called one after another with the same other arguments, or return more than one thing,
@@ -69,6 +73,7 @@ class Executor:
         inside: Inside | None = None,
     ) -> None:
         self.told = told
+        self.planned: Planned | None = None
         self._plan, self._ways, self._store, self._inside = plan, ways, store, inside
         assert count_blocks(plan) == len(blocks)
         self._waiting: _Together | None = None  # has run, but not all of its blocks were called
@@ -97,7 +102,9 @@ class Executor:
     def on(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Executor:
         """Let the blocks of another model run as these do."""
         plan, ways, store = self._plan, self._ways, self._store
-        return Executor(model, blocks, plan, ways, store, self.told, self._inside)
+        other = Executor(model, blocks, plan, ways, store, self.told, self._inside)
+        other.planned = self.planned
+        return other
 
     def remove(self) -> None:
         """Let the blocks run as they are."""

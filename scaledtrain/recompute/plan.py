@@ -12,6 +12,7 @@ __all__ = [
     "Cost",
     "Keep",
     "Plan",
+    "Planned",
     "Recompute",
     "Step",
     "cost",
@@ -89,6 +90,20 @@ class Cost(NamedTuple):
 
     seconds: float
     peak_bytes: int
+
+
+class Planned(NamedTuple):
+    """What a plan is to come to, what keeping everything would, and what was found."""
+
+    predicted: Cost
+    everything: Cost
+    measured_bytes: int
+    """At most, when the plan was tried out."""
+
+    @property
+    def predicted_more(self) -> float:
+        """Time, as a part of that of keeping everything: 0.25 is a quarter more."""
+        return self.predicted.seconds / self.everything.seconds - 1.0
 
 
 def cost(chain: Chain, plan: Plan) -> Cost:
