@@ -204,7 +204,8 @@ def policies(number: int, is_quick: bool) -> Iterator[Run]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     live: dict[str, int] = {}
-    fixed = {name: run for name, run in recompute.FIXED.items() if "DeepSpeed" not in name}
+    torchs = {name: run for name, run in recompute.FIXED.items() if "DeepSpeed" not in name}
+    fixed = {recompute.NONE: recompute.one_by_one, **torchs}
     for name, run in rotated(list(fixed.items()), number):
         model.run = run
         measured = _policy(name, number, model, x, is_quick)

@@ -104,8 +104,8 @@ class Case:
             text = torch.randint(VOCABULARY, shape, generator=generator)
             return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
-        n = 1 if is_quick else 5
-        return Workload(self.name, model, next_token_loss, batch, 2, n, 1, n, 1000, 1)
+        first, n = (1, 1) if is_quick else (3, 15)
+        return Workload(self.name, model, next_token_loss, batch, 2, first, 1, n, 1000, 1)
 
 
 CASES = {

@@ -52,7 +52,7 @@ from scaledtrain.recompute.live_bytes import LiveBytes
 Blocks = Sequence[nn.Module]
 Run = Callable[[Blocks, Tensor], Tensor]
 
-REPEATS = 5  # steps of a contender in a round
+REPEATS = 6  # steps of a contender in a round: each has each place in as many
 SHARES = (10, 15, 30)  # of what everything needs, one part in so many
 OFFERED = list(itertools.product(SHARES, (None, "disk")))
 TIMES = (("gpt", 10, 0.25), ("mlp", 10, 0.25), ("gpt", 30, 0.45))
@@ -225,7 +225,7 @@ class Point:
     peak_bytes: int
     """Activations alive at once, at most."""
     seconds: list[float]
-    """Of each step; none if nothing fits."""
+    """Of each step; none if nothing fits, or none was timed."""
     plain_seconds: list[float] = field(default_factory=list)
     """Of the steps between them, in which everything was kept."""
     budget: int | None = None
@@ -240,8 +240,13 @@ class Point:
 
     @property
     def more(self) -> float:
-        """Time, as a part of that of keeping everything."""
-        return statistics.median(self.seconds) / statistics.median(self.plain_seconds) - 1.0
+        """Time, as a part of that of keeping everything in the same turn."""
+        return by_turn(self.seconds, self.plain_seconds) - 1.0
+
+
+def by_turn(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the ratios of what took turns."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def loss_of(x: Tensor, called: Callable[[Tensor], Tensor]) -> Tensor:
@@ -256,10 +261,11 @@ def peak_of(model: Stack, x: Tensor) -> int:
 
 
 def by_turns(models: Sequence[Stack], x: Tensor, repeats: int) -> list[list[float]]:
-    """Seconds of steps of each, one after another, so that none has another moment to itself."""
+    """Seconds of steps of each, in turns, so that none has another moment to itself."""
     seconds: list[list[float]] = [[] for _ in models]
     for number in range(repeats):
-        for index in rotated(range(len(models)), number):
+        order = rotated(range(len(models)), number // 2)
+        for index in order if number % 2 == 0 else reversed(order):
             start = time.perf_counter()
             loss_of(x, models[index]).backward()
             seconds[index].append(time.perf_counter() - start)
@@ -267,18 +273,18 @@ def by_turns(models: Sequence[Stack], x: Tensor, repeats: int) -> list[list[floa
 
 
 def with_gradients(model: Stack) -> Stack:
-    """The model, after a first step: what it accumulates into is there."""
+    """The model, with gradients that a step adds to."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model
 
 
 def measure_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
-    """All contenders of one chain, one after another."""
+    """All contenders of one chain; each with ours beside it, and keeping everything."""
     make, depth = CHAINS[chain]
     torch.manual_seed(0)
     model, x = make(8 if is_quick else depth)
-    plain, fixed, own = (with_gradients(copy.deepcopy(model)) for _ in range(3))
+    plain, fixed, own = (with_gradients(m) for m in (model, *map(copy.deepcopy, [model] * 2)))
     repeats = 1 if is_quick else REPEATS
     everything = peak_of(plain, x)
     yield Point(chain, NONE, number, everything, [])
@@ -288,10 +294,10 @@ def measure_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
         beside, executor = with_budget(chain, f"{OURS}{name}", number, own, x, MemoryBudget(peak))
         models = [plain, fixed] if executor is None else [plain, fixed, own]
         seconds = by_turns(models, x, repeats)
-        yield Point(chain, name, number, peak, seconds[1], seconds[0])
         if executor is not None:
             executor.remove()
             beside = replace(beside, seconds=seconds[2], plain_seconds=seconds[0])
+        yield Point(chain, name, number, peak, seconds[1], seconds[0])
         yield beside
     for share, offload in rotated(OFFERED, number):
         name = shown_share(share, offload)
@@ -307,7 +313,7 @@ def measure_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
 def with_budget(
     chain: str, name: str, number: int, model: Stack, x: Tensor, budget: MemoryBudget
 ) -> tuple[Point, Executor | None]:
-    """The model with a budget, but for its seconds; None: nothing fits."""
+    """What there is to say of the model but its seconds, and what to remove; None: nothing fits."""
     names = [f"blocks.{index}" for index in range(len(model.blocks))]
     try:
         executor = checkpoint_activations(model, replace(budget, blocks=names), partial(loss_of, x))
@@ -349,7 +355,10 @@ def deepest_round(number: int, is_quick: bool) -> Iterator[Point]:
         name = "ours" if offload is None else "ours, disk"
         point, executor = with_budget(DEEPEST, name, number, with_gradients(model), x, budget)
         seconds = [] if executor is None else by_turns([model], x, 1)[0]
+        if executor is not None:
+            executor.remove()
         yield replace(point, seconds=seconds, depth=len(model.blocks))
+        del model, executor  # before there is another one
 
 
 def deepest(run: Run, size: int, n_bytes: int) -> int:
@@ -375,7 +384,7 @@ def a_round(chain: str, number: int, is_quick: bool) -> Iterator[Point]:
 
 def more_time(points: Sequence[Point], chain: str, name: str) -> Spread | None:
     """Over that of keeping everything, less 1, by round."""
-    return Spread.of([p.more for p in _of(points, chain, name) if p.seconds])
+    return Spread.of([p.more for p in _of(points, chain, name) if p.seconds and p.plain_seconds])
 
 
 def slower(points: Sequence[Point], chain: str, name: str) -> Spread | None:
@@ -383,7 +392,7 @@ def slower(points: Sequence[Point], chain: str, name: str) -> Spread | None:
     fixed = {p.round: p.seconds for p in _of(points, chain, name)}
     own = {p.round: p.seconds for p in _of(points, chain, f"{OURS}{name}") if p.seconds}
     both = [(own[r], fixed[r]) for r in own if r in fixed]
-    return Spread.of([statistics.median(a) / statistics.median(b) for a, b in both])
+    return Spread.of([by_turn(a, b) for a, b in both])
 
 
 def _of(points: Sequence[Point], chain: str, name: str) -> list[Point]:
@@ -463,8 +472,8 @@ def _bars(points: Sequence[Point], chains: Sequence[str]) -> str:
         if chain in chains:
             for offload in (None, "disk"):
                 found = more_time(points, chain, shown_share(share, offload))
-                name = f"{chain}: {shown_share(share, offload)} of the bytes, more time"
-                lines.append(_bar(f"{name} ≤ {bar:.0%}", found, bar, _shown))
+                name = f"{chain}: {shown_share(share, offload)}: more time ≤ {bar:.0%}"
+                lines.append(_bar(name, found, bar, _shown))
     own = [
         p for p in points if p.budget is not None and p.contender.startswith("ours") and p.seconds
     ]
@@ -478,7 +487,7 @@ def _bars(points: Sequence[Point], chains: Sequence[str]) -> str:
             f"| planned bytes beside measured ones, at most 5% apart | {wrong:.1%} | "
             f"{_passes(wrong <= 0.05)} |"
         )
-    fits = [p.depth or 0 for p in points if p.chain == DEEPEST and p in own]
+    fits = [p.depth or 0 for p in own if p.chain == DEEPEST]
     if any(p.chain == DEEPEST for p in points):
         lines.append(
             f"| blocks of a GPT in {DEEPEST_BYTES // 2**20} MiB ≥ {OUR_DEPTH:,} | "
@@ -494,7 +503,7 @@ def _bar(
     shown: Callable[[Spread | None], str] | None = None,
 ) -> str:
     if found is None:
-        return f"| {what} | nothing fits | |"
+        return f"| {what} | not measured, or nothing fits | **MISSED** |"
     return f"| {what} | {(shown or _ratio)(found)} | {_passes(found.median <= most)} |"
 
 
@@ -538,10 +547,15 @@ REPORT = Report("recompute", Point, render)
 def rounds(
     chains: Sequence[str], count: int, before: Sequence[Point], is_quick: bool
 ) -> Iterator[Point]:
-    """Chain after chain, again and again, each in a fresh process unless it is quick."""
-    for number in range(1 if is_quick else count):
+    """Chain after chain, again and again, each in a fresh process unless it is quick.
+
+    A later command adds rounds.
+    """
+    stored = {chain: {p.round for p in before if p.chain == chain} for chain in chains}
+    for turn in range(1 if is_quick else count):
         for chain in chains:
-            for point in a_round(chain, 0, True) if is_quick else in_a_process(chain, number):
+            number = max(stored[chain], default=-1) + 1 + turn
+            for point in a_round(chain, number, True) if is_quick else in_a_process(chain, number):
                 print(f"round {number + 1}  {chain:8} {point.contender:40} {point.peak_bytes}")
                 yield point
 

@@ -54,7 +54,8 @@ class Executor:
 
     Attributes:
         told: see above.
-        planned: what the plan is to come to, if something was measured for it.
+        planned: what the plan is to come to, if something was measured for it; of one microbatch,
+            and of the first stage that this rank has.
 
     Raises:
         ConfigError: when the model is called: blocks that are to be computed again together are not

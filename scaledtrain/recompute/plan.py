@@ -98,7 +98,7 @@ class Planned(NamedTuple):
     predicted: Cost
     everything: Cost
     measured_bytes: int
-    """At most, when the plan was tried out."""
+    """At most, when the plan was tried out; of all microbatches that are under way at once."""
 
     @property
     def predicted_more(self) -> float:

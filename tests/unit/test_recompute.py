@@ -158,15 +158,21 @@ def test_a_budget_is_kept_and_predicted(case: str, share: float) -> None:
     expected, everything = trained(make(), sample)
     model = make()
     budget = int(share * everything)
-    told = checkpoint_activations(model, MemoryBudget(budget), sample).told
+    handle = checkpoint_activations(model, MemoryBudget(budget), sample)
     found, peak = trained(model, sample)
     assert peak <= budget
     assert all(map(torch.equal, expected, found))
-    predicted, measured, limit = (
-        float(n) for n in re.findall(r"([\d.]+) MiB", told.partition("predicted")[2])[:3]
+    planned = handle.planned
+    assert planned is not None
+    assert peak <= planned.measured_bytes <= budget
+    assert planned.predicted.peak_bytes == pytest.approx(planned.measured_bytes, rel=0.05)
+    assert planned.everything.peak_bytes == pytest.approx(everything, rel=0.05)
+    ahead = planned.predicted.seconds / planned.everything.seconds - 1.0
+    told = f"predicted are {planned.predicted.peak_bytes / 2**20:.1f} MiB and {ahead:+.0%} time"
+    assert told in handle.told
+    assert f"measured {planned.measured_bytes / 2**20:.1f} MiB of {budget / 2**20:.1f} MiB" in (
+        handle.told
     )
-    assert measured <= limit
-    assert predicted == pytest.approx(measured, rel=0.05, abs=0.011)
 
 
 @pytest.mark.parametrize("case", CASES)
