@@ -18,6 +18,7 @@ __all__ = ["SharedBoard", "StoreBoard"]
 _POLL_SECONDS = 0.005
 _REFRESH_SECONDS = 0.1
 _SILENCE_SECONDS = 10.0  # a rank that does not refresh for so long has died
+_CLOSE_SECONDS = 3.0
 _DEAD = -1
 
 
@@ -116,7 +117,9 @@ class StoreBoard(_Waiting):
     def close(self) -> None:
         """Leave."""
         self._over.set()
-        self._thread.join()
+        # Where the process with the store is just ending, a new connection to it can be taken and
+        # never answered: the client then tries for as long as it may wait, and nobody needs it.
+        self._thread.join(_CLOSE_SECONDS)
 
     def _refresh(self) -> None:
         beat, is_over = 0, False
