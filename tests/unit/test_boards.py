@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -161,6 +162,25 @@ def test_without_its_store_rank_0_is_dead_for_the_others(rank: int, words: list[
     board._thread.join(LONG)
     assert list(board.read()) == words
     board.close()
+
+
+def test_leaving_does_not_wait_for_a_connection_that_nobody_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def connect(store: dist.Store) -> None:
+        asked.set()
+        answered.wait(LONG)
+
+    monkeypatch.setattr(boards, "reconnected", connect)
+    monkeypatch.setattr(boards, "_CLOSE_SECONDS", 0.1)
+    board = StoreBoard(Gone(), 1, 2, LONG)  # type: ignore[arg-type]
+    assert asked.wait(LONG)
+    board.close()
+    assert board._thread.is_alive()  # it still waits for an answer
+    answered.set()
+    board._thread.join(LONG)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds sockets in /proc")
