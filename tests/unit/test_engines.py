@@ -156,16 +156,20 @@ def recipe(**options: Any) -> Recipe:
 def config_of(source: Path | None = None, **options: Any) -> dict[str, Any]:
     words = {"zero_stage": None, "offload": None, "offload_parameters": False}
     own = {name: options.pop(name) for name in list(options) if name in words}
-    return ds_config(source, recipe(**options), **{**words, **own})
+    n_elements = options.pop("n_elements", 100)
+    return ds_config(source, recipe(**options), n_elements=n_elements, **{**words, **own})
 
 
 def test_our_words_become_deepspeeds() -> None:
-    assert config_of()["zero_optimization"] == {"stage": 2}
+    assert config_of()["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 100}
     assert config_of(zero_stage=3, offload="cpu", offload_parameters=True)["zero_optimization"] == {
         "stage": 3,
+        "reduce_bucket_size": 100,
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
     }
+    large = config_of(n_elements=7 * 10**9)["zero_optimization"]
+    assert large["reduce_bucket_size"] == 500_000_000  # DeepSpeed's own
     mixed = config_of(precision={"name": "bf16-mixed"})
     assert mixed["torch_autocast"]["dtype"] == "bfloat16"
     scale = LossScale(initial=1024.0, growth_interval=7)
@@ -238,7 +242,15 @@ def test_a_file_that_agrees_is_passed_on(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     made = config_of(file, max_grad_norm=1.0)
     assert made["wall_clock_breakdown"] is True
-    assert made["zero_optimization"] == {"stage": 3, "sub_group_size": 1000}
+    assert made["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 100,  # all parameters
+        "sub_group_size": 1000,
+    }
+    content["zero_optimization"] = {"reduce_bucket_size": 7}
+    file.write_text(json.dumps(content))
+    zero = config_of(file, max_grad_norm=1.0)["zero_optimization"]
+    assert zero == {"stage": 2, "reduce_bucket_size": 7}
     assert "gradient_clipping" not in made  # that is done here, over all ranks
     parameters = torch.nn.Linear(2, 1).parameters()
     check_optimizer(file, torch.optim.SGD(parameters, lr=3.0, momentum=0.9))

@@ -104,6 +104,7 @@ class DeepSpeed:
         config = ds_config(
             source,
             recipe,
+            n_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
             zero_stage=self.zero_stage,
             offload=self.offload,
             offload_parameters=self.offload_parameters,

@@ -33,6 +33,7 @@ _CHECKED = {
     "zero_optimization",
 }
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own default
 _AUTO = "auto"  # Hugging Face's word for: as the rest of the program has it
 
 
@@ -69,6 +70,7 @@ def ds_config(
     source: Path | None,
     recipe: Recipe,
     *,
+    n_elements: int,
     zero_stage: int | None,
     offload: str | None,
     offload_parameters: bool,
@@ -78,6 +80,8 @@ def ds_config(
     Args:
         source: the user's file; None: our words say everything.
         recipe: of the training.
+        n_elements: of all parameters that are trained. DeepSpeed allocates a whole bucket in each
+            step, so that one larger than they are would only take memory.
         zero_stage: None: the file's, else 2.
         offload: ``"cpu"``; None: the file's, else none.
         offload_parameters: to the host, too.
@@ -103,6 +107,7 @@ def ds_config(
             "among the ranks), 2 (gradients, too) or 3 (parameters, too)"
         )
     _check_zero(zero, source)
+    zero.setdefault("reduce_bucket_size", min(n_elements, _LARGEST_BUCKET))
     _offload(zero, where, offload, offload_parameters)
     formats = _formats(recipe.precision)
     for key in ("fp16", "bf16", "torch_autocast"):
