@@ -56,9 +56,10 @@ class MemoryBudget(CheckpointPolicy):
     one is made if its peak does not fit; so the budget holds for all batches that are not larger
     than the first one.
 
-    What is kept of blocks that run again can wait somewhere else than in the model's memory. That
-    takes time, but mostly less than computing it. Of compiled blocks, parts cannot be kept, and
-    bytes are those that they need when they are not compiled.
+    What is kept can wait somewhere else than in the model's memory: all that a block saves, or what
+    is kept of one that runs again. That takes time, but mostly less than computing it. Of compiled
+    blocks, parts cannot be kept, nor wait elsewhere, and bytes are those that they need when they
+    are not compiled.
 
     Counted is what operators return between the beginning of the forward and the end of the
     backward pass, on any device: activations, their gradients, the loss. Not counted are
@@ -69,7 +70,7 @@ class MemoryBudget(CheckpointPolicy):
         size: bytes, as a number or as ``"512MiB"`` or ``"2GiB"``.
         offload: ``"host"``: from a GPU to page-locked memory of its host. ``"disk"``: to a file,
             which nothing is left of afterwards; most of it stays in the operating system's page
-            cache if there is room. None: nowhere.
+            cache if there is room, and is as fast as memory then. None: nowhere.
         offload_folder: for that file, on a fast disk; None: where temporary files are.
 
     Raises:
@@ -193,8 +194,11 @@ class PlanSearch:
         self._blocks = blocks
         self._sample = sample
         self._store = store
-        self._ways = {} if any(map(is_compiled, blocks)) else _ways(store)
-        self._chain = measure_chain(model, blocks, sample, self._ways, store)
+        graphs = any(map(is_compiled, blocks))  # of which no part can be kept
+        kept = {} if graphs else _ways()
+        offloaded = {} if graphs or store is None else _ways(store)
+        self._ways = {**kept, **offloaded}
+        self._chain = measure_chain(model, blocks, sample, kept, offloaded, store)
         self._expected = loss_without_gradients(model, sample)
         self._found_least: tuple[int, Plan, int] | None = None
 
@@ -324,12 +328,10 @@ def _simple_plans(chain: Chain) -> list[Plan]:
     return plans
 
 
-def _ways(store: Store | None) -> dict[str, MakeContexts]:
-    ways = {"attention": keep_results(ATTENTION), "products": keep_results(PRODUCTS)}
-    if store is not None:
-        ways["attention elsewhere"] = keep_results(ATTENTION, store)
-        ways["products elsewhere"] = keep_results(PRODUCTS, store)
-    return ways
+def _ways(store: Store | None = None) -> dict[str, MakeContexts]:
+    where = "" if store is None else " elsewhere"
+    of = {"attention": ATTENTION, "products": PRODUCTS}
+    return {f"{name}{where}": keep_results(results, store) for name, results in of.items()}
 
 
 def _plan(chain: Chain, peak_bytes: int) -> Plan | None:

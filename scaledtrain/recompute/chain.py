@@ -41,6 +41,8 @@ class Way:
     """The backward pass needs the block's output, and ``kept_bytes`` has it."""
     runs_again: bool = False
     """In the backward pass, from its input, which can be offloaded until then."""
+    first_pass_only: bool = False
+    """Not for a forward pass that is only made for the backward pass."""
 
 
 @dataclass(frozen=True)

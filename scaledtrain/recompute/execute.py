@@ -24,7 +24,7 @@ from scaledtrain.recompute.blocks import (
 from scaledtrain.recompute.dear import Inside, MakeContexts
 from scaledtrain.recompute.offload import Offload, Store
 from scaledtrain.recompute.placeholder import Placeholder
-from scaledtrain.recompute.plan import Keep, Plan, Planned, Step, count_blocks
+from scaledtrain.recompute.plan import ELSEWHERE, Keep, Plan, Planned, Step, count_blocks
 from scaledtrain.recompute.rerun import Rerun
 
 __all__ = ["Executor"]
@@ -46,9 +46,9 @@ class Executor:
         model: that has the blocks.
         blocks: in the order in which the model calls them, each with the output of the one before.
         plan: for all of them.
-        ways: of running a block that a plan's `Keep` may name beside ``"all"``, and the contexts in
-            which it is checkpointed then.
-        store: where a plan offloads inputs to.
+        ways: of running a block that a plan's `Keep` may name beside ``"all"`` and `ELSEWHERE`, and
+            the contexts in which it is checkpointed then.
+        store: where a plan offloads to.
         told: what to tell the user about the plan.
         inside: modules whose calls the ways want to know of.
 
@@ -289,6 +289,11 @@ class _Pass:
         blocks = self._together.blocks[first : first + n]
         if step == Keep():
             return self._block(first, x)
+        if isinstance(step, Keep) and step.way == ELSEWHERE:
+            assert inside is None
+            assert self._together.store is not None
+            with Offload.of_block(self._together.store, blocks[0], self._tensors):
+                return self._block(first, x)
         is_kept = inside is None or inside.again  # if not, all of this runs again, and keeps then
         run: Callable[[Tensor], Any]
         if isinstance(step, Keep):

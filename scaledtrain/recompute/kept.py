@@ -17,12 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from scaledtrain.recompute.dear import MakeContexts
-from scaledtrain.recompute.offload import Store
+from scaledtrain.recompute.offload import Read, Store, held, storage_key
 
 __all__ = ["ATTENTION", "PRODUCTS", "keep_results"]
 
 Function = Callable[..., Any]
-Read = Callable[[], Tensor]
 Source = tuple[Tensor, Read | None]
 
 ATTENTION: frozenset[Function] = frozenset({F.scaled_dot_product_attention})
@@ -133,7 +132,7 @@ class _Packed:
         """
         tensor, self._tensor = self._tensor, None
         assert tensor is not None
-        of_storage = [s for s in sources if _storage(s[0]) == _storage(tensor)]
+        of_storage = [s for s in sources if storage_key(s[0]) == storage_key(tensor)]
         same = [s for s in of_storage if s[0].storage_offset() == tensor.storage_offset()]
         source, read = (*same, *of_storage, (None, None))[0]
         if source is not None and read is not None:
@@ -181,24 +180,8 @@ def _is_computed(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
-def _storage(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
-
-
 def _kept(tensor: Tensor, store: Store | None) -> Read:
-    if store is not None:
-        return store.put(tensor)
-    held, version = tensor.detach(), tensor._version
-
-    def read() -> Tensor:
-        if held._version != version:
-            raise RuntimeError(
-                "what is kept of a block was changed by an in-place operation after it was computed"
-            )
-        return held
-
-    return read
+    return held(tensor) if store is None else store.put(tensor)
 
 
 class _Pass(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from scaledtrain.errors import ConfigError
@@ -22,6 +24,7 @@ from scaledtrain.recompute.blocks import (
     check_arguments,
     first_tensor,
     has_hooks,
+    is_compiled,
     same_arguments,
 )
 from scaledtrain.recompute.chain import Block, Chain, Way
@@ -29,12 +32,13 @@ from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.kinds import Kind, are_alike, kind_of
 from scaledtrain.recompute.live_bytes import LiveBytes
-from scaledtrain.recompute.offload import Store
-from scaledtrain.recompute.plan import every
+from scaledtrain.recompute.offload import Offload, Store, storage_key
+from scaledtrain.recompute.plan import ELSEWHERE, every
 
 __all__ = ["measure_chain", "now"]
 
 _REPEATS = 5  # of what is timed
+_UNDER_WAY = 8  # passes at a time, of a block that offloads
 _OFFLOADED_BYTES, _MOST_OFFLOADED = 64 * 2**20, 64  # tensors of a timed offload, together
 _CHANGED = ("has been mutated", "in-place operation")  # what is kept, says torch
 
@@ -44,6 +48,7 @@ def measure_chain(
     blocks: Sequence[nn.Module],
     sample: Sample,
     ways: Mapping[str, MakeContexts],
+    offloading: Mapping[str, MakeContexts],
     store: Store | None = None,
 ) -> Chain:
     """Measure each block, and what is before and after them.
@@ -55,9 +60,11 @@ def measure_chain(
         model: that has them.
         blocks: in the order in which it calls them, each once.
         sample: see `Sample`.
-        ways: of running a block beside ``"all"``, by name, and the contexts in which it is
-            checkpointed. A block has not those that another one is better than in all.
-        store: where inputs of blocks can be offloaded to; None: they cannot.
+        ways: of running a block beside ``"all"`` and `ELSEWHERE`, by name, and the contexts in
+            which it is checkpointed. A block has not those that another one is better than in all.
+        offloading: further ones, which offload something.
+        store: where inputs of blocks, and all that they save, can be offloaded to; None: they
+            cannot.
 
     Returns:
         The blocks, and one more for what comes after them.
@@ -65,6 +72,7 @@ def measure_chain(
     Raises:
         ConfigError: the model does not call each block once, in this order.
     """
+    is_seen_inside = not any(map(is_compiled, blocks))
     measured: dict[Kind, Block] = {}
     chain: list[Block] = []
     offload_seconds: float | None = None  # of a byte
@@ -81,7 +89,8 @@ def measure_chain(
         kind = kind_of(blocks[index], args, kwargs)
         if kind not in measured:
             with torch.enable_grad():
-                found = _measure(forward, args, kwargs, ways)
+                own = store if is_seen_inside else None
+                found = _measure(blocks[index], forward, args, kwargs, ways, offloading, own)
             same_class = (b for (of, *_), b in measured.items() if of is type(blocks[index]))
             alike = (known for known in same_class if are_alike(known, found))
             measured[kind] = next(alike, found)
@@ -122,10 +131,13 @@ def _follows(
 
 
 def _measure(
+    block: nn.Module,
     forward: Call,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     ways: Mapping[str, MakeContexts],
+    offloading: Mapping[str, MakeContexts],
+    store: Store | None,
 ) -> Block:
     """One block, by itself."""
 
@@ -147,21 +159,39 @@ def _measure(
     if x.is_floating_point():
         x.requires_grad_()
     plain = _bytes(again, x)
-    forward_seconds, with_forward = _seconds(again, x)
-    counted = _bytes(run, x)
-    ahead, back = _seconds(run, x)
-    stopped = max(0.0, with_forward - back)
-    found = [_way("all", ahead, back, stopped, counted)]
-    for name, contexts in ways.items():
-        way = _checkpointed(run, contexts)
+    runs: dict[str, Call] = {"all": run}
+    held: set[int] = set()
+    if store is not None:
+        others = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
+
+        def elsewhere(x: Tensor) -> Any:
+            nonlocal held
+            offload = Offload.of_block(store, block, others)
+            held = offload.held
+            with offload:
+                return run(x)
+
+        runs[ELSEWHERE] = elsewhere
+    for name, contexts in (*ways.items(), *offloading.items()):
+        runs[name] = _checkpointed(run, contexts)
+    counted: dict[str, _Bytes] = {}
+    for name, way in runs.items():
         try:
-            counted = _bytes(way, x)
-            ahead, back = _seconds(way, x)
+            counted[name] = _bytes(way, x)
         except RuntimeError as error:
-            if not any(told in str(error) for told in _CHANGED):
+            if name == "all" or not any(told in str(error) for told in _CHANGED):
                 raise
-            continue  # what would be kept is changed in place: the block has this way not
-        found.append(_way(name, ahead, back, ahead, counted))
+            # What would be kept is changed in place: the block has this way not.
+    if ELSEWHERE in counted and storage_key(x) in held:
+        counted[ELSEWHERE] = counted[ELSEWHERE]._replace(keeps_input=True)
+    several = {ELSEWHERE, *offloading}
+    timed = [(runs[name], _UNDER_WAY if name in several else 1) for name in counted]
+    (forward_seconds, with_forward), *seconds = _seconds([(again, 1), *timed], x)
+    stopped = max(0.0, with_forward - seconds[0][1])
+    found = [
+        _way(name, *took, stopped if name == "all" else took[0], counted[name])
+        for name, took in zip(counted, seconds, strict=True)
+    ]
     return Block(_worthwhile(found), plain.output, forward_seconds, plain.forward)
 
 
@@ -176,7 +206,8 @@ def _way(name: str, ahead: float, back: float, stopped: float, counted: _Bytes) 
         stopped,
         counted.keeps_input,
         counted.keeps_output,
-        runs_again=name != "all",
+        runs_again=name not in ("all", ELSEWHERE),
+        first_pass_only=name == ELSEWHERE,
     )
 
 
@@ -190,11 +221,14 @@ def _worthwhile(ways: Sequence[Way]) -> tuple[Way, ...]:
     found: list[Way] = []
     for way in sorted(ways, key=costs):
         like = [
-            w for w in found if (w.runs_again, w.keeps_output) == (way.runs_again, way.keeps_output)
+            w
+            for w in found
+            if (w.runs_again, w.keeps_output) == (way.runs_again, way.keeps_output)
+            and w.first_pass_only <= way.first_pass_only
         ]
         if not any(all(a <= b for a, b in zip(costs(w), costs(way), strict=True)) for w in like):
             found.append(way)
-    return tuple(sorted(found, key=lambda way: way.runs_again))
+    return tuple(sorted(found, key=lambda way: (way.runs_again, way.first_pass_only)))
 
 
 def _checkpointed(run: Call, contexts: MakeContexts) -> Call:
@@ -245,24 +279,41 @@ def _bytes(run: Call, x: Tensor) -> _Bytes:
     return _Bytes(forward, kept, backward, n_bytes, keeps_input, with_output == kept)
 
 
-def _seconds(run: Call, x: Tensor) -> tuple[float, float]:
-    """Of forward and backward, the least: whatever else the machine does only adds to it."""
-    ahead, back = [], []
+def _seconds(runs: Sequence[tuple[Call, int]], x: Tensor) -> list[tuple[float, float]]:
+    """Of forward and backward, the least: whatever else the machine does only adds to it.
+
+    They take turns, so that what else it does adds to all of them.
+
+    Args:
+        runs: a block, and how many forward passes come before the backward passes: what one alone
+            offloads would still be in the processor's cache.
+        x: what it is given.
+    """
+    found = [(math.inf, math.inf)] * len(runs)
     repeats = 1 if isinstance(x, FakeTensor) else _REPEATS  # fake tensors compute nothing
     for repeat in range(repeats + 1):
+        for index, (run, under_way) in enumerate(runs):
+            ahead, back = _seconds_once(run, x, under_way)
+            if repeat > 0:  # the first one warms up
+                found[index] = min(found[index][0], ahead), min(found[index][1], back)
+    return found
+
+
+def _seconds_once(run: Call, x: Tensor, under_way: int) -> tuple[float, float]:
+    outputs = []
+    start = now(x)
+    for _ in range(under_way):
         torch.clear_autocast_cache()
-        start = now(x)
-        output = first_tensor(run(x))
-        middle = now(x)
+        outputs.append(first_tensor(run(x)))
+    middle = now(x)
+    while outputs:
+        output = outputs.pop()
         if output.requires_grad:
             with _as_backward(output):
                 torch.autograd.backward(output, torch.ones_like(output))
-        end = now(x)
         x.grad = None
-        if repeat > 0:  # the first one warms up
-            ahead.append(middle - start)
-            back.append(end - middle)
-    return min(ahead), min(back)
+    end = now(x)
+    return (middle - start) / under_way, (end - middle) / under_way
 
 
 def _offload_seconds(store: Store, x: Tensor) -> float:

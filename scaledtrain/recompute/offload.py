@@ -8,21 +8,26 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
 
-__all__ = ["DiskStore", "HostStore", "Offload", "Store"]
+__all__ = ["DiskStore", "HostStore", "Offload", "Read", "Store", "held", "storage_key"]
+
+Read = Callable[[], Tensor]
+
+_SMALL_BYTES = 2**14  # the way there and back takes as long as for twenty times as many
 
 
 class Store(ABC):
     """Takes tensors, and gives equal ones back: the same values, shape and strides."""
 
     @abstractmethod
-    def put(self, tensor: Tensor) -> Callable[[], Tensor]:
+    def put(self, tensor: Tensor) -> Read:
         """Write a tensor.
 
         Returns:
@@ -33,7 +38,7 @@ class Store(ABC):
 class HostStore(Store):
     """Page-locked memory of the host, for tensors of a GPU."""
 
-    def put(self, tensor: Tensor) -> Callable[[], Tensor]:
+    def put(self, tensor: Tensor) -> Read:
         """Copy, in the order of the current stream; nobody waits."""
         if not _is_dense(tensor) or not tensor.is_cuda:
             return lambda: tensor
@@ -69,7 +74,7 @@ class DiskStore(Store):
         self._free: defaultdict[int, list[int]] = defaultdict(list)  # places by size
         self._process = os.getpid()
 
-    def put(self, tensor: Tensor) -> Callable[[], Tensor]:
+    def put(self, tensor: Tensor) -> Read:
         """Write; what is not dense in memory is kept as it is."""
         if not _is_dense(tensor) or not tensor.numel():
             return lambda: tensor
@@ -120,9 +125,19 @@ class _Written:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Its elements fill its memory, in whatever order."""
-    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+    if not _is_plain(tensor):
         return False
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout == torch.strided
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -145,8 +160,111 @@ def _all_of(
         memory, place = memory[moved:], place + moved
 
 
-class Offload(torch.autograd.graph.saved_tensors_hooks):
-    """A context in which what is saved for the backward pass goes to a store meanwhile."""
+def held(tensor: Tensor) -> Read:
+    """What gives a tensor that stays where it is, unless its values have changed."""
+    kept, version = tensor.detach(), tensor._version
 
-    def __init__(self, store: Store) -> None:
-        super().__init__(store.put, lambda read: read())
+    def read() -> Tensor:
+        if kept._version != version:
+            raise RuntimeError(
+                "what is kept of a block was changed by an in-place operation after it was computed"
+            )
+        return kept
+
+    return read
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same for views of the same memory, as long as that is there."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+class Offload(torch.autograd.graph.saved_tensors_hooks):
+    """A context in which what is saved for the backward pass goes to a store meanwhile.
+
+    A piece of memory goes there once, as a whole, however many of the saved tensors are views of
+    it, and is read once for those of them that are needed at the same time.
+
+    Args:
+        store: where to.
+        stays: tensors that are there anyway; nor do views of them go.
+        smallest: bytes; fewer than these stay, too.
+
+    Attributes:
+        held: what was saved and does not go, by `storage_key`.
+    """
+
+    def __init__(self, store: Store, stays: Iterable[Tensor] = (), smallest: int = 0) -> None:
+        super().__init__(self._pack, lambda read: read())
+        self._store = store
+        self._stays = {storage_key(t) for t in stays}
+        self._smallest = smallest
+        self._written: dict[tuple[int, int], _WrittenStorage] = {}
+        self.held: set[int] = set()
+
+    @classmethod
+    def of_block(cls, store: Store, block: nn.Module, others: Iterable[Tensor]) -> Offload:
+        """What a block saves, but for parameters, buffers, arguments beside the first, and crumbs.
+
+        Args:
+            store: where to.
+            block: whose forward pass runs inside.
+            others: those arguments.
+        """
+        return cls(store, (*block.parameters(), *block.buffers(), *others), _SMALL_BYTES)
+
+    def _pack(self, tensor: Tensor) -> Read:
+        if not self._goes(tensor):
+            self.held.add(storage_key(tensor))
+            return held(tensor)
+        key = storage_key(tensor), tensor._version
+        if key not in self._written:
+            storage = tensor.untyped_storage()
+            self._written[key] = _WrittenStorage(self._store.put(_elements(storage, torch.uint8)))
+            # Another storage may come to have its place in memory.
+            self._written[key].source = weakref.ref(storage, lambda _: self._written.pop(key, None))
+        return _View(self._written[key], tensor)
+
+    def _goes(self, tensor: Tensor) -> bool:
+        if not _is_plain(tensor) or tensor.is_conj() or tensor.is_neg():
+            return False
+        is_small = tensor.untyped_storage().nbytes() < self._smallest
+        return not is_small and storage_key(tensor) not in self._stays
+
+
+class _WrittenStorage:
+    """A piece of memory that is in a store.
+
+    Attributes:
+        source: from where; held for what happens when it is given up.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self.source: weakref.ref[torch.UntypedStorage] | None = None
+        self._read = read
+        self._here: weakref.ref[torch.UntypedStorage] | None = None
+
+    def __call__(self) -> torch.UntypedStorage:
+        storage = None if self._here is None else self._here()
+        if storage is None:
+            storage = self._read().untyped_storage()
+            self._here = weakref.ref(storage)
+        return storage
+
+
+class _View:
+    """A saved tensor whose memory is in a store."""
+
+    def __init__(self, storage: _WrittenStorage, tensor: Tensor) -> None:
+        self._storage = storage
+        self._dtype = tensor.dtype
+        self._place = tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def __call__(self) -> Tensor:
+        return _elements(self._storage(), self._dtype, *self._place)
+
+
+def _elements(storage: torch.UntypedStorage, dtype: torch.dtype, *place: Any) -> Tensor:
+    """Memory as a tensor: all of it, or offset, shape and strides."""
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *place)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from scaledtrain.recompute.chain import Chain
 
 __all__ = [
+    "ELSEWHERE",
     "Cost",
     "Keep",
     "Plan",
@@ -21,6 +22,10 @@ __all__ = [
     "every",
     "kept_bytes",
 ]
+
+
+ELSEWHERE = "everything elsewhere"
+"""The way of a block all that is saved of which waits in a store for the backward pass."""
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,8 @@ class _Table:
 
     def _options(self, part: _Part) -> Iterator[_Option]:
         for way in self._blocks[part.first].ways:
+            if part.again and way.first_pass_only:
+                continue
             yield from self._keeping(part, way, False)
             if way.runs_again and self._can_offload(part):
                 yield from self._keeping(part, way, True)

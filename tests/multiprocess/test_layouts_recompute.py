@@ -80,12 +80,13 @@ def test_plans_keep_to_the_budget_and_change_no_bit() -> None:
     cases: list[tuple[CheckpointPolicy | None, dict[str, Any]]] = []
     for precision, sizes in budgets.items():
         policies = [None, CheckpointEvery(1), Selective(), *(MemoryBudget(n * 1024) for n in sizes)]
+        policies.append(MemoryBudget(sizes[-1] * 1024, offload="disk"))
         cases += [(policy, {"precision": precision}) for policy in policies]
     found = run_ranks(run, 2, cases, timeout_seconds=150)[0]
     for place, sizes in enumerate(budgets.values()):
-        (expected, everything), *others = found[6 * place : 6 * place + 6]
+        (expected, everything), *others = found[7 * place : 7 * place + 7]
         assert all(equal(trained, expected) for trained, _ in others)
-        for n, (_, peak) in zip(sizes, others[2:], strict=True):
+        for n, (_, peak) in zip((*sizes, sizes[-1]), others[2:], strict=True):
             assert peak <= n * 1024 + GATHERED
         assert everything > sizes[0] * 1024 + GATHERED  # else nothing is computed again
 

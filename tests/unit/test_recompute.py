@@ -182,7 +182,7 @@ def test_predicted_bytes_are_measured_bytes(case: str) -> None:
     blocks = list(model.children()) if case == "layers" else None
     blocks = blocks or list(model.get_submodule("blocks" if case == "gpt" else "stages"))
     ways = {"dear": contexts_of()}
-    chain = measure_chain(model, blocks, sample, ways)
+    chain = measure_chain(model, blocks, sample, ways, {})
     assert len(chain) == len(blocks) + 1
     n, one = len(blocks), Keep()
     nested = (Recompute((Recompute((one, one)), one)), Recompute((one, Keep("dear"))))
@@ -457,7 +457,7 @@ def test_blocks_that_differ_by_noise_are_planned_as_equal_ones(
     monkeypatch.setattr("scaledtrain.recompute.measure.time.perf_counter", lambda: next(clock))
     model = nn.Sequential(*(Numbered(i) for i in range(8)))
     *blocks, _ = measure_chain(
-        model, list(model), lambda called: called(ROWS).square().mean(), {}
+        model, list(model), lambda called: called(ROWS).square().mean(), {}, {}
     ).blocks
     assert len(set(blocks)) == 2  # the first one joins none before it
     assert len({block.ways for block in blocks}) == 1
@@ -600,9 +600,12 @@ def test_with_a_budget_blocks_really_are_compiled_and_keep_to_it() -> None:
 def test_compiled_blocks_are_computed_again_to_the_same_bits() -> None:
     make, sample = CASES["gpt"]
     expected, everything = trained(make(), sample)
-    for policy in (CheckpointEvery(2), MemoryBudget(int(0.6 * everything))):
+    budget = int(0.6 * everything)
+    on_disk = MemoryBudget(budget, offload="disk")
+    for policy in (CheckpointEvery(2), MemoryBudget(budget), on_disk):
         model = make()
         handle = checkpoint_activations(model, policy, sample, compile="aot_eager")
+        assert "keep everything elsewhere" not in handle.told  # what graphs save is theirs
         found, peak = trained(model, sample)
         assert all(map(torch.equal, expected, found))
         assert peak <= 0.6 * everything

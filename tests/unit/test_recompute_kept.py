@@ -19,9 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from scaledtrain.errors import ConfigError
 from scaledtrain.recompute import MemoryBudget, checkpoint_activations
 from scaledtrain.recompute.apart import peak_bytes
+from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results
 from scaledtrain.recompute.live_bytes import LiveBytes
+from scaledtrain.recompute.measure import measure_chain
 from scaledtrain.recompute.offload import DiskStore, Offload, Store
+from scaledtrain.recompute.plan import ELSEWHERE, Keep, Plan, cost, every
 
 
 class Block(nn.Module):
@@ -163,6 +166,103 @@ def test_a_file_gives_back_what_was_put(kind: str) -> None:
         assert (found.dtype, found.stride()) == (tensor.dtype, tensor.stride())
 
 
+def written(store: DiskStore) -> int:
+    """Bytes."""
+    return os.fstat(store._file.number).st_size
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_all_that_a_block_saves_can_wait_elsewhere(autocast: bool) -> None:
+    torch.manual_seed(0)
+    block = Block()
+    expected = results(block, block, autocast)
+    store = DiskStore()
+
+    def run(x: Tensor) -> Tensor:
+        with LiveBytes(), Offload(store, block.parameters()):
+            return block(x)  # type: ignore[no-any-return]
+
+    assert all(map(torch.equal, expected, results(run, block, autocast)))
+    assert written(store) > 0
+
+
+def test_memory_that_several_saved_tensors_view_is_written_once_and_gone_meanwhile() -> None:
+    layer = nn.Linear(256, 256)
+    store = DiskStore()
+    with LiveBytes() as counted:
+        x = layer(torch.ones(64, 256))  # the layer needs its input of 65,536 bytes, not this
+        with Offload(store):
+            left, right = x.chunk(2, -1)  # neither fills its memory
+            y = (left * right).sum()
+        del x, left, right
+        assert counted.live == 65_536 + 4
+        assert written(store) == 65_536
+        counted.peak = counted.live
+        y.backward()
+    # Read once for both; beside it their gradients, half of it each, and that of all.
+    assert counted.peak - counted.live <= 65_536 * 3
+
+
+def test_parameters_and_crumbs_stay() -> None:
+    block, store = nn.Linear(256, 256), DiskStore()
+    with Offload.of_block(store, block, ()):
+        y = block(torch.ones(64, 256))
+        block(torch.ones(1, 256))  # 1,024 bytes
+    assert written(store) == 65_536  # the first input, and not the weight of 262,144
+    y.sum().backward()
+    assert torch.equal(block.weight.grad, torch.full((256, 256), 64.0))
+
+
+def test_what_is_changed_in_place_afterwards_is_read_as_it_was() -> None:
+    x = torch.full((8,), 1.0, requires_grad=True)
+    with Offload(DiskStore()):
+        a = 2 * x
+        first = a * a
+        a.add_(1.0)
+        loss = (first + a * a).sum()
+    loss.backward()
+    # x = 1: 2 a = 4 with a = 2, 2 a = 6 with a = 3, and a = 2 x + ...: (4 + 6) 2.
+    assert torch.equal(x.grad, torch.full((8,), 20.0))  # type: ignore[arg-type]
+    with Offload(DiskStore(), smallest=10_000):  # it stays, as without a store
+        a = 2 * x
+        loss = (a * a).sum()
+        a.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed by an in-place operation"):
+        loss.backward()
+
+
+def test_memory_that_comes_after_other_memory_in_the_same_place_is_written_too() -> None:
+    x = torch.ones(64, 256, requires_grad=True)
+    total = torch.zeros(())
+    with Offload(DiskStore()):
+        for i in range(6):
+            total = total + ((x + i) * (x + i)).sum()
+    total.backward()
+    # 2 (1 + i): 2 (1 + 2 + ... + 6).
+    assert torch.equal(x.grad, torch.full((64, 256), 42.0))  # type: ignore[arg-type]
+
+
+def test_blocks_that_keep_everything_elsewhere_need_what_is_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("scaledtrain.recompute.offload._SMALL_BYTES", 1024)
+    expected = gradients(Chain())
+    model, store = Chain(), DiskStore()
+    blocks = list(model.blocks)
+    chain = measure_chain(model, blocks, sample, {}, {}, store)
+    everything = cost(chain, (Keep(),) * 9).peak_bytes
+    plans: list[Plan] = [(Keep(ELSEWHERE),) * 8, (*every(2, 4), *(Keep(ELSEWHERE),) * 4)]
+    for plan in plans:
+        executor = Executor(model, blocks, plan, {}, store)
+        measured = peak_bytes(model, sample)
+        model.zero_grad()
+        assert all(map(torch.equal, expected, gradients(model)))
+        executor.remove()
+        predicted = cost(chain, (*plan, Keep())).peak_bytes
+        assert predicted == pytest.approx(measured, rel=0.05)
+        assert predicted < everything / 3
+
+
 def test_places_in_the_file_are_used_again() -> None:
     store = DiskStore()
     for number in range(5):
@@ -170,7 +270,7 @@ def test_places_in_the_file_are_used_again() -> None:
         assert [read()[0].item() for read in reads] == [10.0 * number + i for i in range(3)]
         del reads
         gc.collect()
-    assert os.fstat(store._file.number).st_size == 3 * 1024
+    assert written(store) == 3 * 1024
 
 
 def test_the_offloaded_input_is_gone_meanwhile() -> None:

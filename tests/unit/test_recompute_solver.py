@@ -13,16 +13,20 @@ from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, every
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
 
-def plans(chain: Chain, first: int, last: int) -> Iterator[Plan]:
+def plans(chain: Chain, first: int, last: int, again: bool = False) -> Iterator[Plan]:
     """All for some blocks whose last one is kept."""
     for way in chain.blocks[first].ways:
+        if again and way.first_pass_only:
+            continue
         for offload in (False, True) if way.runs_again and chain.offload_seconds else (False,):
-            rests: Iterator[Plan] = iter([()]) if first == last else plans(chain, first + 1, last)
+            rests: Iterator[Plan] = iter([()])
+            if first < last:
+                rests = plans(chain, first + 1, last, again)
             yield from ((Keep(way.name, offload), *rest) for rest in rests)
     for middle in range(first + 1, last + 1):
-        inner = list(plans(chain, first, middle - 1))
+        inner = list(plans(chain, first, middle - 1, True))
         for offload in (False, True) if chain.offload_seconds else (False,):
-            for rest in plans(chain, middle, last):
+            for rest in plans(chain, middle, last, again):
                 yield from ((Recompute(plan, offload), *rest) for plan in inner)
 
 
@@ -46,6 +50,7 @@ def any_block(generator: random.Random) -> Block:
                 keeps_input=runs_again or generator.random() < 0.7,
                 keeps_output=keeps_output,
                 runs_again=runs_again,
+                first_pass_only=name != "all" and not runs_again and generator.random() < 0.5,
             )
         )
     return Block(tuple(ways), output, seconds, output + generator.randint(0, 3))
