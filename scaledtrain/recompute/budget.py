@@ -194,11 +194,8 @@ class PlanSearch:
         self._blocks = blocks
         self._sample = sample
         self._store = store
-        graphs = any(map(is_compiled, blocks))  # of which no part can be kept
-        kept = {} if graphs else _ways()
-        offloaded = {} if graphs or store is None else _ways(store)
-        self._ways = {**kept, **offloaded}
-        self._chain = measure_chain(model, blocks, sample, kept, offloaded, store)
+        self._ways = {} if any(map(is_compiled, blocks)) else _ways(store)
+        self._chain = measure_chain(model, blocks, sample, self._ways, store)
         self._expected = loss_without_gradients(model, sample)
         self._found_least: tuple[int, Plan, int] | None = None
 
@@ -328,10 +325,12 @@ def _simple_plans(chain: Chain) -> list[Plan]:
     return plans
 
 
-def _ways(store: Store | None = None) -> dict[str, MakeContexts]:
-    where = "" if store is None else " elsewhere"
-    of = {"attention": ATTENTION, "products": PRODUCTS}
-    return {f"{name}{where}": keep_results(results, store) for name, results in of.items()}
+def _ways(store: Store | None) -> dict[str, MakeContexts]:
+    ways = {"attention": keep_results(ATTENTION), "products": keep_results(PRODUCTS)}
+    if store is not None:
+        ways["attention elsewhere"] = keep_results(ATTENTION, store)
+        ways["products elsewhere"] = keep_results(PRODUCTS, store)
+    return ways
 
 
 def _plan(chain: Chain, peak_bytes: int) -> Plan | None:

@@ -37,8 +37,7 @@ from scaledtrain.recompute.plan import ELSEWHERE, every
 
 __all__ = ["measure_chain", "now"]
 
-_REPEATS = 5  # of what is timed
-_UNDER_WAY = 8  # passes at a time, of a block that offloads
+_REPEATS = 8  # of what is timed
 _OFFLOADED_BYTES, _MOST_OFFLOADED = 64 * 2**20, 64  # tensors of a timed offload, together
 _CHANGED = ("has been mutated", "in-place operation")  # what is kept, says torch
 
@@ -48,7 +47,6 @@ def measure_chain(
     blocks: Sequence[nn.Module],
     sample: Sample,
     ways: Mapping[str, MakeContexts],
-    offloading: Mapping[str, MakeContexts],
     store: Store | None = None,
 ) -> Chain:
     """Measure each block, and what is before and after them.
@@ -62,7 +60,6 @@ def measure_chain(
         sample: see `Sample`.
         ways: of running a block beside ``"all"`` and `ELSEWHERE`, by name, and the contexts in
             which it is checkpointed. A block has not those that another one is better than in all.
-        offloading: further ones, which offload something.
         store: where inputs of blocks, and all that they save, can be offloaded to; None: they
             cannot.
 
@@ -90,7 +87,7 @@ def measure_chain(
         if kind not in measured:
             with torch.enable_grad():
                 own = store if is_seen_inside else None
-                found = _measure(blocks[index], forward, args, kwargs, ways, offloading, own)
+                found = _measure(blocks[index], forward, args, kwargs, ways, own)
             same_class = (b for (of, *_), b in measured.items() if of is type(blocks[index]))
             alike = (known for known in same_class if are_alike(known, found))
             measured[kind] = next(alike, found)
@@ -136,7 +133,6 @@ def _measure(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     ways: Mapping[str, MakeContexts],
-    offloading: Mapping[str, MakeContexts],
     store: Store | None,
 ) -> Block:
     """One block, by itself."""
@@ -172,7 +168,7 @@ def _measure(
                 return run(x)
 
         runs[ELSEWHERE] = elsewhere
-    for name, contexts in (*ways.items(), *offloading.items()):
+    for name, contexts in ways.items():
         runs[name] = _checkpointed(run, contexts)
     counted: dict[str, _Bytes] = {}
     for name, way in runs.items():
@@ -184,9 +180,9 @@ def _measure(
             # What would be kept is changed in place: the block has this way not.
     if ELSEWHERE in counted and storage_key(x) in held:
         counted[ELSEWHERE] = counted[ELSEWHERE]._replace(keeps_input=True)
-    several = {ELSEWHERE, *offloading}
-    timed = [(runs[name], _UNDER_WAY if name in several else 1) for name in counted]
-    (forward_seconds, with_forward), *seconds = _seconds([(again, 1), *timed], x)
+    (forward_seconds, with_forward), *seconds = _seconds(
+        [again, *(runs[name] for name in counted)], x
+    )
     stopped = max(0.0, with_forward - seconds[0][1])
     found = [
         _way(name, *took, stopped if name == "all" else took[0], counted[name])
@@ -279,41 +275,28 @@ def _bytes(run: Call, x: Tensor) -> _Bytes:
     return _Bytes(forward, kept, backward, n_bytes, keeps_input, with_output == kept)
 
 
-def _seconds(runs: Sequence[tuple[Call, int]], x: Tensor) -> list[tuple[float, float]]:
+def _seconds(runs: Sequence[Call], x: Tensor) -> list[tuple[float, float]]:
     """Of forward and backward, the least: whatever else the machine does only adds to it.
 
     They take turns, so that what else it does adds to all of them.
-
-    Args:
-        runs: a block, and how many forward passes come before the backward passes: what one alone
-            offloads would still be in the processor's cache.
-        x: what it is given.
     """
     found = [(math.inf, math.inf)] * len(runs)
     repeats = 1 if isinstance(x, FakeTensor) else _REPEATS  # fake tensors compute nothing
     for repeat in range(repeats + 1):
-        for index, (run, under_way) in enumerate(runs):
-            ahead, back = _seconds_once(run, x, under_way)
+        for index, run in enumerate(runs):
+            torch.clear_autocast_cache()
+            start = now(x)
+            output = first_tensor(run(x))
+            middle = now(x)
+            if output.requires_grad:
+                with _as_backward(output):
+                    torch.autograd.backward(output, torch.ones_like(output))
+            end = now(x)
+            x.grad = None
             if repeat > 0:  # the first one warms up
-                found[index] = min(found[index][0], ahead), min(found[index][1], back)
+                ahead, back = found[index]
+                found[index] = min(ahead, middle - start), min(back, end - middle)
     return found
-
-
-def _seconds_once(run: Call, x: Tensor, under_way: int) -> tuple[float, float]:
-    outputs = []
-    start = now(x)
-    for _ in range(under_way):
-        torch.clear_autocast_cache()
-        outputs.append(first_tensor(run(x)))
-    middle = now(x)
-    while outputs:
-        output = outputs.pop()
-        if output.requires_grad:
-            with _as_backward(output):
-                torch.autograd.backward(output, torch.ones_like(output))
-        x.grad = None
-    end = now(x)
-    return (middle - start) / under_way, (end - middle) / under_way
 
 
 def _offload_seconds(store: Store, x: Tensor) -> float:

@@ -182,7 +182,7 @@ def test_predicted_bytes_are_measured_bytes(case: str) -> None:
     blocks = list(model.children()) if case == "layers" else None
     blocks = blocks or list(model.get_submodule("blocks" if case == "gpt" else "stages"))
     ways = {"dear": contexts_of()}
-    chain = measure_chain(model, blocks, sample, ways, {})
+    chain = measure_chain(model, blocks, sample, ways)
     assert len(chain) == len(blocks) + 1
     n, one = len(blocks), Keep()
     nested = (Recompute((Recompute((one, one)), one)), Recompute((one, Keep("dear"))))
@@ -457,7 +457,7 @@ def test_blocks_that_differ_by_noise_are_planned_as_equal_ones(
     monkeypatch.setattr("scaledtrain.recompute.measure.time.perf_counter", lambda: next(clock))
     model = nn.Sequential(*(Numbered(i) for i in range(8)))
     *blocks, _ = measure_chain(
-        model, list(model), lambda called: called(ROWS).square().mean(), {}, {}
+        model, list(model), lambda called: called(ROWS).square().mean(), {}
     ).blocks
     assert len(set(blocks)) == 2  # the first one joins none before it
     assert len({block.ways for block in blocks}) == 1

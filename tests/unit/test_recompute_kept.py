@@ -249,7 +249,7 @@ def test_blocks_that_keep_everything_elsewhere_need_what_is_predicted(
     expected = gradients(Chain())
     model, store = Chain(), DiskStore()
     blocks = list(model.blocks)
-    chain = measure_chain(model, blocks, sample, {}, {}, store)
+    chain = measure_chain(model, blocks, sample, {}, store)
     everything = cost(chain, (Keep(),) * 9).peak_bytes
     plans: list[Plan] = [(Keep(ELSEWHERE),) * 8, (*every(2, 4), *(Keep(ELSEWHERE),) * 4)]
     for plan in plans:
