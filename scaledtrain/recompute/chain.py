@@ -19,8 +19,8 @@ class Way:
     """
 
     name: str
-    """``"all"``: everything is kept that the backward pass needs; others run the block again in the
-    backward pass, but for what they are named after."""
+    """``"all"``: everything is kept that the backward pass needs; others keep it elsewhere, or run
+    the block again in the backward pass, but for what they are named after."""
     forward_seconds: float
     backward_seconds: float
     """What is computed again included."""

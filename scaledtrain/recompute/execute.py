@@ -22,7 +22,7 @@ from scaledtrain.recompute.blocks import (
     same_arguments,
 )
 from scaledtrain.recompute.dear import Inside, MakeContexts
-from scaledtrain.recompute.offload import Offload, Store
+from scaledtrain.recompute.offload import Offload, Store, storages, storages_of
 from scaledtrain.recompute.placeholder import Placeholder
 from scaledtrain.recompute.plan import ELSEWHERE, Keep, Plan, Planned, Step, count_blocks
 from scaledtrain.recompute.rerun import Rerun
@@ -78,10 +78,13 @@ class Executor:
         self._plan, self._ways, self._store, self._inside = plan, ways, store, inside
         assert count_blocks(plan) == len(blocks)
         self._waiting: _Together | None = None  # has run, but not all of its blocks were called
+        self._model = model
+        self._model_stays: set[int] | None = None  # storages of the model in this forward pass
         self._place: list[tuple[_Together, int]] = []
         for step in plan:
             n, first = count_blocks((step,)), len(self._place)
-            together = _Together(list(blocks[first : first + n]), step, ways or {}, store)
+            own = list(blocks[first : first + n])
+            together = _Together(own, step, ways or {}, store, self._stays)
             self._place += [(together, place) for place in range(n)]
         self._interception = Interception(blocks, self._call)
         self._when_removed: Callable[[], None] = _nothing
@@ -133,8 +136,15 @@ class Executor:
         self._waiting = together if place < len(together.blocks) - 1 else None
         return output
 
+    def _stays(self) -> set[int]:
+        """Storages that the model has anyway, which a block may use without having them."""
+        if self._model_stays is None:
+            self._model_stays = storages_of(self._model)
+        return self._model_stays
+
     def _forget(self) -> None:
         """What is left of a forward pass that ended with an exception, is nobody's any more."""
+        self._model_stays = None
         if self._waiting is not None:
             self._waiting.forget()
             self._waiting = None
@@ -176,6 +186,7 @@ class _Together:
         step: Step,
         ways: Mapping[str, MakeContexts],
         store: Store | None,
+        stays: Callable[[], set[int]],
     ) -> None:
         self.blocks = blocks
         self.step = step
@@ -183,6 +194,7 @@ class _Together:
         self.running = False  # a block's call is one of ours, not the model's
         self.ways = ways
         self.store = store
+        self.stays = stays
         self._pass: _Pass | None = None
         self._output: Any = None
         self._handed: list[Any] = []  # what the calls of the others return
@@ -292,7 +304,8 @@ class _Pass:
         if isinstance(step, Keep) and step.way == ELSEWHERE:
             assert inside is None
             assert self._together.store is not None
-            with Offload.of_block(self._together.store, blocks[0], self._tensors):
+            stays = self._together.stays() | storages_of(blocks[0]) | storages(self._tensors)
+            with Offload.of_block(self._together.store, stays, x):
                 return self._block(first, x)
         is_kept = inside is None or inside.again  # if not, all of this runs again, and keeps then
         run: Callable[[Tensor], Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.kinds import Kind, are_alike, kind_of
 from scaledtrain.recompute.live_bytes import LiveBytes
-from scaledtrain.recompute.offload import Offload, Store, storage_key
+from scaledtrain.recompute.offload import Offload, Store, storage_key, storages, storages_of
 from scaledtrain.recompute.plan import ELSEWHERE, every
 
 __all__ = ["measure_chain", "now"]
@@ -87,7 +87,8 @@ def measure_chain(
         if kind not in measured:
             with torch.enable_grad():
                 own = store if is_seen_inside else None
-                found = _measure(blocks[index], forward, args, kwargs, ways, own)
+                stays = storages_of(model) | storages_of(blocks[index])
+                found = _measure(forward, args, kwargs, ways, own, stays)
             same_class = (b for (of, *_), b in measured.items() if of is type(blocks[index]))
             alike = (known for known in same_class if are_alike(known, found))
             measured[kind] = next(alike, found)
@@ -128,12 +129,12 @@ def _follows(
 
 
 def _measure(
-    block: nn.Module,
     forward: Call,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     ways: Mapping[str, MakeContexts],
     store: Store | None,
+    stays: Collection[int],
 ) -> Block:
     """One block, by itself."""
 
@@ -156,14 +157,15 @@ def _measure(
         x.requires_grad_()
     plain = _bytes(again, x)
     runs: dict[str, Call] = {"all": run}
-    held: set[int] = set()
+    stayed: set[int] = set()
     if store is not None:
         others = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
+        with_others = {*stays, *storages(others)}
 
         def elsewhere(x: Tensor) -> Any:
-            nonlocal held
-            offload = Offload.of_block(store, block, others)
-            held = offload.held
+            nonlocal stayed
+            offload = Offload.of_block(store, with_others, x)
+            stayed = offload.stayed
             with offload:
                 return run(x)
 
@@ -178,7 +180,7 @@ def _measure(
             if name == "all" or not any(told in str(error) for told in _CHANGED):
                 raise
             # What would be kept is changed in place: the block has this way not.
-    if ELSEWHERE in counted and storage_key(x) in held:
+    if ELSEWHERE in counted and storage_key(x) in stayed:
         counted[ELSEWHERE] = counted[ELSEWHERE]._replace(keeps_input=True)
     (forward_seconds, with_forward), *seconds = _seconds(
         [again, *(runs[name] for name in counted)], x
@@ -221,6 +223,7 @@ def _worthwhile(ways: Sequence[Way]) -> tuple[Way, ...]:
             for w in found
             if (w.runs_again, w.keeps_output) == (way.runs_again, way.keeps_output)
             and w.first_pass_only <= way.first_pass_only
+            and w.keeps_input <= way.keeps_input
         ]
         if not any(all(a <= b for a, b in zip(costs(w), costs(way), strict=True)) for w in like):
             found.append(way)
@@ -306,11 +309,12 @@ def _offload_seconds(store: Store, x: Tensor) -> float:
     in the processor's cache.
     """
     n_bytes = max(1, x.numel() * x.element_size())
+    filled = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
     count = max(1, min(_MOST_OFFLOADED, _OFFLOADED_BYTES // n_bytes))
     found = []
     for _ in range(_REPEATS + 1):
         start = now(x)
-        written = [store.put(x) for _ in range(count)]
+        written = [store.put(filled) for _ in range(count)]
         while written:
             written.pop()()
         found.append(now(x) - start)

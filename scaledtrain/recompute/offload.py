@@ -8,19 +8,32 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from threading import RLock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
 
-__all__ = ["DiskStore", "HostStore", "Offload", "Read", "Store", "held", "storage_key"]
+__all__ = [
+    "DiskStore",
+    "HostStore",
+    "Offload",
+    "Read",
+    "Store",
+    "held",
+    "storage_key",
+    "storages",
+    "storages_of",
+]
 
 Read = Callable[[], Tensor]
 
-_SMALL_BYTES = 2**14  # the way there and back takes as long as for twenty times as many
+_CRUMB = 16  # what has so many times fewer bytes than a block's input
+_MOST_AROUND = 4  # times the bytes of a saved tensor: larger memory does not go for its sake
 
 
 class Store(ABC):
@@ -34,6 +47,10 @@ class Store(ABC):
             What reads it, as often as it is called. Once nobody has it any more, its place is free.
         """
 
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor would go somewhere else."""
+        return True
+
 
 class HostStore(Store):
     """Page-locked memory of the host, for tensors of a GPU."""
@@ -41,11 +58,16 @@ class HostStore(Store):
     def put(self, tensor: Tensor) -> Read:
         """Copy, in the order of the current stream; nobody waits."""
         if not _is_dense(tensor) or not tensor.is_cuda:
-            return lambda: tensor
+            return held(tensor)
         device = tensor.device
+        tensor.record_stream(torch.cuda.current_stream(device))  # it may be given up at once
         copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
         copy.copy_(tensor.detach(), non_blocking=True)
         return lambda: copy.to(device, non_blocking=True)
+
+    def takes(self, tensor: Tensor) -> bool:
+        """If a GPU has it."""
+        return tensor.is_cuda
 
 
 class DiskStore(Store):
@@ -70,33 +92,57 @@ class DiskStore(Store):
                 f"activations cannot be offloaded to {self._folder}: {error}; name a folder that "
                 "can be written to, or leave offloading out"
             ) from error
-        self._end = 0
-        self._free: defaultdict[int, list[int]] = defaultdict(list)  # places by size
+        self._places = _Places()
         self._process = os.getpid()
 
     def put(self, tensor: Tensor) -> Read:
         """Write; what is not dense in memory is kept as it is."""
         if not _is_dense(tensor) or not tensor.numel():
-            return lambda: tensor
+            return held(tensor)
         if self._process != os.getpid():  # it was forked, and the file is the parent's
             self.__init__(self._folder)  # type: ignore[misc]
         host = tensor.detach().cpu()
         n_bytes = host.numel() * host.element_size()
-        if self._free[n_bytes]:
-            place = self._free[n_bytes].pop()
-        else:
-            place, self._end = self._end, self._end + n_bytes
+        place = self._places.take(n_bytes)
         written = _Written(self._file, place, tensor)
-        weakref.finalize(written, self._free[n_bytes].append, place)
+        weakref.finalize(written, self._places.give_back, n_bytes, place)
         try:
             _all_of(os.pwrite, self._file.number, _memory(host), place)
         except OSError as error:
             raise ConfigError(
                 f"{n_bytes} bytes of activations cannot be offloaded to {self._folder}, after "
-                f"{self._end} bytes: {error}; make room, name another folder, or leave offloading "
+                f"{place} bytes: {error}; make room, name another folder, or leave offloading "
                 "out"
             ) from error
         return written
+
+
+class _Places:
+    """Which parts of a file are free. Any thread may give one back, also while another is taken."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self._taken = 0
+        self._end = 0
+        self._free: defaultdict[int, list[int]] = defaultdict(list)  # by size
+
+    def take(self, n_bytes: int) -> int:
+        """Where so many bytes can be written to."""
+        with self._lock:
+            self._taken += 1
+            if self._free[n_bytes]:
+                return self._free[n_bytes].pop()
+            place, self._end = self._end, self._end + n_bytes
+            return place
+
+    def give_back(self, n_bytes: int, place: int) -> None:
+        """Nobody reads it any more."""
+        with self._lock:
+            self._taken -= 1
+            self._free[n_bytes].append(place)
+            if not self._taken:  # other sizes may follow, as of longer sequences
+                self._end = 0
+                self._free.clear()
 
 
 class _File:
@@ -137,7 +183,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and tensor.layout == torch.strided
+    return type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -180,77 +226,123 @@ def storage_key(tensor: Tensor) -> int:
     return key
 
 
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    """Keys of all those that have plain memory."""
+    return {storage_key(t) for t in tensors if t.layout == torch.strided and not t.is_nested}
+
+
+def storages_of(module: nn.Module) -> set[int]:
+    """Keys of a module's parameters and buffers, as they are now."""
+    return storages((*module.parameters(), *module.buffers()))
+
+
 class Offload(torch.autograd.graph.saved_tensors_hooks):
     """A context in which what is saved for the backward pass goes to a store meanwhile.
 
-    A piece of memory goes there once, as a whole, however many of the saved tensors are views of
-    it, and is read once for those of them that are needed at the same time.
+    A piece of memory goes there once, however many of the saved tensors are views of it, and is
+    read once for those of them that one backward pass needs at the same time. What is changed in
+    place afterwards is read as it was when it was saved; of changes behind autograd's back
+    (``tensor.data``) between two saves of the same memory nothing is known.
 
     Args:
         store: where to.
-        stays: tensors that are there anyway; nor do views of them go.
-        smallest: bytes; fewer than these stay, too.
+        stays: keys of memory that is there anyway, see `storages`.
+        smallest: bytes; memory of fewer than these stays, too.
 
     Attributes:
-        held: what was saved and does not go, by `storage_key`.
+        stayed: keys of memory that was saved and has not gone.
     """
 
-    def __init__(self, store: Store, stays: Iterable[Tensor] = (), smallest: int = 0) -> None:
-        super().__init__(self._pack, lambda read: read())
-        self._store = store
-        self._stays = {storage_key(t) for t in stays}
-        self._smallest = smallest
-        self._written: dict[tuple[int, int], _WrittenStorage] = {}
-        self.held: set[int] = set()
+    def __init__(self, store: Store, stays: Collection[int] = (), smallest: int = 0) -> None:
+        self.stayed: set[int] = set()
+        # Not a method: this and its hook would be garbage only together.
+        super().__init__(_Pack(store, stays, smallest, self.stayed), lambda read: read())
 
     @classmethod
-    def of_block(cls, store: Store, block: nn.Module, others: Iterable[Tensor]) -> Offload:
-        """What a block saves, but for parameters, buffers, arguments beside the first, and crumbs.
+    def of_block(cls, store: Store, stays: Collection[int], x: Tensor) -> Offload:
+        """All that a block saves, but for crumbs: memory much smaller than its input.
+
+        They stay whatever the size of a batch is, so that a smaller one needs no more. 16-bit
+        copies of weights, which autocast makes, are the block's own, and go.
 
         Args:
             store: where to.
-            block: whose forward pass runs inside.
-            others: those arguments.
+            stays: keys of parameters, buffers, and arguments beside the first.
+            x: the first argument.
         """
-        return cls(store, (*block.parameters(), *block.buffers(), *others), _SMALL_BYTES)
+        return cls(store, stays, x.numel() * x.element_size() // _CRUMB)
 
-    def _pack(self, tensor: Tensor) -> Read:
-        if not self._goes(tensor):
-            self.held.add(storage_key(tensor))
-            return held(tensor)
-        key = storage_key(tensor), tensor._version
-        if key not in self._written:
-            storage = tensor.untyped_storage()
-            self._written[key] = _WrittenStorage(self._store.put(_elements(storage, torch.uint8)))
-            # Another storage may come to have its place in memory.
-            self._written[key].source = weakref.ref(storage, lambda _: self._written.pop(key, None))
-        return _View(self._written[key], tensor)
 
-    def _goes(self, tensor: Tensor) -> bool:
+class _Pack:
+    """What is done with a tensor that is saved; see `Offload`."""
+
+    def __init__(
+        self, store: Store, stays: Collection[int], smallest: int, stayed: set[int]
+    ) -> None:
+        self._store = store
+        self._stays = stays
+        self._smallest = smallest
+        self._stayed = stayed
+        # Whoever may read it has it, and nobody else.
+        self._written: WeakValueDictionary[tuple[int, int], _WrittenStorage] = WeakValueDictionary()
+
+    def __call__(self, tensor: Tensor) -> Read:
         if not _is_plain(tensor) or tensor.is_conj() or tensor.is_neg():
-            return False
-        is_small = tensor.untyped_storage().nbytes() < self._smallest
-        return not is_small and storage_key(tensor) not in self._stays
+            return held(tensor)
+        key, storage = (storage_key(tensor), tensor._version), tensor.untyped_storage()
+        written = self._written.get(key)
+        goes = self._store.takes(tensor) and key[0] not in self._stays
+        if written is None and goes and storage.nbytes() >= self._smallest:
+            if storage.nbytes() <= _MOST_AROUND * tensor.numel() * tensor.element_size():
+                written = self._write(key, storage)
+            elif _is_dense(tensor):  # a small part of something large
+                return self._store.put(tensor)
+        if written is None:
+            self._stayed.add(key[0])
+            return held(tensor)
+        return _View(written, tensor)
+
+    def _write(self, key: tuple[int, int], storage: torch.UntypedStorage) -> _WrittenStorage:
+        all_written = self._written
+
+        def given_up(_: object) -> None:
+            all_written.pop(key, None)  # other memory may come to have the same key
+
+        read = self._store.put(_elements(storage, torch.uint8))
+        all_written[key] = written = _WrittenStorage(read, weakref.ref(storage, given_up))
+        return written
 
 
 class _WrittenStorage:
     """A piece of memory that is in a store.
 
-    Attributes:
-        source: from where; held for what happens when it is given up.
+    Args:
+        read: it as a tensor.
+        source: from where; kept for what happens when that is given up.
     """
 
-    def __init__(self, read: Read) -> None:
-        self.source: weakref.ref[torch.UntypedStorage] | None = None
+    def __init__(self, read: Read, source: weakref.ref[torch.UntypedStorage]) -> None:
         self._read = read
-        self._here: weakref.ref[torch.UntypedStorage] | None = None
+        self._source = source
+        self._here: tuple[Any, weakref.ref[torch.UntypedStorage]] | None = None
 
     def __call__(self) -> torch.UntypedStorage:
-        storage = None if self._here is None else self._here()
+        """The memory, for all that the same backward pass does on the same stream.
+
+        For another one it would not do: a gradient may have become of it.
+        """
+        task = torch._C._current_graph_task_id()
+        storage = None
+        if self._here is not None and self._here[0] == (task, _stream()) and task != -1:
+            storage = self._here[1]()
         if storage is None:
             storage = self._read().untyped_storage()
-            self._here = weakref.ref(storage)
+            self._here = (task, _stream()), weakref.ref(storage)
         return storage
+
+
+def _stream() -> Any:
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
 
 class _View:

@@ -25,7 +25,7 @@ __all__ = [
 
 
 ELSEWHERE = "everything elsewhere"
-"""The way of a block all that is saved of which waits in a store for the backward pass."""
+"""The way of a block what is saved of which, but for crumbs, waits in a store."""
 
 
 @dataclass(frozen=True)

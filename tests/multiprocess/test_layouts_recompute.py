@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ from scaledtrain.recompute import (
     MemoryBudget,
     Selective,
 )
+from scaledtrain.recompute.chain import Chain
 from scaledtrain.recompute.live_bytes import LiveBytes
+from scaledtrain.recompute.plan import ELSEWHERE, Keep, Plan
 from tests.ranks import run_ranks
 
 LENGTH = 48
@@ -55,12 +59,22 @@ def trainer(link: Link, policy: CheckpointPolicy | None, **options: Any) -> Trai
     )
 
 
+def forced(way: str, is_meant: bool) -> AbstractContextManager[Any]:
+    """Inside, all blocks run in one way, if that is meant, whatever is fastest."""
+
+    def plan(chain: Chain, peak_bytes: int) -> Plan:
+        return (*(Keep(way),) * (len(chain) - 1), Keep())
+
+    return mock.patch("scaledtrain.recompute.budget._plan", plan) if is_meant else nullcontext()
+
+
 def run(cases: list[tuple[CheckpointPolicy | None, dict[str, Any]]]) -> list[Any]:
     found: list[Any] = []
     with connect(transport="torch", timeout_seconds=100) as link:
         for policy, options in cases:
+            offloads = isinstance(policy, MemoryBudget) and policy.offload is not None
             try:
-                with trainer(link, policy, **options) as trained:
+                with forced(ELSEWHERE, offloads), trainer(link, policy, **options) as trained:
                     trained.fit(loader(), max_epochs=1)
                     batch = next(trained.layout.steps(list(loader()), 0, 1).epoch(0))
                     with LiveBytes() as counted:
@@ -80,7 +94,7 @@ def test_plans_keep_to_the_budget_and_change_no_bit() -> None:
     cases: list[tuple[CheckpointPolicy | None, dict[str, Any]]] = []
     for precision, sizes in budgets.items():
         policies = [None, CheckpointEvery(1), Selective(), *(MemoryBudget(n * 1024) for n in sizes)]
-        policies.append(MemoryBudget(sizes[-1] * 1024, offload="disk"))
+        policies.append(MemoryBudget(sizes[-1] * 1024, offload="disk"))  # see `run`
         cases += [(policy, {"precision": precision}) for policy in policies]
     found = run_ranks(run, 2, cases, timeout_seconds=150)[0]
     for place, sizes in enumerate(budgets.values()):

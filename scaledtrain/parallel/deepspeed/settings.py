@@ -80,8 +80,8 @@ def ds_config(
     Args:
         source: the user's file; None: our words say everything.
         recipe: of the training.
-        n_elements: of all parameters that are trained. DeepSpeed allocates a whole bucket in each
-            step, so that one larger than they are would only take memory.
+        n_elements: of all parameters that are trained. DeepSpeed allocates a whole bucket (with
+            stages 1 and 2 in each step): one larger than they are would only take memory.
         zero_stage: None: the file's, else 2.
         offload: ``"cpu"``; None: the file's, else none.
         offload_parameters: to the host, too.
@@ -107,7 +107,7 @@ def ds_config(
             "among the ranks), 2 (gradients, too) or 3 (parameters, too)"
         )
     _check_zero(zero, source)
-    zero.setdefault("reduce_bucket_size", min(n_elements, _LARGEST_BUCKET))
+    zero.setdefault("reduce_bucket_size", max(1, min(n_elements, _LARGEST_BUCKET)))
     _offload(zero, where, offload, offload_parameters)
     formats = _formats(recipe.precision)
     for key in ("fp16", "bf16", "torch_autocast"):
