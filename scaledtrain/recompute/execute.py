@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -78,8 +79,9 @@ class Executor:
         self._plan, self._ways, self._store, self._inside = plan, ways, store, inside
         assert count_blocks(plan) == len(blocks)
         self._waiting: _Together | None = None  # has run, but not all of its blocks were called
-        self._model = model
-        self._model_stays: set[int] | None = None  # storages of the model in this forward pass
+        self._model = weakref.ref(model)
+        self._model_stays: Sequence[int] | None = None  # its storages, in this forward pass
+        self._is_inside = False  # of the model's forward pass
         self._place: list[tuple[_Together, int]] = []
         for step in plan:
             n, first = count_blocks((step,)), len(self._place)
@@ -89,8 +91,8 @@ class Executor:
         self._interception = Interception(blocks, self._call)
         self._when_removed: Callable[[], None] = _nothing
         self._hooks = [
-            model.register_forward_pre_hook(_Tell(self._forget)),
-            model.register_forward_hook(_Tell(self._raise_if_waiting)),
+            model.register_forward_pre_hook(_Tell(self._begin)),
+            model.register_forward_hook(_Tell(self._end)),
         ]
         if inside is not None:
             try:
@@ -136,15 +138,25 @@ class Executor:
         self._waiting = together if place < len(together.blocks) - 1 else None
         return output
 
-    def _stays(self) -> set[int]:
+    def _stays(self) -> Sequence[int]:
         """Storages that the model has anyway, which a block may use without having them."""
-        if self._model_stays is None:
-            self._model_stays = storages_of(self._model)
+        model = self._model()
+        if model is None:
+            return ()
+        if self._model_stays is None or not self._is_inside:
+            self._model_stays = tuple(storages_of(model))
         return self._model_stays
+
+    def _begin(self) -> None:
+        self._is_inside, self._model_stays = True, None
+        self._forget()
+
+    def _end(self) -> None:
+        self._is_inside, self._model_stays = False, None
+        self._raise_if_waiting()
 
     def _forget(self) -> None:
         """What is left of a forward pass that ended with an exception, is nobody's any more."""
-        self._model_stays = None
         if self._waiting is not None:
             self._waiting.forget()
             self._waiting = None
@@ -186,7 +198,7 @@ class _Together:
         step: Step,
         ways: Mapping[str, MakeContexts],
         store: Store | None,
-        stays: Callable[[], set[int]],
+        stays: Callable[[], Sequence[int]],
     ) -> None:
         self.blocks = blocks
         self.step = step
@@ -304,8 +316,8 @@ class _Pass:
         if isinstance(step, Keep) and step.way == ELSEWHERE:
             assert inside is None
             assert self._together.store is not None
-            stays = self._together.stays() | storages_of(blocks[0]) | storages(self._tensors)
-            with Offload.of_block(self._together.store, stays, x):
+            own = storages_of(blocks[0]) | storages(self._tensors)
+            with Offload.of_block(self._together.store, own.union(self._together.stays()), x):
                 return self._block(first, x)
         is_kept = inside is None or inside.again  # if not, all of this runs again, and keeps then
         run: Callable[[Tensor], Any]

@@ -87,8 +87,7 @@ def measure_chain(
         if kind not in measured:
             with torch.enable_grad():
                 own = store if is_seen_inside else None
-                stays = storages_of(model) | storages_of(blocks[index])
-                found = _measure(forward, args, kwargs, ways, own, stays)
+                found = _measure(forward, args, kwargs, ways, own, storages_of(model))
             same_class = (b for (of, *_), b in measured.items() if of is type(blocks[index]))
             alike = (known for known in same_class if are_alike(known, found))
             measured[kind] = next(alike, found)
@@ -253,7 +252,7 @@ def _bytes(run: Call, x: Tensor) -> _Bytes:
     saved: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.add(tensor.untyped_storage()._cdata)
+        saved.update(storages([tensor]))
         return tensor
 
     torch.clear_autocast_cache()  # casts of parameters count where they are made
@@ -309,7 +308,7 @@ def _offload_seconds(store: Store, x: Tensor) -> float:
     in the processor's cache.
     """
     n_bytes = max(1, x.numel() * x.element_size())
-    filled = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
+    filled = torch.ones(n_bytes, dtype=torch.uint8, device=x.device)
     count = max(1, min(_MOST_OFFLOADED, _OFFLOADED_BYTES // n_bytes))
     found = []
     for _ in range(_REPEATS + 1):

@@ -74,7 +74,8 @@ class DiskStore(Store):
     """A file that has no name, so that nothing is left of it, whatever ends the process.
 
     What is written stays in the operating system's page cache as long as there is room; it is not
-    memory of the process.
+    memory of the process. A place that is free again is taken by as many bytes; the file begins
+    anew when nothing is in it any more, as between two steps.
 
     Args:
         folder: in which file system; None: that of temporary files.
@@ -85,29 +86,22 @@ class DiskStore(Store):
 
     def __init__(self, folder: str | None = None) -> None:
         self._folder = folder or tempfile.gettempdir()
-        try:
-            self._file = _File(self._folder)
-        except OSError as error:
-            raise ConfigError(
-                f"activations cannot be offloaded to {self._folder}: {error}; name a folder that "
-                "can be written to, or leave offloading out"
-            ) from error
-        self._places = _Places()
-        self._process = os.getpid()
+        self._file = _File(self._folder)
 
     def put(self, tensor: Tensor) -> Read:
         """Write; what is not dense in memory is kept as it is."""
         if not _is_dense(tensor) or not tensor.numel():
             return held(tensor)
-        if self._process != os.getpid():  # it was forked, and the file is the parent's
-            self.__init__(self._folder)  # type: ignore[misc]
+        if self._file.process != os.getpid():  # it was forked, and the file is the parent's
+            self._file = _File(self._folder)
+        file = self._file
         host = tensor.detach().cpu()
         n_bytes = host.numel() * host.element_size()
-        place = self._places.take(n_bytes)
-        written = _Written(self._file, place, tensor)
-        weakref.finalize(written, self._places.give_back, n_bytes, place)
+        place = file.places.take(n_bytes)
+        written = _Written(file, place, tensor)
+        weakref.finalize(written, file.places.give_back, n_bytes, place)
         try:
-            _all_of(os.pwrite, self._file.number, _memory(host), place)
+            _all_of(os.pwrite, file.number, _memory(host), place)
         except OSError as error:
             raise ConfigError(
                 f"{n_bytes} bytes of activations cannot be offloaded to {self._folder}, after "
@@ -130,8 +124,8 @@ class _Places:
         """Where so many bytes can be written to."""
         with self._lock:
             self._taken += 1
-            if self._free[n_bytes]:
-                return self._free[n_bytes].pop()
+            if free := self._free.get(n_bytes):
+                return free.pop()
             place, self._end = self._end, self._end + n_bytes
             return place
 
@@ -146,12 +140,20 @@ class _Places:
 
 
 class _File:
-    """A file without a name, which is there as long as this is."""
+    """A file without a name, which is there as long as this is, and one process writes to."""
 
     def __init__(self, folder: str) -> None:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            self.number = os.dup(file.fileno())
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self.number = os.dup(file.fileno())
+        except OSError as error:
+            raise ConfigError(
+                f"activations cannot be offloaded to {folder}: {error}; name a folder that can be "
+                "written to, or leave offloading out"
+            ) from error
         weakref.finalize(self, os.close, self.number)
+        self.places = _Places()
+        self.process = os.getpid()
 
 
 class _Written:
@@ -164,7 +166,7 @@ class _Written:
         self._dtype, self._device = tensor.dtype, tensor.device
 
     def __call__(self) -> Tensor:
-        host = torch.empty_strided(self._shape, self._stride, dtype=self._dtype)
+        host = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device="cpu")
         _all_of(_read, self._file.number, _memory(host), self._place)
         return host.to(self._device)
 
@@ -240,9 +242,10 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
     """A context in which what is saved for the backward pass goes to a store meanwhile.
 
     A piece of memory goes there once, however many of the saved tensors are views of it, and is
-    read once for those of them that one backward pass needs at the same time. What is changed in
-    place afterwards is read as it was when it was saved; of changes behind autograd's back
-    (``tensor.data``) between two saves of the same memory nothing is known.
+    read once for those of them that one backward pass needs at the same time; a small part of
+    something large goes by itself. What is changed in place afterwards is read as it was when it
+    was saved; of changes behind autograd's back (``tensor.data``) between two saves of the same
+    memory nothing is known.
 
     Args:
         store: where to.
@@ -284,25 +287,29 @@ class _Pack:
         self._smallest = smallest
         self._stayed = stayed
         # Whoever may read it has it, and nobody else.
-        self._written: WeakValueDictionary[tuple[int, int], _WrittenStorage] = WeakValueDictionary()
+        self._written: WeakValueDictionary[_Key, _WrittenStorage] = WeakValueDictionary()
 
     def __call__(self, tensor: Tensor) -> Read:
-        if not _is_plain(tensor) or tensor.is_conj() or tensor.is_neg():
+        if not self._goes(tensor):
+            self._stayed.update(storages([tensor]))
             return held(tensor)
-        key, storage = (storage_key(tensor), tensor._version), tensor.untyped_storage()
+        key, storage = _key(tensor), tensor.untyped_storage()
         written = self._written.get(key)
-        goes = self._store.takes(tensor) and key[0] not in self._stays
-        if written is None and goes and storage.nbytes() >= self._smallest:
-            if storage.nbytes() <= _MOST_AROUND * tensor.numel() * tensor.element_size():
-                written = self._write(key, storage)
-            elif _is_dense(tensor):  # a small part of something large
-                return self._store.put(tensor)
         if written is None:
-            self._stayed.add(key[0])
-            return held(tensor)
+            n_bytes = tensor.numel() * tensor.element_size()
+            if storage.nbytes() > _MOST_AROUND * n_bytes and _is_dense(tensor):
+                return self._store.put(tensor)
+            written = self._write(key, storage)
         return _View(written, tensor)
 
-    def _write(self, key: tuple[int, int], storage: torch.UntypedStorage) -> _WrittenStorage:
+    def _goes(self, tensor: Tensor) -> bool:
+        if not _is_plain(tensor) or tensor.is_conj() or tensor.is_neg() or not tensor.numel():
+            return False
+        if not self._store.takes(tensor) or storage_key(tensor) in self._stays:
+            return False
+        return tensor.untyped_storage().nbytes() >= self._smallest
+
+    def _write(self, key: _Key, storage: torch.UntypedStorage) -> _WrittenStorage:
         all_written = self._written
 
         def given_up(_: object) -> None:
@@ -311,6 +318,19 @@ class _Pack:
         read = self._store.put(_elements(storage, torch.uint8))
         all_written[key] = written = _WrittenStorage(read, weakref.ref(storage, given_up))
         return written
+
+
+_Key = tuple[int, ...]
+
+
+def _key(tensor: Tensor) -> _Key:
+    """The same for views of the same memory with the same values.
+
+    What autograd does not know to be a view of something counts changes by itself, as the parts
+    do into which a recurrent layer cuts its gates: then also its place is a part of the key.
+    """
+    of = tensor._base if tensor._base is not None else tensor
+    return (storage_key(tensor), tensor._version, of.storage_offset(), *of.shape, *of.stride())
 
 
 class _WrittenStorage:
@@ -331,13 +351,12 @@ class _WrittenStorage:
 
         For another one it would not do: a gradient may have become of it.
         """
-        task = torch._C._current_graph_task_id()
-        storage = None
-        if self._here is not None and self._here[0] == (task, _stream()) and task != -1:
-            storage = self._here[1]()
+        here, reader = self._here, (torch._C._current_graph_task_id(), _stream())
+        storage = here[1]() if here is not None and here[0] == reader else None
         if storage is None:
             storage = self._read().untyped_storage()
-            self._here = (task, _stream()), weakref.ref(storage)
+            if reader[0] != -1:  # else no backward pass is going on
+                self._here = reader, weakref.ref(storage)
         return storage
 
 

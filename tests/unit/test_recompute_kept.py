@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import gc
+import math
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -245,11 +248,49 @@ def test_of_a_small_part_of_something_large_the_part_is_written() -> None:
     weight = torch.ones(256, requires_grad=True)
     with Offload.of_block(store, (), everything[:64]):
         y = (everything[:64] * weight).sum()
-        part = (everything[:64, ::2] * weight[::2]).sum()  # neither dense nor large: it stays
     assert written(store) == 64 * 256 * 4
-    (y + part).backward()
+    y.backward()
     assert weight.grad is not None
-    assert weight.grad.tolist() == [128.0, 64.0] * 128
+    assert weight.grad.tolist() == [64.0] * 256
+
+
+def test_of_a_part_that_does_not_fill_its_memory_all_is_written_and_gone_meanwhile() -> None:
+    """As keys and values of grouped-query attention, of one product with the queries."""
+    x, store = torch.ones(64, 256, requires_grad=True), DiskStore()
+    with LiveBytes() as counted:
+        with Offload.of_block(store, (), x):
+            values = (x + 1.0)[:, :32]
+            y = (values * values).sum()
+            del values
+        assert counted.live == 4
+        assert written(store) == 64 * 256 * 4
+        y.backward()
+    assert x.grad is not None
+    assert x.grad[0].tolist() == [4.0] * 32 + [0.0] * 224  # 2 (x + 1)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.GRUCell, nn.LSTMCell])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_that_change_in_place_one_by_one_are_read_as_each_was(
+    kind: type[nn.Module], dtype: torch.dtype
+) -> None:
+    """They share memory, and autograd counts the changes of each by itself."""
+    torch.manual_seed(0)
+    layer = kind(16, 16).to(dtype)
+    shape = (4, 16) if "Cell" in kind.__name__ else (5, 4, 16)
+
+    def trained(offload: AbstractContextManager[Any]) -> list[Tensor]:
+        x = torch.linspace(-2.0, 2.0, math.prod(shape), dtype=dtype).view(shape).requires_grad_()
+        layer.zero_grad()
+        with offload:
+            output = layer(x)
+            output = output if isinstance(output, Tensor) else output[0]
+        output.square().sum().backward()
+        return [x.grad, *(p.grad for p in layer.parameters())]  # type: ignore[list-item]
+
+    expected = trained(nullcontext())
+    found = trained(Offload(DiskStore(), storages_of(layer)))
+    assert all(map(torch.equal, expected, found))
 
 
 def test_what_is_changed_in_place_afterwards_is_read_as_it_was() -> None:
@@ -264,11 +305,11 @@ def test_what_is_changed_in_place_afterwards_is_read_as_it_was() -> None:
     assert torch.equal(x.grad, torch.full((8,), 20.0))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("offload", [Offload(DiskStore(), smallest=99), Offload(HostStore())])
-def test_a_change_in_place_of_what_stays_is_told(offload: Offload) -> None:
+@pytest.mark.parametrize(("kind", "smallest"), [(DiskStore, 99), (HostStore, 0)])
+def test_a_change_in_place_of_what_stays_is_told(kind: Callable[[], Store], smallest: int) -> None:
     """A store of the host's memory takes nothing that is there."""
     x = torch.full((8,), 1.0, requires_grad=True)
-    with offload:
+    with Offload(kind(), smallest=smallest):
         a = 2 * x
         loss = (a * a).sum()
         a.add_(1.0)
@@ -322,11 +363,9 @@ def test_nothing_is_left_for_the_garbage_collector() -> None:
             y.backward()
             del y
         assert written(store) == 65_536
-        number = store._file.number
-        os.fstat(number)
+        file = weakref.ref(store._file)
         del store
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(number)
+        assert file() is None
     finally:
         gc.enable()
 
@@ -361,6 +400,9 @@ def test_a_block_with_something_sparse_is_measured() -> None:
     # 1 + (1 - tanh(1)^2)
     assert torch.allclose(x.grad, 2 - torch.tanh(torch.ones(())) ** 2)
     assert written(store) == 64 * 8 * 4  # tanh's result
+    model = nn.Sequential(block, nn.Tanh())
+    chain = measure_chain(model, list(model), lambda called: called(x).sum(), {}, store)
+    assert [way.name for way in chain.blocks[0].ways] == ["all", ELSEWHERE]
 
 
 def test_blocks_that_keep_everything_elsewhere_need_what_is_predicted() -> None:
@@ -380,7 +422,7 @@ def test_blocks_that_keep_everything_elsewhere_need_what_is_predicted() -> None:
         predicted = cost(chain, (*plan, Keep())).peak_bytes
         assert predicted == pytest.approx(measured, rel=0.05)
         assert predicted < everything / 3
-        assert smaller < measured
+        assert smaller <= 0.8 * measured  # of three rows in place of four
 
 
 def test_what_compiled_blocks_save_stays() -> None:
@@ -396,12 +438,13 @@ def test_what_compiled_blocks_save_stays() -> None:
 
 def test_places_in_the_file_are_used_again() -> None:
     store = DiskStore()
+    stays = store.put(torch.full((256,), 7.0))
     for number in range(5):
         reads = [store.put(torch.full((256,), 10.0 * number + i)) for i in range(3)]
         assert [read()[0].item() for read in reads] == [10.0 * number + i for i in range(3)]
         del reads
-        gc.collect()
-    assert written(store) == 3 * 1024
+    assert written(store) == (1 + 3) * 1024
+    assert stays()[0].item() == 7.0
 
 
 def test_the_offloaded_input_is_gone_meanwhile() -> None:
