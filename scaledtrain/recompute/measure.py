@@ -38,6 +38,7 @@ from scaledtrain.recompute.plan import ELSEWHERE, every
 __all__ = ["measure_chain", "now"]
 
 _REPEATS = 8  # of what is timed
+_SAME = 0.01  # gradients differ by a smaller part
 _OFFLOADED_BYTES, _MOST_OFFLOADED = 64 * 2**20, 64  # tensors of a timed offload, together
 _CHANGED = ("has been mutated", "in-place operation")  # what is kept, says torch
 
@@ -181,6 +182,8 @@ def _measure(
             # What would be kept is changed in place: the block has this way not.
     if ELSEWHERE in counted and storage_key(x) in stayed:
         counted[ELSEWHERE] = counted[ELSEWHERE]._replace(keeps_input=True)
+    if ELSEWHERE in counted and not _same_gradient(run, runs[ELSEWHERE], x):
+        del counted[ELSEWHERE]  # what is saved is changed behind autograd's back
     (forward_seconds, with_forward), *seconds = _seconds(
         [again, *(runs[name] for name in counted)], x
     )
@@ -206,6 +209,23 @@ def _way(name: str, ahead: float, back: float, stopped: float, counted: _Bytes) 
         runs_again=name not in ("all", ELSEWHERE),
         first_pass_only=name == ELSEWHERE,
     )
+
+
+def _same_gradient(run: Call, other: Call, x: Tensor) -> bool:
+    """Of the input, but for what kernels that are not deterministic make of it."""
+    if not x.requires_grad:
+        return True
+    found = []
+    for call in (run, other):
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            output = first_tensor(call(x))
+            if output.requires_grad:
+                with _as_backward(output):
+                    torch.autograd.backward(output, torch.ones_like(output))
+        found.append(torch.zeros_like(x) if x.grad is None else x.grad)
+        x.grad = None
+    one, another = found
+    return bool((one - another).norm() <= _SAME * one.norm())
 
 
 def _worthwhile(ways: Sequence[Way]) -> tuple[Way, ...]:

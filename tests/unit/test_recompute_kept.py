@@ -341,6 +341,23 @@ class Keeps(torch.autograd.Function):
         return ctx.saved_tensors[0]  # type: ignore[no-any-return]
 
 
+class Behind(nn.Module):
+    """Changes what is saved without autograd's knowing, between two saves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = 2.0 * x
+        first = a * a
+        a.data.add_(1.0)
+        return first + a * a
+
+
+def test_a_block_that_changes_what_it_saves_behind_autograds_back_keeps_it() -> None:
+    model, x = nn.Sequential(Behind(), nn.Linear(64, 64)), torch.full((64, 64), 0.1)
+    chain = measure_chain(model, list(model), lambda called: called(x).sum(), {}, DiskStore())
+    ways = [[way.name for way in block.ways] for block in chain.blocks]
+    assert ways == [["all"], ["all", ELSEWHERE], ["all"]]
+
+
 def test_a_gradient_that_is_what_was_read_may_be_changed() -> None:
     x = torch.ones(8, requires_grad=True)
     with Offload(DiskStore()):
