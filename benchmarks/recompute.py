@@ -367,7 +367,7 @@ def deepest(run: Run, size: int, n_bytes: int) -> int:
     for groups in (2, 4):
         model, x = gpt(groups * size, 16)
         model.run = run
-        peaks.append(peak_of(model, x))
+        peaks.append(peak_of(with_gradients(model), x))
     by_group = (peaks[1] - peaks[0]) / 2
     return max(0, size * (2 + int((n_bytes - peaks[0]) / by_group)))
 
