@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,7 @@ class StoreBoard(_Waiting):
         self._beats = [-1] * size
         self._seen = [time.monotonic()] * size
         self._over = threading.Event()
+        self._has_store = True
         self._store.set(f"{rank}", "0 0")
         self._thread = threading.Thread(target=self._refresh, name="board", daemon=True)
         self._thread.start()
@@ -115,11 +117,25 @@ class StoreBoard(_Waiting):
         return list(self._words)
 
     def close(self) -> None:
-        """Leave."""
+        """Leave; rank 0, whose process has the store, when the others have left or are silent.
+
+        Where that process is just ending, a new connection to it can be taken and never answered:
+        a client then tries for as long as it may wait.
+        """
         self._over.set()
-        # Where the process with the store is just ending, a new connection to it can be taken and
-        # never answered: the client then tries for as long as it may wait, and nobody needs it.
         self._thread.join(_CLOSE_SECONDS)
+        if self._has_store and not self._thread.is_alive():
+            with suppress(RuntimeError, dist.DistError):  # it has gone meanwhile
+                self._leave()
+
+    def _leave(self) -> None:
+        if self._rank != 0:
+            self._store.set(f"{self._rank} left", "")
+            return
+        end = time.monotonic() + _CLOSE_SECONDS
+        others = [f"{rank} left" for rank in range(1, self._size) if self._words[rank] != _DEAD]
+        while others and not self._store.check(others) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
 
     def _refresh(self) -> None:
         beat, is_over = 0, False
@@ -131,6 +147,7 @@ class StoreBoard(_Waiting):
             except (RuntimeError, dist.DistError):
                 store = None if is_over else reconnected(self._origin)
                 if store is None:
+                    self._has_store = False
                     break
                 self._store = store
         if not is_over and self._rank != 0:  # which has the store, and died

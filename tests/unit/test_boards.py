@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -55,7 +57,7 @@ every_kind = pytest.mark.parametrize(
 
 
 def close(made: Boards) -> None:
-    for board in made:
+    for board in reversed(made):  # rank 0 would wait for the others
         board.close()
 
 
@@ -181,6 +183,30 @@ def test_leaving_does_not_wait_for_a_connection_that_nobody_answers(
     assert board._thread.is_alive()  # it still waits for an answer
     answered.set()
     board._thread.join(LONG)
+
+
+def test_the_rank_with_the_store_leaves_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boards, "_CLOSE_SECONDS", LONG)
+    made = stored(3, LONG)
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(made[0].close)
+        made[2].close()
+        with pytest.raises(futures.TimeoutError):
+            leaving.result(0.5)
+        made[1].close()
+        leaving.result(LONG)
+
+
+def test_nobody_waits_for_a_rank_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boards, "_CLOSE_SECONDS", LONG)
+    monkeypatch.setattr(boards, "_SILENCE_SECONDS", 0.4)
+    made = stored(2, LONG)
+    made[1]._has_store = False  # so that it does not tell that it leaves
+    made[1].close()
+    made[0].wait(lambda words: words[1] == -1, "a test")
+    begin = time.monotonic()
+    made[0].close()
+    assert time.monotonic() - begin < LONG / 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds sockets in /proc")
