@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from scaledtrain.recompute.dear import MakeContexts
-from scaledtrain.recompute.offload import Read, Store, held, storage_key
+from scaledtrain.recompute.live_bytes import storage_key
+from scaledtrain.recompute.offload import Read, Store, held
 
 __all__ = ["ATTENTION", "PRODUCTS", "keep_results"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["LiveBytes"]
+__all__ = ["LiveBytes", "storage_key"]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -47,9 +47,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {_key(t) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
+        given = {storage_key(t) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
         for tensor in tree_leaves(result):
-            if _has_storage(tensor) and _key(tensor) not in given:
+            if _has_storage(tensor) and storage_key(tensor) not in given:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -78,6 +78,7 @@ def _is_page_locked(storage: torch.UntypedStorage) -> bool:
     return bool(storage.is_pinned())
 
 
-def _key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """The same for views of the same memory, as long as that is there."""
     key: int = tensor.untyped_storage()._cdata
     return key

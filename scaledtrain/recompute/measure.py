@@ -31,8 +31,8 @@ from scaledtrain.recompute.chain import Block, Chain, Way
 from scaledtrain.recompute.dear import MakeContexts
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.kinds import Kind, are_alike, kind_of
-from scaledtrain.recompute.live_bytes import LiveBytes
-from scaledtrain.recompute.offload import Offload, Store, storage_key, storages, storages_of
+from scaledtrain.recompute.live_bytes import LiveBytes, storage_key
+from scaledtrain.recompute.offload import Offload, Store, storages, storages_of
 from scaledtrain.recompute.plan import ELSEWHERE, every
 
 __all__ = ["measure_chain", "now"]
@@ -280,8 +280,7 @@ def _bytes(run: Call, x: Tensor) -> _Bytes:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = first_tensor(run(x))
         forward, with_output = counted.peak, counted.live
-        storage = output.untyped_storage()._cdata
-        returns_input = storage == x.untyped_storage()._cdata
+        returns_input = storage_key(output) == storage_key(x)
         gradient = torch.ones_like(output)
         n_bytes = gradient.untyped_storage().nbytes()
         edge = get_gradient_edge(output) if output.requires_grad else None
@@ -293,7 +292,7 @@ def _bytes(run: Call, x: Tensor) -> _Bytes:
                 torch.autograd.backward(edge, gradient)
         backward = counted.peak - n_bytes
     x.grad = None
-    keeps_input = returns_input or x.untyped_storage()._cdata in saved
+    keeps_input = returns_input or storage_key(x) in saved
     return _Bytes(forward, kept, backward, n_bytes, keeps_input, with_output == kept)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
+from scaledtrain.recompute.live_bytes import storage_key
 
 __all__ = [
     "DiskStore",
@@ -25,7 +26,6 @@ __all__ = [
     "Read",
     "Store",
     "held",
-    "storage_key",
     "storages",
     "storages_of",
 ]
@@ -220,12 +220,6 @@ def held(tensor: Tensor) -> Read:
         return kept
 
     return read
-
-
-def storage_key(tensor: Tensor) -> int:
-    """The same for views of the same memory, as long as that is there."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:
