@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from mmap import ALLOCATIONGRANULARITY, mmap
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
@@ -32,6 +34,8 @@ __all__ = [
 
 Read = Callable[[], Tensor]
 
+_ALIGNMENT = 64  # bytes, as of torch's own memory
+_LARGEST_PART = 64 * 2**20  # bytes by which a file grows, unless something larger is written
 _CRUMB = 16  # what has so many times fewer bytes than a block's input
 _MOST_AROUND = 4  # times the bytes of a saved tensor: larger memory does not go for its sake
 
@@ -40,8 +44,13 @@ class Store(ABC):
     """Takes tensors, and gives equal ones back: the same values, shape and strides."""
 
     @abstractmethod
-    def put(self, tensor: Tensor) -> Read:
+    def put(self, tensor: Tensor, lends: bool = False) -> Read:
         """Write a tensor.
+
+        Args:
+            tensor: any.
+            lends: a backward pass that does not keep its graph may be given the memory in which
+                the store has it, and not a copy of its own.
 
         Returns:
             What reads it, as often as it is called. Once nobody has it any more, its place is free.
@@ -55,7 +64,7 @@ class Store(ABC):
 class HostStore(Store):
     """Page-locked memory of the host, for tensors of a GPU."""
 
-    def put(self, tensor: Tensor) -> Read:
+    def put(self, tensor: Tensor, lends: bool = False) -> Read:
         """Copy, in the order of the current stream; nobody waits."""
         if not _is_dense(tensor) or not tensor.is_cuda:
             return held(tensor)
@@ -73,9 +82,10 @@ class HostStore(Store):
 class DiskStore(Store):
     """A file that has no name, so that nothing is left of it, whatever ends the process.
 
-    What is written stays in the operating system's page cache as long as there is room; it is not
-    memory of the process. A place that is free again is taken by as many bytes; the file begins
-    anew when nothing is in it any more, as between two steps.
+    It is mapped into memory, but its pages are no memory of the process's own: as long as there is
+    room the operating system keeps them in its cache, from where they are read without a copy, and
+    it takes them back when it needs room. A place that is free again is taken by as many bytes; the
+    file begins anew when nothing is in it any more, as between two steps.
 
     Args:
         folder: in which file system; None: that of temporary files.
@@ -88,61 +98,35 @@ class DiskStore(Store):
         self._folder = folder or tempfile.gettempdir()
         self._file = _File(self._folder)
 
-    def put(self, tensor: Tensor) -> Read:
+    def put(self, tensor: Tensor, lends: bool = False) -> Read:
         """Write; what is not dense in memory is kept as it is."""
         if not _is_dense(tensor) or not tensor.numel():
             return held(tensor)
         if self._file.process != os.getpid():  # it was forked, and the file is the parent's
             self._file = _File(self._folder)
-        file = self._file
-        host = tensor.detach().cpu()
-        n_bytes = host.numel() * host.element_size()
-        place = file.places.take(n_bytes)
-        written = _Written(file, place, tensor)
-        weakref.finalize(written, file.places.give_back, n_bytes, place)
-        try:
-            _all_of(os.pwrite, file.number, _memory(host), place)
-        except OSError as error:
-            raise ConfigError(
-                f"{n_bytes} bytes of activations cannot be offloaded to {self._folder}, after "
-                f"{place} bytes: {error}; make room, name another folder, or leave offloading "
-                "out"
-            ) from error
+        memory = self._file.take(tensor.numel() * tensor.element_size())
+        written = _Written(memory, tensor, lends)
+        written.there().copy_(tensor.detach())
         return written
 
 
-class _Places:
-    """Which parts of a file are free. Any thread may give one back, also while another is taken."""
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-        self._taken = 0
-        self._end = 0
-        self._free: defaultdict[int, list[int]] = defaultdict(list)  # by size
-
-    def take(self, n_bytes: int) -> int:
-        """Where so many bytes can be written to."""
-        with self._lock:
-            self._taken += 1
-            if free := self._free.get(n_bytes):
-                return free.pop()
-            place, self._end = self._end, self._end + n_bytes
-            return place
-
-    def give_back(self, n_bytes: int, place: int) -> None:
-        """Nobody reads it any more."""
-        with self._lock:
-            self._taken -= 1
-            self._free[n_bytes].append(place)
-            if not self._taken:  # other sizes may follow, as of longer sequences
-                self._end = 0
-                self._free.clear()
+class _Place(NamedTuple):
+    part: int
+    start: int
 
 
 class _File:
-    """A file without a name, which is there as long as this is, and one process writes to."""
+    """A file without a name, which one process writes to.
+
+    It grows by parts, each mapped as a whole, and never becomes smaller. Any thread may take a
+    place in it, or give one back, also while another is taken.
+
+    Args:
+        folder: in which file system.
+    """
 
     def __init__(self, folder: str) -> None:
+        self._folder = folder
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 self.number = os.dup(file.fileno())
@@ -152,23 +136,94 @@ class _File:
                 "written to, or leave offloading out"
             ) from error
         weakref.finalize(self, os.close, self.number)
-        self.places = _Places()
         self.process = os.getpid()
+        self._lock = RLock()
+        self._parts: list[mmap] = []
+        self._n_bytes = 0
+        self._n_taken = 0
+        self._next = _Place(0, 0)
+        self._free: defaultdict[int, list[_Place]] = defaultdict(list)  # by size
+
+    def take(self, n_bytes: int) -> NDArray[np.uint8]:
+        """So many bytes of it, which are free again when nobody has them any more."""
+        room = -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+        with self._lock:
+            free = self._free.get(room)
+            place = free.pop() if free else self._behind_all(room)
+            self._n_taken += 1
+            memory = np.frombuffer(self._parts[place.part], np.uint8, n_bytes, place.start)
+        weakref.finalize(memory, self._give_back, room, place)
+        return memory
+
+    def _behind_all(self, room: int) -> _Place:
+        part, start = self._next
+        while part < len(self._parts) and start + room > len(self._parts[part]):
+            part, start = part + 1, 0
+        if part == len(self._parts):
+            self._grow(max(room, min(self._n_bytes, _LARGEST_PART)))
+        self._next = _Place(part, start + room)
+        return _Place(part, start)
+
+    def _grow(self, n_bytes: int) -> None:
+        n_bytes = -(-n_bytes // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
+        try:
+            _claim(self.number, self._n_bytes, n_bytes)
+            part = mmap(self.number, n_bytes, offset=self._n_bytes)
+        except OSError as error:
+            raise ConfigError(
+                f"{n_bytes} bytes of activations cannot be offloaded to {self._folder}, after "
+                f"{self._n_bytes} bytes: {error}; make room, name another folder, or leave "
+                "offloading out"
+            ) from error
+        self._parts.append(part)
+        self._n_bytes += n_bytes
+
+    def _give_back(self, room: int, place: _Place) -> None:
+        with self._lock:
+            self._n_taken -= 1
+            self._free[room].append(place)
+            if not self._n_taken:  # other sizes may follow, as of longer sequences
+                self._next = _Place(0, 0)
+                self._free.clear()
+
+
+def _claim(file: int, end: int, n_bytes: int) -> None:
+    """Make a file longer by zeros that are written: where the disk is full, this says so.
+
+    A page for which there is no room would otherwise end the process when it is touched.
+    """
+    zeros = memoryview(bytes(min(n_bytes, 2**20)))
+    written = 0
+    while written < n_bytes:
+        written += os.pwrite(file, zeros[: n_bytes - written], end + written)
 
 
 class _Written:
-    """A tensor in a file."""
+    """A tensor in a file.
 
-    def __init__(self, file: _File, place: int, tensor: Tensor) -> None:
-        self._file = file
-        self._place = place
-        self._shape, self._stride = tensor.shape, tensor.stride()
-        self._dtype, self._device = tensor.dtype, tensor.device
+    Args:
+        memory: what it is in.
+        tensor: the one that was written, for its type.
+        lends: see `Store.put`.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8], tensor: Tensor, lends: bool) -> None:
+        self._memory = memory
+        self._dtype, self._shape, self._stride = tensor.dtype, tensor.shape, tensor.stride()
+        self._device = tensor.device
+        self._is_lent = lends and tensor.device.type == "cpu"
+
+    def there(self) -> Tensor:
+        """The place itself."""
+        memory = torch.from_numpy(self._memory).view(self._dtype)
+        return memory.as_strided(self._shape, self._stride)
 
     def __call__(self) -> Tensor:
-        host = torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device="cpu")
-        _all_of(_read, self._file.number, _memory(host), self._place)
-        return host.to(self._device)
+        # The reader owns what it has read: a pass that is made again is to find what was written.
+        if not self._is_lent or torch._C._autograd._get_current_graph_task_keep_graph():
+            return self.there().to(self._device, copy=True)
+        storage = torch.from_numpy(self._memory).untyped_storage()
+        return _elements(storage, self._dtype, 0, self._shape, self._stride)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -186,26 +241,6 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    n_bytes = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_char * n_bytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def _read(file: int, into: memoryview, place: int) -> int:
-    return os.preadv(file, [into], place)
-
-
-def _all_of(
-    move: Callable[[int, memoryview, int], int], file: int, memory: memoryview, place: int
-) -> None:
-    """System calls move 2 GiB at most, and less if they like."""
-    while memory:
-        moved = move(file, memory, place)
-        if moved == 0:
-            raise OSError(f"the file ends at {place}")
-        memory, place = memory[moved:], place + moved
 
 
 def held(tensor: Tensor) -> Read:
@@ -245,15 +280,23 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
         store: where to.
         stays: keys of memory that is there anyway, see `storages`.
         smallest: bytes; memory of fewer than these stays, too.
+        lends: nobody writes into what is read, see `Store.put`.
 
     Attributes:
         stayed: keys of memory that was saved and has not gone.
     """
 
-    def __init__(self, store: Store, stays: Collection[int] = (), smallest: int = 0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        stays: Collection[int] = (),
+        smallest: int = 0,
+        lends: bool = False,
+    ) -> None:
         self.stayed: set[int] = set()
         # Not a method: this and its hook would be garbage only together.
-        super().__init__(_Pack(store, stays, smallest, self.stayed), lambda read: read())
+        pack = _Pack(store, stays, smallest, lends, self.stayed)
+        super().__init__(pack, lambda read: read())
 
     @classmethod
     def of_block(cls, store: Store, stays: Collection[int], x: Tensor) -> Offload:
@@ -267,16 +310,22 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
             stays: keys of parameters, buffers, and arguments beside the first.
             x: the first argument.
         """
-        return cls(store, stays, x.numel() * x.element_size() // _CRUMB)
+        return cls(store, stays, x.numel() * x.element_size() // _CRUMB, lends=True)
 
 
 class _Pack:
     """What is done with a tensor that is saved; see `Offload`."""
 
     def __init__(
-        self, store: Store, stays: Collection[int], smallest: int, stayed: set[int]
+        self,
+        store: Store,
+        stays: Collection[int],
+        smallest: int,
+        lends: bool,
+        stayed: set[int],
     ) -> None:
         self._store = store
+        self._lends = lends
         self._stays = stays
         self._smallest = smallest
         self._stayed = stayed
@@ -292,7 +341,7 @@ class _Pack:
         if written is None:
             n_bytes = tensor.numel() * tensor.element_size()
             if storage.nbytes() > _MOST_AROUND * n_bytes and _is_dense(tensor):
-                return self._store.put(tensor)
+                return self._store.put(tensor, self._lends)
             written = self._write(key, storage)
         return _View(written, tensor)
 
@@ -309,7 +358,7 @@ class _Pack:
         def given_up(_: object) -> None:
             all_written.pop(key, None)  # other memory may come to have the same key
 
-        read = self._store.put(_elements(storage, torch.uint8))
+        read = self._store.put(_elements(storage, torch.uint8), self._lends)
         all_written[key] = written = _WrittenStorage(read, weakref.ref(storage, given_up))
         return written
 
