@@ -73,10 +73,11 @@ class Chain:
 
     Args:
         blocks: in the order in which they run.
-        base_bytes: there all the time: the input of the first block, and what the model keeps
-            before it.
+        base_bytes: there all the time: what the model keeps before the first block, and that
+            one's input, if it is there whatever the blocks do.
         offload_seconds: to write a byte of a block's output somewhere else, and to read it again;
             None: there is nowhere else.
+        first_input_bytes: of the first block's input, if it is there only for the blocks.
 
     Raises:
         ConfigError: no block, or a block that cannot be run in any way.
@@ -85,6 +86,7 @@ class Chain:
     blocks: tuple[Block, ...]
     base_bytes: int = 0
     offload_seconds: float | None = None
+    first_input_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -97,8 +99,8 @@ class Chain:
         return len(self.blocks)
 
     def input_bytes(self, block: int) -> int:
-        """Of a block's input: what the one before it returned; the first one's is in the base."""
-        return self.blocks[block - 1].output_bytes if block else 0
+        """Of a block's input: what the one before it returned."""
+        return self.blocks[block - 1].output_bytes if block else self.first_input_bytes
 
     def without_keeping(self, first: int, last: int) -> tuple[float, int]:
         """Seconds, and bytes at most, of a forward pass that keeps nothing but the last output."""

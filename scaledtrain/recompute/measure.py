@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -33,7 +33,7 @@ from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.kinds import Kind, are_alike, kind_of
 from scaledtrain.recompute.live_bytes import LiveBytes, storage_key
 from scaledtrain.recompute.offload import Offload, Store, storages, storages_of
-from scaledtrain.recompute.plan import ELSEWHERE, every
+from scaledtrain.recompute.plan import ELSEWHERE, Keep, Recompute
 
 __all__ = ["measure_chain", "now"]
 
@@ -110,8 +110,8 @@ def measure_chain(
         before = None
     if len(chain) < len(blocks):
         raise ConfigError(f"the model called {len(chain)} of its {len(blocks)} blocks")
-    base, rest = _around(model, blocks, sample)
-    return Chain((*chain, rest), base, offload_seconds)
+    base, first_input, rest = _around(model, blocks, sample, store)
+    return Chain((*chain, rest), base, offload_seconds, first_input)
 
 
 def _follows(
@@ -281,19 +281,32 @@ def _bytes(run: Call, x: Tensor) -> _Bytes:
             output = first_tensor(run(x))
         forward, with_output = counted.peak, counted.live
         returns_input = storage_key(output) == storage_key(x)
-        gradient = torch.ones_like(output)
-        n_bytes = gradient.untyped_storage().nbytes()
-        edge = get_gradient_edge(output) if output.requires_grad else None
+        n_bytes = output.numel() * output.element_size()
+        end = _Ones.apply(output) if output.requires_grad else None  # type: ignore[no-untyped-call]
         del output
-        kept = counted.live - n_bytes
-        counted.peak = counted.live
-        if edge is not None:
-            with _as_backward(gradient):
-                torch.autograd.backward(edge, gradient)
+        kept = counted.live
+        counted.peak = kept + n_bytes
+        if end is not None:
+            with _as_backward(end):
+                torch.autograd.backward(end, end.detach())
         backward = counted.peak - n_bytes
     x.grad = None
     keeps_input = returns_input or storage_key(x) in saved
     return _Bytes(forward, kept, backward, n_bytes, keeps_input, with_output == kept)
+
+
+class _Ones(torch.autograd.Function):
+    """The end of a block, whose gradient nobody has but autograd, which gives it up early."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.like = output.shape, output.dtype, output.device
+        return output.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        shape, dtype, device = ctx.like
+        return torch.ones(shape, dtype=dtype, device=device)
 
 
 def _seconds(runs: Sequence[Call], x: Tensor) -> list[tuple[float, float]]:
@@ -351,32 +364,45 @@ def now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tuple[int, Block]:
-    """What is there before the first block, and what comes after the last one."""
-    executor = Executor(model, blocks, every(1, len(blocks)))
+def _around(
+    model: nn.Module, blocks: Sequence[nn.Module], sample: Sample, store: Store | None
+) -> tuple[int, int, Block]:
+    """What is around the blocks, of which nothing is kept but inputs, elsewhere if they can be.
+
+    Returns:
+        Bytes that are there before the first block and stay; those of its input, if nobody has it
+        but the blocks; and what comes after the last one.
+    """
+    step = Recompute((Keep(),), offload=store is not None)
+    executor = Executor(model, blocks, (step,) * len(blocks), {}, store)
     counted = LiveBytes()
-    base = after = most = 0
-    start = middle = end = 0.0
+    first_input = last_input = last_output = _Seen()
+    base = after = back = 0
+    start = end = 0.0
 
     def entered(module: nn.Module, args: Any) -> None:
-        nonlocal base
-        base = counted.live
+        nonlocal base, first_input
+        base, first_input = counted.live, _Seen.of(args[0])
 
     def left(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal after, start
+        nonlocal base, first_input, last_input, last_output, after, start
         tensor = first_tensor(output)
-        counted.peak = after = counted.live
-        start = now(tensor)
         if not tensor.requires_grad:
             raise ConfigError(
                 "no gradient comes to the last block, so that nothing is kept for one; leave "
                 "activation checkpointing out, or train some of the blocks"
             )
         tensor.register_hook(came_back)  # type: ignore[no-untyped-call]
+        if first_input.is_there():
+            first_input = _Seen()
+        base -= first_input.n_bytes
+        last_input, last_output = _Seen.of(args[0]), _Seen.of(tensor)
+        counted.peak = after = counted.live
+        start = now(tensor)
 
     def came_back(gradient: Tensor) -> None:
-        nonlocal most, end
-        most, end = counted.peak - after, now(gradient)
+        nonlocal back, end
+        back, end = counted.peak, now(gradient)
 
     hooks = [
         blocks[0].register_forward_pre_hook(entered),
@@ -385,11 +411,32 @@ def _around(model: nn.Module, blocks: Sequence[nn.Module], sample: Sample) -> tu
     try:
         with Apart(model) as apart, counted:
             loss = sample(apart)
-            middle = now(loss)
+            if not last_input.is_there():  # it still was when the block had just left
+                after -= last_input.n_bytes
+            middle, ahead = now(loss), counted.peak - after
+            keeps_input = last_output.is_there()
+            counted.peak = counted.live
             torch.autograd.backward(loss)
     finally:
         executor.remove()
         for hook in hooks:
             hook.remove()
-    way = Way("all", middle - start, end - middle, 0, most, most, middle - start)
-    return base, Block((way,), 0, middle - start, most)
+    back = max(0, back - (after if keeps_input else after - last_output.n_bytes))
+    back_seconds = max(0.0, end - middle)
+    way = Way("all", middle - start, back_seconds, 0, ahead, back, middle - start, keeps_input)
+    return base, first_input.n_bytes, Block((way,), 0, middle - start, ahead)
+
+
+class _Seen(NamedTuple):
+    """A piece of memory, which may be given up."""
+
+    n_bytes: int = 0
+    found: Callable[[], object] = lambda: None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        storage = tensor.untyped_storage()
+        return cls(storage.nbytes(), weakref.ref(storage))
+
+    def is_there(self) -> bool:
+        return self.found() is not None

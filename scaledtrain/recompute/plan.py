@@ -173,13 +173,13 @@ class _Walk:
     def step(self, plan: Plan, first: int, again: bool) -> None:
         """Forward, then backward; ``again``: the forward pass is made for the backward pass.
 
-        The input of the first block is somebody else's, who has counted it.
+        Of blocks that run again, the first one's input is somebody else's, who has counted it.
         """
         blocks = self._chain.blocks
         places = list(_places(plan, first))
         end = places[-1][2]
         own: list[int] = []  # bytes of the step's input, unless they have been counted
-        counted = True
+        counted = again
         for step, start, stop in places:
             own.append(0 if counted else self._chain.input_bytes(start))
             self.live += own[-1]

@@ -73,7 +73,7 @@ def fastest_plan(chain: Chain, peak_bytes: int) -> Plan | None:
 def smallest_bytes(chain: Chain) -> int:
     """The least budget for which there is a plan, up to a thousandth of what everything needs."""
     table = _Table(chain, _enough(chain))
-    whole = _Part(0, len(chain) - 1, False, True)
+    whole = _Part(0, len(chain) - 1, False, False)
     units = int(np.argmax(np.isfinite(table.times(whole))))
     least = units * table.unit + chain.base_bytes
     least = min(least, *(cost(chain, plan).peak_bytes for plan in _fixed_plans(chain)))
@@ -101,7 +101,8 @@ def _enough(chain: Chain) -> int:
     )
     working = max(max(way.forward_bytes, way.backward_bytes) for way in ways)
     working = max(working, *(block.forward_bytes for block in chain.blocks))
-    return kept + working + max(block.output_bytes for block in chain.blocks)
+    most = max(block.output_bytes for block in chain.blocks)
+    return chain.first_input_bytes + kept + working + most
 
 
 class _Part(NamedTuple):
@@ -164,7 +165,7 @@ class _Table:
 
     def _input(self, part: _Part) -> int:
         """Units of the first block's input, unless they are in nobody's count."""
-        return 0 if part.counted or part.first == 0 else self._outputs[part.first - 1]
+        return 0 if part.counted else self._units(self._chain.input_bytes(part.first))
 
     def times(self, part: _Part) -> _Times:
         """By units, the least seconds."""
@@ -242,7 +243,7 @@ class _Table:
 
     def plan(self) -> Plan | None:
         """Of the whole chain, with all units."""
-        whole = _Part(0, len(self._blocks) - 1, False, True)
+        whole = _Part(0, len(self._blocks) - 1, False, False)
         if math.isinf(self.times(whole)[self._top]):
             return None
         return tuple(self._steps(self._top, whole))
@@ -270,7 +271,7 @@ def _kinds(chain: Chain) -> bytes:
 
 def _unit(chain: Chain, limit: int) -> int:
     """Bytes of a unit: exact if the sizes allow it."""
-    sizes = {0}
+    sizes = {0, chain.first_input_bytes}
     for block in chain.blocks:
         sizes |= {block.output_bytes, block.forward_bytes}
         for way in block.ways:

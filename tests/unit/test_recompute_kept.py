@@ -28,7 +28,7 @@ from scaledtrain.recompute.kept import ATTENTION, PRODUCTS, keep_results
 from scaledtrain.recompute.live_bytes import LiveBytes
 from scaledtrain.recompute.measure import measure_chain
 from scaledtrain.recompute.offload import DiskStore, HostStore, Offload, Store, storages_of
-from scaledtrain.recompute.plan import ELSEWHERE, Keep, Plan, cost, every
+from scaledtrain.recompute.plan import ELSEWHERE, Keep, Plan, Recompute, cost, every
 
 
 class Block(nn.Module):
@@ -514,6 +514,37 @@ def gradients(model: nn.Module) -> list[Tensor]:
     for _ in range(2):
         sample(model).backward()  # type: ignore[no-untyped-call]
     return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+class Pooled(Chain):
+    """Nobody has the first block's input but that block, nor the last one's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+def test_what_is_around_the_blocks_counts_only_while_somebody_has_it() -> None:
+    model, store = Pooled(), DiskStore()
+    blocks, n_bytes = list(model.blocks), 4 * 32 * 16 * 4
+    without = measure_chain(model, blocks, sample, {})
+    assert without.blocks[0].way("all").keeps_input
+    assert (without.base_bytes, without.first_input_bytes) == (2 * n_bytes, 0)  # and the sample's
+    chain = measure_chain(model, blocks, sample, {}, store)
+    assert (chain.base_bytes, chain.first_input_bytes) == (n_bytes, n_bytes)
+    assert not chain.blocks[-1].way("all").keeps_input
+    for step in (Keep(ELSEWHERE), Recompute((Keep(),), offload=True)):
+        plan: Plan = (step,) * 8
+        executor = Executor(model, blocks, plan, {}, store)
+        measured = peak_bytes(model, sample)
+        executor.remove()
+        assert cost(chain, (*plan, Keep())).peak_bytes == pytest.approx(measured, rel=0.01)
 
 
 def test_with_a_disk_a_budget_needs_less_and_changes_no_bit() -> None:
