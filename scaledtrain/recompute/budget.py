@@ -63,8 +63,9 @@ class MemoryBudget(CheckpointPolicy):
 
     Counted is what operators return between the beginning of the forward and the end of the
     backward pass, on any device: activations, their gradients, the loss. Not counted are
-    parameters, their gradients, the batch, what a kernel needs while it runs, and what an allocator
-    adds.
+    parameters, their gradients, the batch, what a kernel needs while it runs, what an allocator
+    adds, and pages of a file, from which a block's backward pass reads without a copy (one that
+    keeps its graph copies what it reads, so that it needs more than was planned).
 
     Args:
         size: bytes, as a number or as ``"512MiB"`` or ``"2GiB"``.

@@ -18,7 +18,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Views count with what they are views of, once; what was made outside does not count. Left out is
     what an operator needs only while it runs, inside a kernel, what an allocator rounds up, sparse
-    tensors, and page-locked memory of the host, where tensors of a GPU go that are offloaded.
+    tensors, and where tensors go that are offloaded: page-locked memory of the host, and the
+    operating system's pages of a file.
 
     Attributes:
         live: bytes that are alive now.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -300,13 +300,12 @@ class _Ones(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
-        ctx.like = output.shape, output.dtype, output.device
+        ctx.shape = output.shape
         return output.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        shape, dtype, device = ctx.like
-        return torch.ones(shape, dtype=dtype, device=device)
+        return gradient.new_ones(ctx.shape)
 
 
 def _seconds(runs: Sequence[Call], x: Tensor) -> list[tuple[float, float]]:
@@ -375,68 +374,100 @@ def _around(
     """
     step = Recompute((Keep(),), offload=store is not None)
     executor = Executor(model, blocks, (step,) * len(blocks), {}, store)
-    counted = LiveBytes()
-    first_input = last_input = last_output = _Seen()
-    base = after = back = 0
-    start = end = 0.0
+    ends = _Ends(blocks)
+    try:
+        with Apart(model) as apart, ends.counted:
+            loss = sample(apart)
+            ends.turn(loss)
+            torch.autograd.backward(loss)
+    finally:
+        executor.remove()
+        ends.remove()
+    return ends.base, ends.first_input, ends.rest()
 
-    def entered(module: nn.Module, args: Any) -> None:
-        nonlocal base, first_input
-        base, first_input = counted.live, _Seen.of(args[0])
 
-    def left(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal base, first_input, last_input, last_output, after, start
+class _Ends:
+    """Looks what is alive where the blocks begin and where they end, in one step.
+
+    Args:
+        blocks: of a model that will make it, while ``counted`` is active.
+
+    Attributes:
+        base, first_input: bytes, as `_around` says.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.counted = LiveBytes()
+        self.base = self.first_input = 0
+        self._after = self._ahead = self._back = 0
+        self._ahead_seconds = self._back_seconds = self._since = 0.0
+        self._keeps_input = True
+        self._hooks = [
+            blocks[0].register_forward_pre_hook(self._enter),
+            blocks[-1].register_forward_hook(self._leave),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.base = self.counted.live
+        self._given = _Memory(args[0])
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         tensor = first_tensor(output)
         if not tensor.requires_grad:
             raise ConfigError(
                 "no gradient comes to the last block, so that nothing is kept for one; leave "
                 "activation checkpointing out, or train some of the blocks"
             )
-        tensor.register_hook(came_back)  # type: ignore[no-untyped-call]
-        if first_input.is_there():
-            first_input = _Seen()
-        base -= first_input.n_bytes
-        last_input, last_output = _Seen.of(args[0]), _Seen.of(tensor)
-        counted.peak = after = counted.live
-        start = now(tensor)
+        tensor.register_hook(self._come_back)  # type: ignore[no-untyped-call]
+        if not self._given.is_there():
+            self.first_input = self._given.n_bytes
+            self.base -= self.first_input
+        self._last_input, self._returned = _Memory(args[0]), _Memory(tensor)
+        self.counted.peak = self._after = self.counted.live
+        self._since = now(tensor)
 
-    def came_back(gradient: Tensor) -> None:
-        nonlocal back, end
-        back, end = counted.peak, now(gradient)
+    def turn(self, loss: Tensor) -> None:
+        """The forward pass is over."""
+        if not self._last_input.is_there():  # who calls the block had it until that was over
+            self._after -= self._last_input.n_bytes
+        self._ahead = self.counted.peak - self._after
+        self._keeps_input = self._returned.is_there()
+        if not self._keeps_input:
+            self._after -= self._returned.n_bytes
+        self.counted.peak = self.counted.live
+        self._ahead_seconds, self._since = now(loss) - self._since, now(loss)
 
-    hooks = [
-        blocks[0].register_forward_pre_hook(entered),
-        blocks[-1].register_forward_hook(left),
-    ]
-    try:
-        with Apart(model) as apart, counted:
-            loss = sample(apart)
-            if not last_input.is_there():  # it still was when the block had just left
-                after -= last_input.n_bytes
-            middle, ahead = now(loss), counted.peak - after
-            keeps_input = last_output.is_there()
-            counted.peak = counted.live
-            torch.autograd.backward(loss)
-    finally:
-        executor.remove()
-        for hook in hooks:
-            hook.remove()
-    back = max(0, back - (after if keeps_input else after - last_output.n_bytes))
-    back_seconds = max(0.0, end - middle)
-    way = Way("all", middle - start, back_seconds, 0, ahead, back, middle - start, keeps_input)
-    return base, first_input.n_bytes, Block((way,), 0, middle - start, ahead)
+    def _come_back(self, gradient: Tensor) -> None:
+        self._back = self.counted.peak - self._after
+        self._back_seconds = now(gradient) - self._since
+
+    def rest(self) -> Block:
+        """What comes after the last block: in bytes, beside its input."""
+        seconds = self._ahead_seconds
+        way = Way(
+            name="all",
+            forward_seconds=seconds,
+            backward_seconds=self._back_seconds,
+            kept_bytes=0,
+            forward_bytes=self._ahead,
+            backward_bytes=self._back,
+            stopped_seconds=seconds,
+            keeps_input=self._keeps_input,
+        )
+        return Block((way,), 0, seconds, self._ahead)
 
 
-class _Seen(NamedTuple):
-    """A piece of memory, which may be given up."""
+class _Memory:
+    """A tensor's, which may be given up."""
 
-    n_bytes: int = 0
-    found: Callable[[], object] = lambda: None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Seen:
+    def __init__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        return cls(storage.nbytes(), weakref.ref(storage))
+        self.n_bytes = storage.nbytes()
+        self._found = weakref.ref(storage)
 
     def is_there(self) -> bool:
-        return self.found() is not None
+        return self._found() is not None

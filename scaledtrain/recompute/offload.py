@@ -13,9 +13,7 @@ from threading import RLock
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scaledtrain.errors import ConfigError
@@ -35,7 +33,7 @@ __all__ = [
 Read = Callable[[], Tensor]
 
 _ALIGNMENT = 64  # bytes, as of torch's own memory
-_LARGEST_PART = 64 * 2**20  # bytes by which a file grows, unless something larger is written
+_DOUBLES_TO = 128 * 2**20  # bytes of a file that grows; from then on, by an eighth
 _CRUMB = 16  # what has so many times fewer bytes than a block's input
 _MOST_AROUND = 4  # times the bytes of a saved tensor: larger memory does not go for its sake
 
@@ -44,13 +42,8 @@ class Store(ABC):
     """Takes tensors, and gives equal ones back: the same values, shape and strides."""
 
     @abstractmethod
-    def put(self, tensor: Tensor, lends: bool = False) -> Read:
+    def put(self, tensor: Tensor) -> Read:
         """Write a tensor.
-
-        Args:
-            tensor: any.
-            lends: a backward pass that does not keep its graph may be given the memory in which
-                the store has it, and not a copy of its own.
 
         Returns:
             What reads it, as often as it is called. Once nobody has it any more, its place is free.
@@ -64,7 +57,7 @@ class Store(ABC):
 class HostStore(Store):
     """Page-locked memory of the host, for tensors of a GPU."""
 
-    def put(self, tensor: Tensor, lends: bool = False) -> Read:
+    def put(self, tensor: Tensor) -> Read:
         """Copy, in the order of the current stream; nobody waits."""
         if not _is_dense(tensor) or not tensor.is_cuda:
             return held(tensor)
@@ -83,29 +76,32 @@ class DiskStore(Store):
     """A file that has no name, so that nothing is left of it, whatever ends the process.
 
     It is mapped into memory, but its pages are no memory of the process's own: as long as there is
-    room the operating system keeps them in its cache, from where they are read without a copy, and
-    it takes them back when it needs room. A place that is free again is taken by as many bytes; the
-    file begins anew when nothing is in it any more, as between two steps.
+    room the operating system keeps them in its cache, and it takes them back when it needs room. A
+    place that is free again is taken by as many bytes; the file begins anew when nothing is in it
+    any more, as between two steps.
+
+    A full disk is noticed before a tensor is written, where the file system overwrites a file in
+    place; on one that does not (btrfs, ZFS) it may end the process (SIGBUS).
 
     Args:
         folder: in which file system; None: that of temporary files.
 
     Raises:
-        ConfigError: no file can be made there; or, when a tensor is written, the disk is full.
+        ConfigError: no file can be made or mapped there; or, when a tensor is written, the disk is
+            full.
     """
 
     def __init__(self, folder: str | None = None) -> None:
         self._folder = folder or tempfile.gettempdir()
         self._file = _File(self._folder)
 
-    def put(self, tensor: Tensor, lends: bool = False) -> Read:
+    def put(self, tensor: Tensor) -> Read:
         """Write; what is not dense in memory is kept as it is."""
         if not _is_dense(tensor) or not tensor.numel():
             return held(tensor)
         if self._file.process != os.getpid():  # it was forked, and the file is the parent's
             self._file = _File(self._folder)
-        memory = self._file.take(tensor.numel() * tensor.element_size())
-        written = _Written(memory, tensor, lends)
+        written = _Written(self._file.take(tensor.numel() * tensor.element_size()), tensor)
         written.there().copy_(tensor.detach())
         return written
 
@@ -118,8 +114,9 @@ class _Place(NamedTuple):
 class _File:
     """A file without a name, which one process writes to.
 
-    It grows by parts, each mapped as a whole, and never becomes smaller. Any thread may take a
-    place in it, or give one back, also while another is taken.
+    It grows by parts, each of which is mapped as a whole, until nothing is in it: then they become
+    one. It never becomes smaller. Any thread may take a place in it, or give one back, also while
+    another is taken.
 
     Args:
         folder: in which file system.
@@ -127,15 +124,6 @@ class _File:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                self.number = os.dup(file.fileno())
-        except OSError as error:
-            raise ConfigError(
-                f"activations cannot be offloaded to {folder}: {error}; name a folder that can be "
-                "written to, or leave offloading out"
-            ) from error
-        weakref.finalize(self, os.close, self.number)
         self.process = os.getpid()
         self._lock = RLock()
         self._parts: list[mmap] = []
@@ -143,39 +131,59 @@ class _File:
         self._n_taken = 0
         self._next = _Place(0, 0)
         self._free: defaultdict[int, list[_Place]] = defaultdict(list)  # by size
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self.number = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self.number)
+            self._grow(ALLOCATIONGRANULARITY)
+        except OSError as error:
+            raise ConfigError(
+                f"activations cannot be offloaded to {folder}: {error}; name a folder where files "
+                "can be written and mapped, or leave offloading out"
+            ) from error
 
-    def take(self, n_bytes: int) -> NDArray[np.uint8]:
+    def take(self, n_bytes: int) -> Tensor:
         """So many bytes of it, which are free again when nobody has them any more."""
         room = -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
         with self._lock:
-            free = self._free.get(room)
-            place = free.pop() if free else self._behind_all(room)
-            self._n_taken += 1
-            memory = np.frombuffer(self._parts[place.part], np.uint8, n_bytes, place.start)
-        weakref.finalize(memory, self._give_back, room, place)
+            self._n_taken += 1  # first: garbage that is collected meanwhile gives places back
+            try:
+                free = self._free.get(room)
+                place = free.pop() if free else self._behind_all(room)
+            except OSError as error:
+                self._n_taken -= 1
+                raise ConfigError(
+                    f"{n_bytes} bytes of activations cannot be offloaded to {self._folder}, after "
+                    f"{self._n_bytes} bytes: {error}; make room, name another folder, or leave "
+                    "offloading out"
+                ) from error
+            part = self._parts[place.part]
+            memory = torch.frombuffer(part, dtype=torch.uint8, count=n_bytes, offset=place.start)
+        given = weakref.finalize(memory.untyped_storage(), self._give_back, room, place)
+        given.atexit = False  # a thread may still work with it
         return memory
 
     def _behind_all(self, room: int) -> _Place:
+        if self._n_taken == 1 and len(self._parts) > 1:  # a larger piece may fit into one
+            self._parts.clear()
+            self._parts.append(mmap(self.number, self._n_bytes))
         part, start = self._next
         while part < len(self._parts) and start + room > len(self._parts[part]):
             part, start = part + 1, 0
         if part == len(self._parts):
-            self._grow(max(room, min(self._n_bytes, _LARGEST_PART)))
+            self._grow(room)
         self._next = _Place(part, start + room)
         return _Place(part, start)
 
-    def _grow(self, n_bytes: int) -> None:
+    def _grow(self, room: int) -> None:
+        n_bytes = max(room, min(self._n_bytes, _DOUBLES_TO // 2), self._n_bytes // 8)
         n_bytes = -(-n_bytes // ALLOCATIONGRANULARITY) * ALLOCATIONGRANULARITY
         try:
-            _claim(self.number, self._n_bytes, n_bytes)
-            part = mmap(self.number, n_bytes, offset=self._n_bytes)
-        except OSError as error:
-            raise ConfigError(
-                f"{n_bytes} bytes of activations cannot be offloaded to {self._folder}, after "
-                f"{self._n_bytes} bytes: {error}; make room, name another folder, or leave "
-                "offloading out"
-            ) from error
-        self._parts.append(part)
+            _write_zeros(self.number, self._n_bytes, n_bytes)
+            self._parts.append(mmap(self.number, n_bytes, offset=self._n_bytes))
+        except OSError:
+            os.ftruncate(self.number, self._n_bytes)
+            raise
         self._n_bytes += n_bytes
 
     def _give_back(self, room: int, place: _Place) -> None:
@@ -187,11 +195,8 @@ class _File:
                 self._free.clear()
 
 
-def _claim(file: int, end: int, n_bytes: int) -> None:
-    """Make a file longer by zeros that are written: where the disk is full, this says so.
-
-    A page for which there is no room would otherwise end the process when it is touched.
-    """
+def _write_zeros(file: int, end: int, n_bytes: int) -> None:
+    """Make a file longer, and hold the room: without it, a page would end who touches it."""
     zeros = memoryview(bytes(min(n_bytes, 2**20)))
     written = 0
     while written < n_bytes:
@@ -202,28 +207,21 @@ class _Written:
     """A tensor in a file.
 
     Args:
-        memory: what it is in.
-        tensor: the one that was written, for its type.
-        lends: see `Store.put`.
+        memory: the place.
+        tensor: that is written there; for its type.
     """
 
-    def __init__(self, memory: NDArray[np.uint8], tensor: Tensor, lends: bool) -> None:
-        self._memory = memory
+    def __init__(self, memory: Tensor, tensor: Tensor) -> None:
+        self.memory = memory
         self._dtype, self._shape, self._stride = tensor.dtype, tensor.shape, tensor.stride()
-        self._device = tensor.device
-        self._is_lent = lends and tensor.device.type == "cpu"
+        self.device = tensor.device
 
     def there(self) -> Tensor:
-        """The place itself."""
-        memory = torch.from_numpy(self._memory).view(self._dtype)
-        return memory.as_strided(self._shape, self._stride)
+        """It, in its place."""
+        return self.memory.view(self._dtype).as_strided(self._shape, self._stride)
 
     def __call__(self) -> Tensor:
-        # The reader owns what it has read: a pass that is made again is to find what was written.
-        if not self._is_lent or torch._C._autograd._get_current_graph_task_keep_graph():
-            return self.there().to(self._device, copy=True)
-        storage = torch.from_numpy(self._memory).untyped_storage()
-        return _elements(storage, self._dtype, 0, self._shape, self._stride)
+        return self.there().to(self.device, copy=True)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -280,7 +278,8 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
         store: where to.
         stays: keys of memory that is there anyway, see `storages`.
         smallest: bytes; memory of fewer than these stays, too.
-        lends: nobody writes into what is read, see `Store.put`.
+        lends: a backward pass that does not keep its graph may be given memory of the store's own,
+            as nobody writes into what is saved.
 
     Attributes:
         stayed: keys of memory that was saved and has not gone.
@@ -341,7 +340,7 @@ class _Pack:
         if written is None:
             n_bytes = tensor.numel() * tensor.element_size()
             if storage.nbytes() > _MOST_AROUND * n_bytes and _is_dense(tensor):
-                return self._store.put(tensor, self._lends)
+                return self._store.put(tensor)
             written = self._write(key, storage)
         return _View(written, tensor)
 
@@ -358,8 +357,9 @@ class _Pack:
         def given_up(_: object) -> None:
             all_written.pop(key, None)  # other memory may come to have the same key
 
-        read = self._store.put(_elements(storage, torch.uint8), self._lends)
-        all_written[key] = written = _WrittenStorage(read, weakref.ref(storage, given_up))
+        read = self._store.put(_elements(storage, torch.uint8))
+        source = weakref.ref(storage, given_up)
+        all_written[key] = written = _WrittenStorage(read, self._lends, source)
         return written
 
 
@@ -381,16 +381,29 @@ class _WrittenStorage:
 
     Args:
         read: it as a tensor.
+        lends: see `Offload`.
         source: from where; kept for what happens when that is given up.
     """
 
-    def __init__(self, read: Read, source: weakref.ref[torch.UntypedStorage]) -> None:
+    def __init__(self, read: Read, lends: bool, source: weakref.ref[torch.UntypedStorage]) -> None:
         self._read = read
         self._source = source
         self._here: tuple[Any, weakref.ref[torch.UntypedStorage]] | None = None
+        self._lent: torch.UntypedStorage | None = None
+        if lends and isinstance(read, _Written) and read.device.type == "cpu":
+            self._lent = read.memory.untyped_storage()
+        self._given: list[Tensor] = []
 
-    def __call__(self) -> torch.UntypedStorage:
-        """The memory, for all that the same backward pass does on the same stream.
+    def view(self, dtype: torch.dtype, *place: Any) -> Tensor:
+        """A part of it, for a backward pass."""
+        if self._lent is None or torch._C._autograd._get_current_graph_task_keep_graph():
+            return _elements(self._copy(), dtype, *place)
+        # Held here, too, so that it does not become a parameter's gradient, but a copy of it does.
+        self._given.append(_elements(self._lent, dtype, *place))
+        return self._given[-1]
+
+    def _copy(self) -> torch.UntypedStorage:
+        """For all that the same backward pass does on the same stream.
 
         For another one it would not do: a gradient may have become of it.
         """
@@ -416,7 +429,7 @@ class _View:
         self._place = tensor.storage_offset(), tensor.shape, tensor.stride()
 
     def __call__(self) -> Tensor:
-        return _elements(self._storage(), self._dtype, *self._place)
+        return self._storage.view(self._dtype, *self._place)
 
 
 def _elements(storage: torch.UntypedStorage, dtype: torch.dtype, *place: Any) -> Tensor:

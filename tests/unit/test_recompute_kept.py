@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import gc
 import math
+import mmap
 import os
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -175,14 +176,17 @@ def file_size(store: DiskStore) -> int:
     return os.fstat(store._file.number).st_size
 
 
+PAGE = mmap.ALLOCATIONGRANULARITY
+
+
 class Counting(DiskStore):
     def __init__(self) -> None:
         super().__init__()
         self.n_bytes = 0  # that were written
 
-    def put(self, tensor: Tensor, lends: bool = False) -> Callable[[], Tensor]:
+    def put(self, tensor: Tensor) -> Callable[[], Tensor]:
         self.n_bytes += tensor.nbytes
-        return super().put(tensor, lends)
+        return super().put(tensor)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -338,6 +342,35 @@ def test_memory_that_comes_after_other_memory_in_the_same_place_is_written_too()
     assert torch.equal(x.grad, torch.full((64, 256), 42.0))  # type: ignore[arg-type]
 
 
+class Saves(torch.autograd.Function):
+    """As fused losses, which save a parameter's gradient, and return it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return ctx.saved_tensors[0], None
+
+
+def test_a_gradient_that_was_saved_is_not_what_others_have_saved() -> None:
+    weight, other = (torch.ones(64, requires_grad=True) for _ in range(2))
+    with Offload(DiskStore(), lends=True):
+        gradient = torch.full((64,), 2.0)
+        saved = (other * gradient).sum()
+        total = Saves.apply(weight, gradient)  # type: ignore[no-untyped-call]
+        del gradient
+    total.backward()
+    assert weight.grad is not None
+    weight.grad.mul_(10.0)
+    saved.backward()
+    assert weight.grad.tolist() == [20.0] * 64
+    assert other.grad is not None
+    assert other.grad.tolist() == [2.0] * 64
+
+
 class Keeps(torch.autograd.Function):
     """As fused losses, which compute their gradient in the forward pass."""
 
@@ -389,7 +422,7 @@ def test_nothing_is_left_for_the_garbage_collector() -> None:
                 y = (x * table).sum()
             y.backward()
             del y
-        assert file_size(store) == 65_536
+        assert file_size(store) == PAGE + 65_536  # it begins with one
         file = weakref.ref(store._file)
         del store
         assert file() is None
@@ -397,15 +430,36 @@ def test_nothing_is_left_for_the_garbage_collector() -> None:
         gc.enable()
 
 
-def test_batches_of_many_lengths_need_the_file_of_the_longest() -> None:
+@pytest.mark.parametrize("sizes", [range(4, 44), range(43, 3, -1)], ids=["longer", "shorter"])
+def test_batches_of_many_lengths_need_the_file_of_the_longest(
+    sizes: Iterable[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has long ceased to double, as one that has gigabytes."""
+    monkeypatch.setattr("scaledtrain.recompute.offload._DOUBLES_TO", 2 * PAGE)
     store = DiskStore()
-    for n in (100, 50, 99, 3, 64):
-        x = torch.ones(n, 16, requires_grad=True)
-        with Offload(store):
-            y = (x.exp() * x).sum()  # saves both
-        y.backward()
-        del y
-    assert file_size(store) == 2 * 8_192  # for 2 of 100 x 16 x 4 bytes, in pages of 4,096
+    for size in sizes:
+        reads = [store.put(torch.full((size * PAGE,), i, dtype=torch.uint8)) for i in range(10)]
+        assert [read()[-1].item() for read in reads] == list(range(10))
+        del reads
+    # The longest are 10 of 43 pages. By an eighth it grows, of which the last may stay unused.
+    assert file_size(store) <= 430 * PAGE * 9 / 8
+
+
+def test_what_is_given_back_while_a_place_is_taken_does_not_make_it_free() -> None:
+    """As by garbage that is collected meanwhile."""
+    store = DiskStore()
+    garbage = [store.put(torch.zeros(32))]
+    behind_all = store._file._behind_all
+
+    def meanwhile(room: int) -> Any:
+        place = behind_all(room)
+        garbage.clear()
+        return place
+
+    store._file._behind_all = meanwhile  # type: ignore[method-assign]
+    one, other = store.put(torch.ones(48)), store.put(torch.full((64,), 2.0))
+    assert one().tolist() == [1.0] * 48
+    assert other().tolist() == [2.0] * 64
 
 
 def test_a_block_with_something_sparse_is_measured() -> None:
@@ -465,12 +519,13 @@ def test_what_compiled_blocks_save_stays() -> None:
 
 def test_places_in_the_file_are_used_again() -> None:
     store = DiskStore()
-    stays = store.put(torch.full((256,), 7.0))
+    n = PAGE // 16
+    stays = store.put(torch.full((n,), 7.0))
     for number in range(5):
-        reads = [store.put(torch.full((256,), 10.0 * number + i)) for i in range(3)]
+        reads = [store.put(torch.full((n,), 10.0 * number + i)) for i in range(3)]
         assert [read()[0].item() for read in reads] == [10.0 * number + i for i in range(3)]
         del reads
-    assert file_size(store) == (1 + 3) * 1024
+    assert file_size(store) == PAGE  # of four times as many
     assert stays()[0].item() == 7.0
 
 
@@ -575,8 +630,27 @@ def test_a_full_disk_and_a_missing_folder_are_told(monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(ConfigError, match=r"4096 bytes of activations cannot be offloaded.*space"):
-        store.put(torch.ones(1024))
+    reads = [store.put(torch.ones(PAGE // 4))]
+    with pytest.raises(ConfigError, match=rf"{PAGE} bytes of activations cannot be .*space"):
+        store.put(torch.ones(PAGE // 4))
+    reads.clear()
+    assert store.put(torch.ones(PAGE // 4))().sum() == PAGE // 4  # in the place of the first
+    with pytest.raises(ConfigError, match=r"cannot be offloaded to .*written and mapped"):
+        DiskStore()
+
+
+def test_what_is_left_of_a_write_that_failed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, write = DiskStore(), os.pwrite
+
+    def almost_full(file: int, data: Any, place: int) -> int:
+        if place > PAGE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data[:PAGE], place)
+
+    monkeypatch.setattr(os, "pwrite", almost_full)
+    with pytest.raises(ConfigError, match=f"after {PAGE} bytes: .*No space left"):
+        store.put(torch.ones(PAGE))
+    assert file_size(store) == PAGE
 
 
 def test_wrong_places_are_refused() -> None:
