@@ -216,7 +216,7 @@ class PlanSearch:
             plan, measured = found
             if measured <= n_bytes:
                 return self._told(plan, n_bytes, measured)
-            aim -= measured - n_bytes
+            aim = min(aim, cost(self._chain, plan).peak_bytes) - (measured - n_bytes)
         _, plan, measured = self._least()
         return self._told(plan, n_bytes, measured) if measured <= n_bytes else None
 

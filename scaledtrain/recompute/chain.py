@@ -73,8 +73,9 @@ class Chain:
 
     Args:
         blocks: in the order in which they run.
-        base_bytes: there all the time: what the model keeps before the first block, and that
-            one's input, if it is there whatever the blocks do.
+        base_bytes: there all the time: what the model keeps before the first block, that one's
+            input, if it is there whatever the blocks do, and what waits until the blocks have run
+            backward.
         offload_seconds: to write a byte of a block's output somewhere else, and to read it again;
             None: there is nowhere else.
         first_input_bytes: of the first block's input, if it is there only for the blocks.

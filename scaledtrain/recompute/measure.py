@@ -369,8 +369,9 @@ def _around(
     """What is around the blocks, of which nothing is kept but inputs, elsewhere if they can be.
 
     Returns:
-        Bytes that are there before the first block and stay; those of its input, if nobody has it
-        but the blocks; and what comes after the last one.
+        Bytes that are there before the first block and stay, or come from what is after the last
+        one and stay until what is before the first one has run; those of the first input, if nobody
+        has it but the blocks; and what comes after the last one.
     """
     step = Recompute((Keep(),), offload=store is not None)
     executor = Executor(model, blocks, (step,) * len(blocks), {}, store)
@@ -383,7 +384,7 @@ def _around(
     finally:
         executor.remove()
         ends.remove()
-    return ends.base, ends.first_input, ends.rest()
+    return ends.base + ends.late, ends.first_input, ends.rest()
 
 
 class _Ends:
@@ -393,12 +394,15 @@ class _Ends:
         blocks: of a model that will make it, while ``counted`` is active.
 
     Attributes:
-        base, first_input: bytes, as `_around` says.
+        base: bytes that are there before the first block, and stay.
+        first_input: bytes, if nobody has it but the blocks.
+        late: bytes that the backward pass of what comes after the last block leaves: the gradient
+            of a parameter that is used before the first one, too (a tied embedding).
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.counted = LiveBytes()
-        self.base = self.first_input = 0
+        self.base = self.first_input = self.late = 0
         self._after = self._ahead = self._back = 0
         self._ahead_seconds = self._back_seconds = self._since = 0.0
         self._keeps_input = True
@@ -436,29 +440,33 @@ class _Ends:
             self._after -= self._last_input.n_bytes
         self._ahead = self.counted.peak - self._after
         self._keeps_input = self._returned.is_there()
-        if not self._keeps_input:
-            self._after -= self._returned.n_bytes
+        self._after -= self._returned.n_bytes
         self.counted.peak = self.counted.live
         self._ahead_seconds, self._since = now(loss) - self._since, now(loss)
 
     def _come_back(self, gradient: Tensor) -> None:
-        self._back = self.counted.peak - self._after
+        kept = self._returned.n_bytes
+        self._back = self.counted.peak - self._after - (kept if self._keeps_input else 0)
+        still = self._after + gradient.untyped_storage().nbytes()
+        still += kept if self._returned.is_there() else 0
+        self.late = max(0, self.counted.live - still)
         self._back_seconds = now(gradient) - self._since
 
     def rest(self) -> Block:
         """What comes after the last block: in bytes, beside its input."""
         seconds = self._ahead_seconds
+        ahead, back = (max(0, n_bytes - self.late) for n_bytes in (self._ahead, self._back))
         way = Way(
             name="all",
             forward_seconds=seconds,
             backward_seconds=self._back_seconds,
             kept_bytes=0,
-            forward_bytes=self._ahead,
-            backward_bytes=self._back,
+            forward_bytes=ahead,
+            backward_bytes=back,
             stopped_seconds=seconds,
             keeps_input=self._keeps_input,
         )
-        return Block((way,), 0, seconds, self._ahead)
+        return Block((way,), 0, seconds, ahead)
 
 
 class _Memory:

@@ -26,6 +26,7 @@ from scaledtrain.recompute import (
     MemoryBudget,
     Selective,
     checkpoint_activations,
+    measure,
 )
 from scaledtrain.recompute.apart import Apart, peak_bytes
 from scaledtrain.recompute.budget import PlanSearch
@@ -33,6 +34,7 @@ from scaledtrain.recompute.dear import contexts_of
 from scaledtrain.recompute.execute import Executor
 from scaledtrain.recompute.live_bytes import LiveBytes
 from scaledtrain.recompute.measure import measure_chain
+from scaledtrain.recompute.offload import DiskStore
 from scaledtrain.recompute.plan import Keep, Plan, Recompute, cost, every
 from scaledtrain.recompute.solver import fastest_plan, smallest_bytes
 
@@ -223,6 +225,60 @@ def test_a_budget_that_only_the_smallest_plan_keeps_to_is_no_error(
     model = make()
     checkpoint_activations(model, MemoryBudget(budget), sample)
     assert peak_bytes(model, sample) <= budget
+
+
+def test_a_plan_that_takes_a_little_too_much_makes_room_for_the_next_smaller_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make, sample = CASES["gpt"]
+    measured = PlanSearch._measured
+    budget = peak_bytes(make(), sample) * 2 // 3
+    monkeypatch.setattr(measure, "_seconds", lambda runs, x: [(1.0, 2.0)] * len(runs))
+    handle = checkpoint_activations(make(), MemoryBudget(budget), sample)
+    assert handle.planned is not None
+    much = budget - handle.planned.measured_bytes + 40
+    # It is predicted to take much less than the budget, and found to take 40 bytes more.
+    monkeypatch.setattr(
+        PlanSearch, "_measured", lambda search, plan: (measured(search, plan) or 0) + much
+    )
+    found = checkpoint_activations(make(), MemoryBudget(budget), sample)
+    assert found.planned is not None
+    assert found.planned.measured_bytes <= budget
+    assert found.planned.predicted_more < handle.planned.predicted_more + 0.1
+
+
+class Tied(nn.Module):
+    """Its embedding waits for a second gradient while the blocks have their backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(512, 16)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)) for _ in range(4)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(x, self.embedding.weight)
+
+
+@pytest.mark.parametrize("store", [None, DiskStore()], ids=["memory", "disk"])
+def test_the_gradient_of_a_tied_embedding_counts(store: DiskStore | None) -> None:
+    model, tokens = Tied(), torch.arange(128)
+    blocks = list(model.blocks)
+
+    def sample(called: Any) -> Tensor:
+        return called(tokens).square().mean()  # type: ignore[no-any-return]
+
+    chain = measure_chain(model, blocks, sample, {}, store)
+    for k in (1, 2, 4):
+        executor = Executor(model, blocks, every(k, 4))
+        measured = peak_bytes(model, sample)
+        executor.remove()
+        predicted = cost(chain, (*every(k, 4), Keep())).peak_bytes
+        assert predicted == pytest.approx(measured, rel=0.01)
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

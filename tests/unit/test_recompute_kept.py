@@ -590,9 +590,10 @@ def test_what_is_around_the_blocks_counts_only_while_somebody_has_it() -> None:
     blocks, n_bytes = list(model.blocks), 4 * 32 * 16 * 4
     without = measure_chain(model, blocks, sample, {})
     assert without.blocks[0].way("all").keeps_input
-    assert (without.base_bytes, without.first_input_bytes) == (2 * n_bytes, 0)  # and the sample's
+    # With the sample's; and the loss and its gradient, of 4 bytes each.
+    assert (without.base_bytes, without.first_input_bytes) == (2 * n_bytes + 8, 0)
     chain = measure_chain(model, blocks, sample, {}, store)
-    assert (chain.base_bytes, chain.first_input_bytes) == (n_bytes, n_bytes)
+    assert (chain.base_bytes, chain.first_input_bytes) == (n_bytes + 8, n_bytes)
     assert not chain.blocks[-1].way("all").keeps_input
     for step in (Keep(ELSEWHERE), Recompute((Keep(),), offload=True)):
         plan: Plan = (step,) * 8
