@@ -119,9 +119,10 @@ def ds_config(
         **kept,
         **formats,
         "zero_optimization": zero,
-        # We tell it which microbatch is a step's last, weigh the losses, and clip.
+        # We tell it which microbatch is a step's last, weigh the losses, and clip: it would to 1.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
     }
 
 
