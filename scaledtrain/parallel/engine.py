@@ -44,6 +44,8 @@ class Divided(Protocol):
     """What runs the model, on all ranks together."""
     needs_lockstep: bool
     """Whether strategies may write into the parts only when they do so in all replicas at once."""
+    in_memory: bool
+    """Whether the parts have their values between steps; else only the optimizer's update has."""
     one_by_one: bool
     """Whether gradients may be taken after each of any number of backward passes."""
     saved_elsewhere: Collection[str]

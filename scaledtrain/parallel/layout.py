@@ -125,6 +125,11 @@ class Layout:
         stages = self._pipe.stages.stages.values()
         return [item for stage in stages for item in stage.named_modules() if item[0]]
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether `named_parameters` have their values between steps."""
+        return self._shards is None or self._shards[0].in_memory
+
     def counted_elsewhere(self) -> set[str]:
         """Names of parameters that another rank of this replica has as well, and counts."""
         return set() if self._pipe is None else self._pipe.stages.counted_elsewhere()
@@ -298,6 +303,11 @@ class Layout:
         """
         if self.pieces.size == 1:
             return
+        if not (self.in_memory or strategy.replicas_equal):
+            raise ConfigError(
+                f"{strategy} works on the parameters between updates, but with engine.offload=nvme "
+                "they are in files then; take strategy=sync, or engine.offload=cpu"
+            )
         if drop_compute is not None and math.isfinite(drop_compute.threshold_seconds):
             raise ConfigError(
                 "drop_compute lets each rank end a step by itself, but with mesh.shard or "
