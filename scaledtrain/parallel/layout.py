@@ -303,11 +303,6 @@ class Layout:
         """
         if self.pieces.size == 1:
             return
-        if not (self.in_memory or strategy.replicas_equal):
-            raise ConfigError(
-                f"{strategy} works on the parameters between updates, but with engine.offload=nvme "
-                "they are in files then; take strategy=sync, or engine.offload=cpu"
-            )
         if drop_compute is not None and math.isfinite(drop_compute.threshold_seconds):
             raise ConfigError(
                 "drop_compute lets each rank end a step by itself, but with mesh.shard or "

@@ -226,6 +226,12 @@ def one_replica(folder: Path) -> dict[str, Any] | str:
             "jobs": two_jobs(link, disk, everything),
             "diloco": refused(link, engines["optimizer"], strategy=DiLoCo(sync_every=2)),
             "layers": refused(link, engines["optimizer"], callbacks=[LayerWatch()]),
+            "sub-groups": refused(
+                link,
+                DeepSpeed(zero_stage=3, offload="cpu"),
+                lr_scheduler=step_lr,
+                resume=folder / "straight" / "checkpoints" / f"step-{8:09d}",
+            ),
         }
         meet(link)
         return {**told, "left": [path.name for path in disk.iterdir()]}
@@ -304,7 +310,8 @@ def test_two_runs_in_a_folder_have_files_of_their_own_and_leave_none(
         assert of_rank["left"] == []
 
 
-def test_whoever_works_on_the_parameters_is_refused(two_ranks: list[dict[str, Any]]) -> None:
+def test_what_does_not_fit_files_is_refused(two_ranks: list[dict[str, Any]]) -> None:
     for of_rank in two_ranks:
-        assert "DiLoCo works on the parameters between updates" in of_rank["diloco"]
+        assert "in 3 sub-groups, but here there are 1" in of_rank["sub-groups"]
+        assert "this strategy works on the parameters between updates" in of_rank["diloco"]
         assert "leave layers out" in of_rank["layers"]

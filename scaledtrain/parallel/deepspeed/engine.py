@@ -133,6 +133,12 @@ class DeepSpeed:
                 "gradients and parameters does not reach DeepSpeed's offloaded copies of them; "
                 "leave engine.offload out, or take engine=fully_shard, or one replica"
             )
+        is_swapped = zero.get("offload_optimizer", {}).get("device") == "nvme"
+        if is_swapped and not recipe.replicas_equal:
+            raise ConfigError(
+                "engine.offload is nvme, but this strategy works on the parameters between "
+                "updates, when they are in files; take strategy=sync, or engine.offload=cpu"
+            )
         deepspeed = _import(next(model.parameters()).device.type)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = Updater(named, recipe.optimizer).optimizer

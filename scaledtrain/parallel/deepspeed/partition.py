@@ -296,6 +296,7 @@ class SwappedPartition(ParameterPartition):
         for flat, whole in self._gradients_of.items():
             self._info(flat).swapped_gradients.clear()
             self._info(flat).unswapped_gradients = {0: whole}
+        self._gradients_of = {}
         return True
 
 

@@ -141,9 +141,9 @@ class ZeroModel:
 
     def close(self) -> None:
         """Let go of the engine."""
-        self._engine.destroy()
-        free_buffers(self.model)
-        self._files.close()
+        with self._files:
+            self._engine.destroy()
+            free_buffers(self.model)
 
 
 class ZeroOptimizer(Optimizer):
