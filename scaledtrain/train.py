@@ -164,7 +164,7 @@ def run_settled(
         told = {
             "result": asdict(result),
             # Of rank 0's trainable parameters at the end, in their order, as `Replica.sha256`.
-            "parameters_sha256": trainer.replica.sha256(),
+            "parameters_sha256": trainer.replica.sha256() if trainer.layout.in_memory else None,
             "config_sha256": hashlib.sha256(to_yaml(config).encode()).hexdigest(),
             "data": task.facts,
             "environment": environment(link),

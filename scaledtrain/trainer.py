@@ -221,6 +221,7 @@ class Trainer:
             loss_fn,
             recomputed=activation_checkpointing is not None,
             loss_weight=loss_weight,
+            replicas_equal=strategy.replicas_equal,
             parts_before=parts_before(link, mesh, checkpointing, resume, run_dir),
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)

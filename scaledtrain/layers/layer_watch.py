@@ -122,6 +122,11 @@ class LayerWatch(Callback):
         self._began = None
         if trainer.layout.link.group.rank > 0:  # of another replica
             return
+        if not trainer.layout.in_memory:
+            raise ConfigError(
+                "layers looks at the parameters between updates, but with engine.offload=nvme they "
+                "are in files then; leave layers out, or take engine.offload=cpu"
+            )
         self._tensors = Tensors(trainer, self._copy_bytes)
         if self._scale is None and trainer.link.group.rank == 0:
             floor = (trainer.precision.loss_scale or LossScale()).minimum

@@ -258,15 +258,19 @@ _DEEPSPEED: dict[str, Translate] = {
     "gradient_accumulation_steps": _as("gradient_accumulation_steps"),
     "gradient_clipping": _as("max_grad_norm"),
     "offload_optimizer_device": _chosen(
-        {"none": [], "cpu": ["engine.offload=cpu"]}, "replicas are made of what is in memory"
+        {"none": [], "cpu": ["engine.offload=cpu"], "nvme": ["engine.offload=nvme"]},
+        "there is no such place",
     ),
     "offload_param_device": _chosen(
-        {"none": [], "cpu": ["engine.offload_parameters=true"]}, "parameters stay in memory"
+        {
+            "none": [],
+            "cpu": ["engine.offload_parameters=true"],
+            "nvme": ["engine.offload_parameters=nvme"],
+        },
+        "there is no such place",
     ),
-    **dict.fromkeys(
-        ("offload_optimizer_nvme_path", "offload_param_nvme_path"),
-        _only("none", instead="nothing is offloaded to NVMe; offload to cpu, and remove it"),
-    ),
+    "offload_optimizer_nvme_path": _as("engine.nvme_path"),
+    "offload_param_nvme_path": _as("engine.nvme_path"),
     "deepspeed_config_file": _as("engine.config"),
     "deepspeed_multinode_launcher": _nothing,
     "zero3_save_16bit_model": _nothing,
@@ -277,6 +281,8 @@ _DEEPSPEED_VARIABLES = {
     "ACCELERATE_GRADIENT_CLIPPING": "gradient_clipping",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "offload_optimizer_device",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "offload_param_device",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": "offload_optimizer_nvme_path",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": "offload_param_nvme_path",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
 }
@@ -292,4 +298,10 @@ def _fully_shard(settings: Mapping[str, Any], ranks: str) -> Words:
 
 def _deepspeed(settings: Mapping[str, Any], ranks: str) -> Words:
     words = _translate(settings, _DEEPSPEED, "Accelerate's deepspeed_config")
+    folders = {word for word in words if word.startswith("engine.nvme_path=")}
+    if len(folders) > 1:
+        raise ConfigError(
+            "Accelerate's deepspeed_config has two folders for NVMe, but here is one for both "
+            f"({', '.join(sorted(folders))}); name the same, or say both in a deepspeed_config_file"
+        )
     return [f"mesh.shard={ranks}", "engine=deepspeed", *words]

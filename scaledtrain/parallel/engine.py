@@ -31,6 +31,8 @@ class Recipe(NamedTuple):
     """Whether activations are: `Divided.stand_in` will be asked for, once."""
     loss_weight: Weigh | None = None
     """How much a batch's loss counts in a mean; None: as its samples."""
+    replicas_equal: bool = True
+    """Whether the strategy leaves the parameters alone between updates, see `Strategy`."""
     parts_before: Sequence[int] | None = None
     """Of the model in each stage, in the run that this one goes on from; None: not known."""
 
@@ -44,6 +46,8 @@ class Divided(Protocol):
     """What runs the model, on all ranks together."""
     needs_lockstep: bool
     """Whether strategies may write into the parts only when they do so in all replicas at once."""
+    in_memory: bool
+    """Whether the parts have their values between steps; else only the optimizer's update has."""
     one_by_one: bool
     """Whether gradients may be taken after each of any number of backward passes."""
     saved_elsewhere: Collection[str]

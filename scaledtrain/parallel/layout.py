@@ -125,6 +125,11 @@ class Layout:
         stages = self._pipe.stages.stages.values()
         return [item for stage in stages for item in stage.named_modules() if item[0]]
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether `named_parameters` have their values between steps."""
+        return self._shards is None or self._shards[0].in_memory
+
     def counted_elsewhere(self) -> set[str]:
         """Names of parameters that another rank of this replica has as well, and counts."""
         return set() if self._pipe is None else self._pipe.stages.counted_elsewhere()

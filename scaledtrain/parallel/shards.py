@@ -95,6 +95,7 @@ class Shards:
     """
 
     needs_lockstep = False
+    in_memory = True
     one_by_one = True
     saved_elsewhere: Collection[str] = ()
 

@@ -146,8 +146,20 @@ def one_replica(folder: str) -> dict[str, Any]:
                 for reaction in ("skip", "rollback")
                 for engine in ENGINES
             ],
+            "steep": [steep(link, 4, mesh=Mesh(shard=2), engine=engine) for engine in ENGINES],
             "gpt2": [gpt2(link, mesh=Mesh(shard=2), engine=engine) for engine in ENGINES],
         }
+
+
+def steep_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 100 * F.cross_entropy(outputs, targets)
+
+
+def steep(link: Any, local: int, **options: Any) -> Tensor:
+    sgd = partial(torch.optim.SGD, lr=1e-3)
+    with Trainer(net(), steep_loss, sgd, console=False, link=link, **options) as t:
+        t.fit(DataLoader(data(16), batch_size=local), max_steps=2)
+        return whole(t.model)
 
 
 def gpt2(link: Any, **options: Any) -> tuple[dict[str, Tensor], int]:
@@ -225,6 +237,16 @@ def test_a_hugging_face_model_is_trained_as_a_plain_one(two_ranks: list[dict[str
         assert list(found) == list(expected)
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0.0, msg=name)
+
+
+def test_a_gradient_is_clipped_only_if_that_is_said(two_ranks: list[dict[str, Any]]) -> None:
+    with connect() as link:
+        expected = steep(link, 8)
+    # Gradients of norm 1 would go 2 steps x 0.001.
+    assert (expected - whole(net())).norm() > 0.02
+    for of_rank in two_ranks:
+        for found in of_rank["steep"]:
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0.0)
 
 
 @pytest.mark.parametrize("reaction", ["skip", "rollback"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from scaledtrain.loss_scale import LossScale
 from scaledtrain.parallel.accelerate import with_accelerate, words_of_environment
 from scaledtrain.parallel.deepspeed.engine import DeepSpeed
 from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
+from scaledtrain.parallel.deepspeed.swapping import prepare_swapping
 from scaledtrain.parallel.deepspeed.zero import ZeroScaler
 from scaledtrain.parallel.engine import Recipe
 from scaledtrain.precision import Precision
@@ -126,15 +129,43 @@ def test_what_accelerate_launch_leaves_in_the_environment() -> None:
     ]
 
 
+NVME_FILE = """
+distributed_type: DEEPSPEED
+deepspeed_config:
+  offload_optimizer_device: nvme
+  offload_optimizer_nvme_path: /disk
+  offload_param_device: nvme
+  offload_param_nvme_path: /disk
+  zero_stage: 3
+num_processes: 2
+"""
+
+
+def test_a_file_of_accelerate_config_names_a_disk(tmp_path: Path) -> None:
+    config = check(compose(words(tmp_path, NVME_FILE, "optimizer=adamw")))
+    assert config.engine is not None
+    assert (config.engine["offload"], config.engine["offload_parameters"]) == ("nvme", "nvme")
+    assert config.engine["nvme_path"] == Path("/disk")
+    assert words_of_environment(
+        {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme",
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": "/disk",
+        }
+    ) == ["mesh.shard=1", "engine=deepspeed", "engine.offload=nvme", "engine.nvme_path=/disk"]
+
+
 NVME = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  offload_"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{NVME}optimizer_device: nvme\n", "optimizer_device is 'nvme'.*in memory.*none, cpu"),
-        (f"{NVME}optimizer_nvme_path: /disk\n", "nvme_path is '/disk': nothing .* to NVMe"),
-        (f"{NVME}param_nvme_path: /disk\n", "nvme_path is '/disk': nothing .* to NVMe"),
+        (f"{NVME}optimizer_device: disk\n", "optimizer_device is 'disk'.*none, cpu, nvme"),
+        (
+            f"{NVME}optimizer_nvme_path: /a\n  offload_param_nvme_path: /b\n",
+            "two folders for NVMe.*nvme_path=/a, engine.nvme_path=/b",
+        ),
         ("distributed_type: MEGATRON_LM\n", "distributed_type is MEGATRON_LM"),
         ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision is 'fp8'.*no, bf16"),
         ("distributed_type: 'NO'\nnum_machines: 2\n", "num_machines is 2.*torchrun"),
@@ -154,10 +185,11 @@ def recipe(**options: Any) -> Recipe:
 
 
 def config_of(source: Path | None = None, **options: Any) -> dict[str, Any]:
-    words = {"zero_stage": None, "offload": None, "offload_parameters": False}
-    own = {name: options.pop(name) for name in list(options) if name in words}
-    n_elements = options.pop("n_elements", 100)
-    return ds_config(source, recipe(**options), n_elements=n_elements, **{**words, **own})
+    words = {"zero_stage": None, "offload": None, "offload_parameters": False, "nvme_path": None}
+    sizes = {"n_elements": 100, "largest_part": 40}
+    ours = {**words, **sizes}
+    own = {name: options.pop(name) for name in list(options) if name in ours}
+    return ds_config(source, recipe(**options), **{**ours, **own})
 
 
 def test_our_words_become_deepspeeds() -> None:
@@ -167,6 +199,18 @@ def test_our_words_become_deepspeeds() -> None:
         "reduce_bucket_size": 100,
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
+    }
+    nvme = config_of(zero_stage=3, offload="nvme", offload_parameters="nvme", nvme_path="/disk")
+    assert nvme["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 100,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"},
+        "offload_param": {
+            "device": "nvme",
+            "nvme_path": "/disk",
+            "buffer_size": 40,  # the largest that goes through one
+            "max_in_cpu": 0,
+        },
     }
     large = config_of(n_elements=7 * 10**9)["zero_optimization"]
     assert large["reduce_bucket_size"] == 500_000_000  # DeepSpeed's own
@@ -187,7 +231,14 @@ def test_our_words_become_deepspeeds() -> None:
     ("options", "message"),
     [
         ({"zero_stage": 4}, "engine.zero_stage is 4"),
-        ({"offload": "nvme"}, "'nvme'.*engine.offload=cpu"),
+        ({"offload": "disk"}, "'disk'.*cpu, or nvme"),
+        ({"offload": "nvme", "nvme_path": "/disk"}, "offload is nvme.*zero_stage is 2.*stage 3"),
+        ({"zero_stage": 3, "offload": "nvme"}, "nvme, but not into which folder.*nvme_path"),
+        (
+            {"zero_stage": 3, "offload_parameters": "nvme"},
+            "offload_parameters is nvme.*which folder",
+        ),
+        ({"zero_stage": 3, "offload": "cpu", "nvme_path": "/disk"}, "nvme_path is /disk.*nothing"),
         ({"zero_stage": 2, "offload_parameters": True}, "take stage 3"),
         ({"precision": {"name": "fp16-mixed"}}, "precision=fp16-true"),
         ({"precision": {"name": "bf16-true"}}, "stochastic.*precision.update=master"),
@@ -217,6 +268,21 @@ def test_what_deepspeed_cannot_do_is_refused(options: dict[str, Any], message: s
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             {"offload": "cpu"},
             "says 'nvme' .* engine.offload='cpu'",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            {"offload_parameters": "nvme"},
+            "says 'cpu' .* engine.offload_parameters='nvme'",
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "nvme", "nvme_path": "/a"},
+                }
+            },
+            {"nvme_path": "/b"},
+            "says '/a' .* engine.nvme_path='/b'",
         ),
     ],
 )
@@ -251,7 +317,22 @@ def test_a_file_that_agrees_is_passed_on(tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     zero = config_of(file, max_grad_norm=1.0)["zero_optimization"]
     assert zero == {"stage": 2, "reduce_bucket_size": 7}
-    assert "gradient_clipping" not in made  # that is done here, over all ranks
+    optimizer = {"device": "nvme", "nvme_path": "/disk", "pipeline_read": True}
+    parameters = {"device": "nvme", "nvme_path": "/other", "buffer_size": 50}
+    nowhere = {"device": "none"}
+    content["zero_optimization"] = {"stage": 3, "offload_optimizer": optimizer}
+    content["zero_optimization"]["offload_param"] = parameters
+    content["aio"] = {"queue_depth": 16}
+    file.write_text(json.dumps(content))
+    of_file = config_of(file, max_grad_norm=1.0)
+    assert of_file["aio"] == {"queue_depth": 16}
+    assert of_file["zero_optimization"]["offload_optimizer"] == optimizer
+    assert of_file["zero_optimization"]["offload_param"] == parameters
+    content["zero_optimization"] = {"offload_optimizer": nowhere, "offload_param": nowhere}
+    file.write_text(json.dumps(content))
+    zero = config_of(file, max_grad_norm=1.0)["zero_optimization"]
+    assert zero == {"stage": 2, "reduce_bucket_size": 100}
+    assert made["gradient_clipping"] == 0.0  # that is done here, over all ranks
     parameters = torch.nn.Linear(2, 1).parameters()
     check_optimizer(file, torch.optim.SGD(parameters, lr=3.0, momentum=0.9))
     with pytest.raises(ConfigError, match="optimizer.momentum=0.9 .* optimizer.momentum=0.5"):
@@ -281,4 +362,110 @@ def test_a_norm_that_is_not_finite_clips_nothing() -> None:
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"pip install 'scaledtrain\[deepspeed\]'"):
-        DeepSpeed().apply([torch.nn.Linear(2, 1)], None, recipe())  # type: ignore[arg-type]
+        group: Any = SimpleNamespace(size=lambda: 1)
+        DeepSpeed().apply([torch.nn.Linear(2, 1)], group, recipe())
+
+
+class Operators:
+    """DeepSpeed's, on a host on which they can, or cannot, be compiled."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+
+    def AsyncIOBuilder(self) -> Operators:
+        return self
+
+    def load(self, verbose: bool) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", Operators())  # type: ignore[misc]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    return monkeypatch
+
+
+def swapping(folder: Path, **options: Any) -> dict[str, Any]:
+    return {
+        "offload_optimizer": {"device": "nvme", "nvme_path": str(folder), **options},
+        "offload_param": {"device": "nvme", "nvme_path": str(folder), "buffer_size": 8},
+    }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "buffers"),
+    [
+        # The parameters, their gradient, and: m, v; momentum; nothing; m, v, the largest v.
+        (torch.optim.AdamW, {}, 4),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), {}, 3),
+        (partial(torch.optim.SGD, lr=0.1), {}, 2),
+        (partial(torch.optim.AdamW, amsgrad=True), {}, 5),
+        (torch.optim.AdamW, {"pipeline_read": True}, 8),
+        (torch.optim.AdamW, {"pipeline_read": True, "pipeline_write": True}, 12),
+        (torch.optim.AdamW, {"buffer_count": 6}, 6),
+    ],
+)
+def test_each_process_has_its_own_folder_and_enough_buffers(
+    optimizer: Any,
+    options: dict[str, Any],
+    buffers: int,
+    tmp_path: Path,
+    operators: pytest.MonkeyPatch,
+) -> None:
+    zero = swapping(tmp_path, **options)
+    with ExitStack() as files:
+        prepare_swapping(zero, optimizer, 10, files)
+        own = {Path(section["nvme_path"]) for section in zero.values()}
+        assert set(tmp_path.iterdir()) == own
+        assert len(own) == 2
+        assert zero["offload_optimizer"]["buffer_count"] == buffers
+    assert list(tmp_path.iterdir()) == []
+
+
+class Forgetful(torch.optim.SGD):
+    """Keeps a new tensor after each step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["before"] = parameter.detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        (torch.optim.Adagrad, {}, "Adagrad makes its state before .*take another"),
+        (Forgetful, {}, "Forgetful makes its state .*anew"),
+        (torch.optim.AdamW, {"buffer_count": 3}, "buffer_count is 3, .* needs 4"),
+        (torch.optim.AdamW, {"nvme_path": "/no/such/folder"}, "nvme_path is /no/such/folder"),
+        (torch.optim.AdamW, {"nvme_path": "/proc"}, "nvme_path is /proc.*may write"),
+    ],
+)
+def test_what_cannot_be_kept_in_files_is_refused(
+    optimizer: Any,
+    options: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    operators: pytest.MonkeyPatch,
+) -> None:
+    zero = swapping(tmp_path, **options)
+    with ExitStack() as files, pytest.raises(ConfigError, match=message):
+        prepare_swapping(zero, optimizer, 10, files)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_need_a_compiler_libaio_and_page_locked_memory(
+    tmp_path: Path, operators: pytest.MonkeyPatch
+) -> None:
+    broken = Operators(RuntimeError("Unable to JIT load the async_io op\nand so on"))
+    operators.setitem(sys.modules, "deepspeed.ops.op_builder", broken)  # type: ignore[misc]
+    with ExitStack() as files:
+        with pytest.raises(ConfigError, match=r"load the async_io op\).*libaio-dev.*ninja"):
+            prepare_swapping(swapping(tmp_path), torch.optim.AdamW, 1, files)
+        operators.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+        operators.setattr(Path, "read_text", lambda _: "CapEff:\t00000000000000ff")
+        # 4 for the optimizer, 5 for parameters, 1 for those of a sub-group, of 4 bytes:
+        # (4 x 200 + 5 x 8 + 200) x 4
+        with pytest.raises(ConfigError, match="4160 bytes of page-locked.*may lock 1000;.*ulimit"):
+            prepare_swapping(swapping(tmp_path), torch.optim.AdamW, 200, files)

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
+from scaledtrain.parallel.deepspeed.swapping import prepare_swapping
 from scaledtrain.parallel.deepspeed.zero import ZeroModel
 from scaledtrain.parallel.whole_tensors import check_elementwise
 from scaledtrain.replica import Updater
@@ -54,20 +55,31 @@ class DeepSpeed:
     With stage 3 ``deepspeed.zero.GatheredParameters(model.parameters())`` is the context in which a
     model's parameters are whole, to look at or to save them; all ranks of a replica enter it.
 
-    A crash of a rank ends the run for all. float16 (``precision=fp16-true``) needs a GPU; its loss
-    scale is DeepSpeed's. Not to be had here: NVMe, ``torch.compile``, activation checkpointing.
+    Offloaded to NVMe (ZeRO-Infinity, stage 3, `Sync`), what is in files is read for the update of
+    one sub-group of parameters after the other, and written again. Each rank has a folder of its
+    own, which it removes at the end; parameters in it are gone with it. Tensors, and sub-groups, of
+    less than 1 MiB on a rank stay in memory. Checkpoints have all of it, whole, and go on with the
+    same bits, in memory as well.
+
+    A crash of a rank ends the run for all; of one that is killed the folder stays, and is of no
+    use. float16 (``precision=fp16-true``) needs a GPU; its loss scale is DeepSpeed's. Not to be had
+    here: ``torch.compile``, activation checkpointing.
 
     Args:
         zero_stage: 1, 2 or 3; None: the file's, else 2.
         offload: ``"cpu"``: optimizer and float32 parameters are in the host's memory, and updates
-            are made there.
-        offload_parameters: with stage 3: the parameters are there, too.
+            are made there. ``"nvme"``: they are in files, and updates are made on the host.
+        offload_parameters: with stage 3: the parameters are in the host's memory, too; ``"nvme"``:
+            in files.
+        nvme_path: a folder on a fast disk of each host, in which ranks make theirs; None: the
+            file's.
         config: a DeepSpeed config of your own, a JSON file. What it says and our words say as well
             (stage, offload, precision, accumulation, clipping, optimizer) must be the same or
             ``"auto"``.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or cannot do what is asked for.
+        ConfigError: DeepSpeed is not installed, or cannot do what is asked for; with NVMe, its
+            operator cannot be compiled, or the folder cannot be used, or the optimizer cannot.
 
     Example:
         >>> DeepSpeed(zero_stage=3, offload="cpu").zero_stage
@@ -75,12 +87,13 @@ class DeepSpeed:
 
     References:
         Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054; Ren et al. 2021, ZeRO-Offload, arXiv
-        2101.06840.
+        2101.06840; Rajbhandari et al. 2021, ZeRO-Infinity, arXiv 2104.07857.
     """
 
     zero_stage: int | None = None
-    offload: Literal["cpu"] | None = None
-    offload_parameters: bool = False
+    offload: Literal["cpu", "nvme"] | None = None
+    offload_parameters: bool | Literal["nvme"] = False
+    nvme_path: Path | str | None = None
     config: Path | str | None = None
 
     takes_stages: ClassVar[bool] = False
@@ -101,13 +114,16 @@ class DeepSpeed:
                 "modules, and are not compiled; leave it out, or take engine=fully_shard"
             )
         source = None if self.config is None else Path(self.config)
+        parts = [-(-p.numel() // group.size()) for p in model.parameters()]
         config = ds_config(
             source,
             recipe,
             n_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            largest_part=max(parts),
             zero_stage=self.zero_stage,
             offload=self.offload,
             offload_parameters=self.offload_parameters,
+            nvme_path=self.nvme_path,
         )
         zero = config["zero_optimization"]
         offloads = "offload_optimizer" in zero or "offload_param" in zero
@@ -117,28 +133,40 @@ class DeepSpeed:
                 "gradients and parameters does not reach DeepSpeed's offloaded copies of them; "
                 "leave engine.offload out, or take engine=fully_shard, or one replica"
             )
+        is_swapped = zero.get("offload_optimizer", {}).get("device") == "nvme"
+        if is_swapped and not recipe.replicas_equal:
+            raise ConfigError(
+                "engine.offload is nvme, but this strategy works on the parameters between "
+                "updates, when they are in files; take strategy=sync, or engine.offload=cpu"
+            )
         deepspeed = _import(next(model.parameters()).device.type)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = Updater(named, recipe.optimizer).optimizer
         check_optimizer(source, optimizer)
         check_elementwise(optimizer)
         names = {p: name for name, p in model.named_parameters()}
-        try:
+        with ExitStack() as files:
             with _quiet():
-                engine, *_ = deepspeed.initialize(
-                    model=model,
-                    optimizer=optimizer,
-                    config=config,
-                    mpu=_Ranks(group),
-                    dist_init_required=False,
-                )
-        except (ValueError, AssertionError) as error:
-            raise ConfigError(
-                f"DeepSpeed {deepspeed.__version__} refuses this run: {error}"
-            ) from error
-        return ZeroModel(
-            engine, model, optimizer, names, BatchCheck(source, recipe), dist.get_rank(group)
-        )
+                largest = min(sum(parts), zero.get("sub_group_size", 10**9) + max(parts))
+                prepare_swapping(zero, recipe.optimizer, largest, files)
+            try:
+                with _quiet():
+                    if zero.get("offload_param", {}).get("device") == "nvme":
+                        # Done by initialize() they would be bfloat16 in their files on a CPU.
+                        deepspeed.zero.Init(model, group, config_dict_or_path=config)
+                    engine, *_ = deepspeed.initialize(
+                        model=model,
+                        optimizer=optimizer,
+                        config=config,
+                        mpu=_Ranks(group),
+                        dist_init_required=False,
+                    )
+            except (ValueError, AssertionError) as error:
+                raise ConfigError(
+                    f"DeepSpeed {deepspeed.__version__} refuses this run: {error}"
+                ) from error
+            check, rank = BatchCheck(source, recipe), dist.get_rank(group)
+            return ZeroModel(engine, model, optimizer, names, check, rank, files.pop_all())
 
 
 @contextmanager

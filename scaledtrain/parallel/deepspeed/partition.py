@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatPartition", "ParameterPartition", "Partition", "gathered", "partition_of"]
+__all__ = [
+    "FlatPartition",
+    "ParameterPartition",
+    "Partition",
+    "SwappedPartition",
+    "free_buffers",
+    "loadable",
+    "partition_of",
+    "whole_state",
+]
 
 
 class _Place(NamedTuple):
@@ -38,15 +47,17 @@ class Partition(ABC):
     Attributes:
         named_parameters: (name, part), flat, in float32, in an order that is the same on all ranks
             with the same part of other replicas. A parameter that is elsewhere has none.
+        in_memory: whether they have their values between steps, and what is written into them
+            counts.
     """
+
+    in_memory = True
 
     def __init__(self, optimizer: Any, names: dict[nn.Parameter, str]) -> None:
         self._zero = optimizer
-        places = list(self._places(names))
-        parts = [self.flats[p.flat].detach().narrow(0, p.start, p.numel) for p in places]
-        self._all_places = places
+        self._all_places = list(self._places(names))
         self.named_parameters = [
-            (place.name, nn.Parameter(part)) for place, part in zip(places, parts, strict=True)
+            (place.name, nn.Parameter(self._between_steps(place))) for place in self._all_places
         ]
         self._own: list[Tensor] = []
         self.remember()
@@ -58,6 +69,25 @@ class Partition(ABC):
 
     @abstractmethod
     def _places(self, names: dict[nn.Parameter, str]) -> Iterator[_Place]: ...
+
+    def _part(self, place: _Place) -> Tensor:
+        return self.flats[place.flat].detach().narrow(0, place.start, place.numel)
+
+    def _between_steps(self, place: _Place) -> Tensor:
+        return self._part(place)
+
+    @contextmanager
+    def present(self, flat: int, *, written: bool = False) -> Iterator[list[Tensor]]:
+        """Inside, a flat tensor and the optimizer's state of it are in memory.
+
+        Args:
+            flat: its index; one at a time.
+            written: both are given other values there.
+
+        Yields:
+            The parts that are in it.
+        """
+        yield [self._part(place) for place in self._all_places if place.flat == flat]
 
     @property
     @abstractmethod
@@ -198,19 +228,120 @@ class ParameterPartition(Partition):
         zero = self._zero
         zero._partition_all_parameters()  # those that are whole now would stay as they are
         for flat in range(len(self.flats)):
-            zero._reassign_or_swap_out_partitioned_parameters(flat)
+            with self.present(flat):
+                zero._reassign_or_swap_out_partitioned_parameters(flat)
         if zero.persistent_parameters:  # those that are small stay whole on every rank
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def gathered(model: nn.Module, writer: int | None = None) -> AbstractContextManager[Any]:
-    """Inside, the model's parameters are whole on all ranks, as they are anyway below stage 3.
+class SwappedPartition(ParameterPartition):
+    """Of stage 3 with the optimizer's state and float32 parameters in files between steps.
+
+    A sub-group that is large enough for that is read for its update alone, and its flat tensor is
+    empty otherwise. Gradients are in memory, too: all of them in the order of the flat tensors.
+    """
+
+    in_memory = False
+
+    def __init__(self, optimizer: Any, names: dict[nn.Parameter, str]) -> None:
+        self._gradients_of: dict[int, Tensor] = {}
+        super().__init__(optimizer, names)
+
+    def _is_swapped(self, flat: int) -> bool:
+        return bool(self._zero._swappable_optimizer_subgroup(flat))
+
+    def _between_steps(self, place: _Place) -> Tensor:
+        if not self._is_swapped(place.flat):
+            return self._part(place)
+        # It has a shape and gets a gradient; who reads it sees that it has no value.
+        return torch.tensor(float("nan")).expand(place.numel)
+
+    @contextmanager
+    def present(self, flat: int, *, written: bool = False) -> Iterator[list[Tensor]]:
+        """As everywhere; if they are to be written, there is no state yet."""
+        if not self._is_swapped(flat):
+            with super().present(flat) as parts:
+                yield parts
+            return
+        if written:
+            info = self._info(flat)
+            del info.tensors[1:]  # those of the state
+            info.has_state_tensors = False
+            self._zero.optimizer.state[self.flats[flat]].clear()
+        self._zero._optimizer_states_and_gradient_swap_in(flat)
+        with super().present(flat) as parts:
+            yield parts
+        if written:
+            self._zero._optimizer_states_and_gradient_swap_out(flat)
+        else:
+            self._zero._release_swap_buffers(flat)
+
+    def _info(self, flat: int) -> Any:
+        """What is in which files."""
+        tensor: Any = self.flats[flat]
+        return self._zero.optimizer_swapper.swap_params_info[tensor.ds_id]
+
+    def _gradients(self, flat: int) -> Callable[[_Place], Tensor]:
+        if not self._is_swapped(flat):
+            return super()._gradients(flat)
+        sizes = self._zero.fp16_partitioned_groups_flat_numel
+        kept = self._zero.grad_partitions_flat_buffer.narrow(0, sum(sizes[:flat]), sizes[flat])
+        whole = self._gradients_of[flat] = kept.float()
+        return lambda place: whole.narrow(0, place.start, place.numel)
+
+    def give_gradients(self) -> bool:
+        """As everywhere; they are taken from memory, and not from where DeepSpeed wrote them."""
+        if not super().give_gradients():
+            return False
+        for flat, whole in self._gradients_of.items():
+            self._info(flat).swapped_gradients.clear()
+            self._info(flat).unswapped_gradients = {0: whole}
+        self._gradients_of = {}
+        return True
+
+
+def whole_state(model: nn.Module, keeps: Callable[[str], bool]) -> dict[str, Any]:
+    """A copy of a model's state dict on the host, one whole tensor after the other. Collective.
 
     Args:
         model: that an engine has.
-        writer: which of the ranks writes into them; None: nobody.
+        keeps: whether this rank is to have what has that name.
     """
-    divided = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    found = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        with _gathered([value]):
+            if keeps(name):
+                found[name] = value.detach().cpu().clone()
+    return found
+
+
+@contextmanager
+def loadable(model: nn.Module, writer: int) -> Iterator[None]:
+    """Inside, ``load_state_dict`` finds parameters whole, those of one module after the other.
+
+    Args:
+        model: that an engine has.
+        writer: what is written on which of the ranks counts.
+    """
+    with ExitStack() as whole:
+
+        def begin(module: nn.Module, *_: Any) -> None:
+            whole.close()
+            whole.enter_context(_gathered(module.parameters(recurse=False), writer))
+
+        hooks = []
+        for module in model.modules():
+            hooks.append(module.register_load_state_dict_pre_hook(begin))  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _gathered(tensors: Iterable[Tensor], writer: int | None = None) -> AbstractContextManager[Any]:
+    """Inside, those that stage 3 divides are whole on all ranks."""
+    divided = [t for t in tensors if hasattr(t, "ds_id")]
     if not divided:
         return nullcontext()
     zero = importlib.import_module("deepspeed").zero
@@ -218,7 +349,18 @@ def gathered(model: nn.Module, writer: int | None = None) -> AbstractContextMana
     return found
 
 
+def free_buffers(model: nn.Module) -> None:
+    """Let go of the page-locked memory through which parameters in files went."""
+    divided: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    for swapper in {p.nvme_swapper for p in divided} - {None}:
+        swapper.aio_read_handle.free_cpu_locked_tensor(swapper.buffers)
+        if swapper.partitioned_swap_buffer is not None:
+            swapper.aio_write_handle.free_cpu_locked_tensor(swapper.partitioned_swap_buffer)
+
+
 def partition_of(engine: Any, names: dict[nn.Parameter, str]) -> Partition:
     """The parts that an engine has on this rank."""
-    kind = ParameterPartition if engine.zero_optimization_stage() == 3 else FlatPartition
+    if engine.zero_optimization_stage() < 3:
+        return FlatPartition(engine.optimizer, names)
+    kind = SwappedPartition if engine.optimizer.swap_optimizer else ParameterPartition
     return kind(engine.optimizer, names)

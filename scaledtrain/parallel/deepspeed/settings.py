@@ -71,9 +71,11 @@ def ds_config(
     recipe: Recipe,
     *,
     n_elements: int,
+    largest_part: int,
     zero_stage: int | None,
     offload: str | None,
-    offload_parameters: bool,
+    offload_parameters: bool | str,
+    nvme_path: Path | str | None,
 ) -> dict[str, Any]:
     """Make what ``deepspeed.initialize`` is given.
 
@@ -82,9 +84,12 @@ def ds_config(
         recipe: of the training.
         n_elements: of all parameters that are trained. DeepSpeed allocates a whole bucket (with
             stages 1 and 2 in each step): one larger than they are would only take memory.
+        largest_part: elements of the largest parameter that a rank has with stage 3, for the
+            buffers through which it goes to a file.
         zero_stage: None: the file's, else 2.
-        offload: ``"cpu"``; None: the file's, else none.
-        offload_parameters: to the host, too.
+        offload: ``"cpu"`` or ``"nvme"``; None: the file's, else none.
+        offload_parameters: True: to the host, ``"nvme"``: to files; False: as the file says.
+        nvme_path: None: the file's.
 
     Raises:
         ConfigError: the file and our words disagree, or something cannot be done.
@@ -108,7 +113,20 @@ def ds_config(
         )
     _check_zero(zero, source)
     zero.setdefault("reduce_bucket_size", max(1, min(n_elements, _LARGEST_BUCKET)))
-    _offload(zero, where, offload, offload_parameters)
+    to = "cpu" if offload_parameters is True else offload_parameters or None
+    devices = [
+        _offload(zero, "offload_optimizer", where, ("engine.offload", offload), nvme_path),
+        _offload(zero, "offload_param", where, ("engine.offload_parameters", to), nvme_path),
+    ]
+    if nvme_path is not None and "nvme" not in devices:
+        raise ConfigError(
+            f"engine.nvme_path is {nvme_path}, but nothing is offloaded to it; say "
+            "engine.offload=nvme or engine.offload_parameters=nvme, or leave it out"
+        )
+    if devices[1] == "nvme":
+        zero["offload_param"].setdefault("buffer_size", largest_part)
+    if to == "nvme":  # in a file alone as many stay in memory as DeepSpeed's own default says
+        zero["offload_param"].setdefault("max_in_cpu", 0)
     formats = _formats(recipe.precision)
     for key in ("fp16", "bf16", "torch_autocast"):
         _check_format(config.get(key), key, formats, recipe.precision, where)
@@ -119,9 +137,10 @@ def ds_config(
         **kept,
         **formats,
         "zero_optimization": zero,
-        # We tell it which microbatch is a step's last, weigh the losses, and clip.
+        # We tell it which microbatch is a step's last, weigh the losses, and clip: it would to 1.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
     }
 
 
@@ -159,31 +178,41 @@ def _check_zero(zero: dict[str, Any], source: Path | None) -> None:
 
 
 def _offload(
-    zero: dict[str, Any], where: _Disagreement, offload: str | None, offload_parameters: bool
-) -> None:
-    own = dict(zero.get("offload_optimizer") or {})
-    device = own.get("device", "none")
-    if device != "none" and offload is not None:
-        where.same(device, "engine.offload", offload)
-    device = offload or (None if device == "none" else device)
-    if device not in (None, "cpu"):
-        raise ConfigError(
-            f"the optimizer's state cannot be offloaded to {device!r}: replicas are made of the "
-            "parameters that ZeRO keeps in memory, and those on NVMe are not there between steps; "
-            "take engine.offload=cpu"
-        )
-    if device == "cpu":
-        zero["offload_optimizer"] = {**own, "device": "cpu"}
-    parameters = dict(zero.get("offload_param") or {})
-    if parameters.get("device", "none") == "nvme":
-        raise ConfigError("zero_optimization.offload_param.device is nvme; take cpu")
-    if offload_parameters:
-        zero["offload_param"] = {**parameters, "device": "cpu"}
-    if zero["stage"] != 3 and (zero.get("offload_param") or {}).get("device", "none") != "none":
+    zero: dict[str, Any],
+    section: str,
+    where: _Disagreement,
+    word: tuple[str, str | None],
+    nvme_path: Path | str | None,
+) -> str | None:
+    """Where to a section and our word (its name, its value) say; both are in the section then."""
+    own = dict(zero.pop(section, None) or {})
+    of_file = own.pop("device", None)
+    device: str | None = where.same(None if of_file == "none" else of_file, *word)
+    if device is None:
+        return None
+    if device not in ("cpu", "nvme"):
+        raise ConfigError(f"{word[0]} is {device!r}; it can be cpu, or nvme (files)")
+    if zero["stage"] != 3 and section == "offload_param":
         raise ConfigError(
             f"parameters are offloaded (engine.offload_parameters), but engine.zero_stage is "
             f"{zero['stage']}, in which every rank computes with all of them; take stage 3"
         )
+    zero[section] = {**own, "device": device}
+    if device == "nvme":
+        if zero["stage"] != 3:
+            raise ConfigError(
+                f"{word[0]} is nvme, but engine.zero_stage is {zero['stage']}, of which DeepSpeed "
+                "keeps nothing in files; take stage 3, or engine.offload=cpu"
+            )
+        path = None if nvme_path is None else str(nvme_path)
+        path = where.same(own.get("nvme_path"), "engine.nvme_path", path)
+        if path is None:
+            raise ConfigError(
+                f"{word[0]} is nvme, but not into which folder; set engine.nvme_path to one on a "
+                "fast disk of each host"
+            )
+        zero[section]["nvme_path"] = path
+    return device
 
 
 def _formats(precision: Precision) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from torch.optim import Optimizer
 from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
-from scaledtrain.parallel.deepspeed.partition import Partition, gathered, partition_of
+from scaledtrain.parallel.deepspeed.partition import (
+    Partition,
+    free_buffers,
+    loadable,
+    partition_of,
+    whole_state,
+)
 from scaledtrain.replica import MakeOptimizer, Replica
 
 __all__ = ["ZeroModel"]
@@ -31,11 +38,13 @@ class ZeroModel:
         names: of the model's parameters.
         check_batch: called with each step, and how many ranks have one like it.
         rank: of this process, among those that divide the model.
+        files: what is closed at the end.
 
     Attributes:
         model: as given.
         called: what a forward pass calls.
         named_parameters: (name, part), float32, flat.
+        in_memory: whether they have values between steps.
         saved_elsewhere: with stage 3 all parameters, on all ranks but the first.
     """
 
@@ -47,16 +56,19 @@ class ZeroModel:
         names: dict[nn.Parameter, str],
         check_batch: Callable[[StepBatch, int], None],
         rank: int,
+        files: ExitStack,
     ) -> None:
         self.model = model
         self.called: Callable[..., Any] = engine
         self._engine = engine
         self._check_batch = check_batch
+        self._files = files
         self._partition = partition_of(engine, names)
         self._optimizer = ZeroOptimizer(engine, optimizer, self._partition)
         self._scaler = ZeroScaler(engine, self._optimizer)
         self._is_idle = False
         self.named_parameters = self._partition.named_parameters
+        self.in_memory = self._partition.in_memory
         everything = list(model.named_parameters(remove_duplicate=False))
         self._is_divided = any(hasattr(p, "ds_id") for _, p in everything)
         self.saved_elsewhere: Collection[str] = ()
@@ -102,21 +114,17 @@ class ZeroModel:
 
     def full_state_dict(self, keep: bool) -> dict[str, Any]:
         """As the model computes with it, in its format."""
-        with gathered(self.model):
-            state = self.model.state_dict()
-            return {k: v.detach().cpu().clone() for k, v in state.items()} if keep else {}
+        return whole_state(self.model, lambda _: keep)
 
     def state_dict(self, model: nn.Module) -> Mapping[str, Any]:
         """The model's; with stage 3 the first rank has parameters, whole, the others have none."""
         if not self._is_divided:
             return model.state_dict()
-        with gathered(model):
-            state = model.state_dict().items()
-            return {k: v.cpu().clone() for k, v in state if k not in self.saved_elsewhere}
+        return whole_state(model, lambda name: name not in self.saved_elsewhere)
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; what the first rank has counts."""
-        with gathered(model, writer=0):
+        with loadable(model, writer=0):
             model.load_state_dict(state, strict=not self.saved_elsewhere)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
@@ -133,7 +141,9 @@ class ZeroModel:
 
     def close(self) -> None:
         """Let go of the engine."""
-        self._engine.destroy()
+        with self._files:
+            self._engine.destroy()
+            free_buffers(self.model)
 
 
 class ZeroOptimizer(Optimizer):
@@ -157,11 +167,14 @@ class ZeroOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of this rank's parts, the optimizer's state of them, and the loss scale."""
+        all_parts, flat_state = [], []
+        for index, flat in enumerate(self._partition.flats):
+            with self._partition.present(index) as parts:
+                all_parts += [part.clone() for part in parts]
+                flat_state.append(copy.deepcopy(dict(self._inner.state[flat])))
         return {
-            "parts": [part.detach().clone() for _, part in self._partition.named_parameters],
-            "flat_state": [
-                copy.deepcopy(dict(self._inner.state[f])) for f in self._partition.flats
-            ],
+            "parts": all_parts,
+            "flat_state": flat_state,
             "groups": [
                 {key: value for key, value in group.items() if key != "params"}
                 for group in self.param_groups
@@ -171,17 +184,23 @@ class ZeroOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned on this rank. Collective in the replica."""
-        with torch.no_grad():
-            parts = [part for _, part in self._partition.named_parameters]
-            for part, value in zip(parts, state_dict["parts"], strict=True):
-                part.copy_(value)
-        for flat, saved in zip(self._partition.flats, state_dict["flat_state"], strict=True):
-            kept = self._inner.state[flat]
-            for key, value in saved.items():
-                if isinstance(value, Tensor) and isinstance(kept.get(key), Tensor):
-                    kept[key].copy_(value)
-                else:
-                    kept[key] = copy.deepcopy(value)
+        flats, flat_state = self._partition.flats, state_dict["flat_state"]
+        if len(flat_state) != len(flats):
+            raise ConfigError(
+                f"the state is of parameters in {len(flat_state)} sub-groups, but here there are "
+                f"{len(flats)}; set zero_optimization.sub_group_size to what it was"
+            )
+        values = iter(state_dict["parts"])
+        for index, (flat, saved) in enumerate(zip(flats, flat_state, strict=True)):
+            with torch.no_grad(), self._partition.present(index, written=True) as parts:
+                for part in parts:
+                    part.copy_(next(values))
+                kept = self._inner.state[flat]
+                for key, value in saved.items():
+                    if isinstance(value, Tensor) and isinstance(kept.get(key), Tensor):
+                        kept[key].copy_(value)
+                    else:
+                        kept[key] = copy.deepcopy(value)
         for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
             group.update(saved)
         vars(self._engine.optimizer.loss_scaler).update(state_dict["scale"])
