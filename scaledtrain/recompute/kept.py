@@ -8,7 +8,8 @@ an argument, which is there when the block has run again, or their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,37 +46,67 @@ def keep_results(functions: frozenset[Function], store: Store | None = None) -> 
     """Contexts of a checkpoint in which what these functions return is not computed again.
 
     Gradients have the bits that they have without it. A call with dropout inside is computed again,
-    since random numbers have to be drawn again for what comes after it.
+    since random numbers have to be drawn again for what comes after it. So is one whose result no
+    backward pass has needed so far, as that of a block's last product, which is only added to
+    something: from the second time on it is not kept, until it is needed.
 
     Args:
         functions: that return one tensor, and draw no random numbers without ``dropout_p``.
         store: where what is kept waits; None: it stays where it is.
     """
+    needs = _Needs()
 
     def contexts() -> tuple[_Pass, _Pass]:
         calls: list[_Call] = []
 
         def first(number: int, function: Function, arguments: list[Any], names: Any) -> Tensor:
-            calls.append(_Call(arguments, store))
+            calls.append(_Call(number, arguments, store, needs))
             return calls[number].first(function, arguments, names)
 
         def second(number: int, function: Function, arguments: list[Any], names: Any) -> Tensor:
-            return calls[number].second(arguments)
+            return calls[number].second(function, arguments, names)
 
-        return _Pass(functions, first), _Pass(functions, second)
+        return _Pass(functions, first), _Pass(functions, second, partial(needs.learn, calls))
 
     return contexts
+
+
+class _Needs:
+    """Which results are needed when blocks have run again, of calls that are alike."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, bool] = {}
+
+    def learn(self, calls: Iterable[_Call]) -> None:
+        """A block has run again."""
+        for call in calls:
+            self._found[call.key] = call.is_needed or self._found.get(call.key, False)
+
+    def may_need(self, key: Hashable) -> bool:
+        """Unless blocks have run again that did not."""
+        return self._found.get(key, True)
 
 
 class _Call:
     """One call of a function.
 
     Args:
+        number: of the calls in its block.
         arguments: all of them, in an order.
         store: where what is kept goes to.
+        needs: of calls that were alike.
+
+    Attributes:
+        key: calls are alike that have the same.
+        is_needed: the backward pass has needed its result, or will.
     """
 
-    def __init__(self, arguments: Sequence[Any], store: Store | None) -> None:
+    def __init__(
+        self, number: int, arguments: Sequence[Any], store: Store | None, needs: _Needs
+    ) -> None:
+        self.key: Hashable = number
+        self.is_needed = False
+        self._needs = needs
         self._store = store
         self._computed = [i for i, value in enumerate(arguments) if _is_computed(value)]
         self._packed: list[_Packed] = []
@@ -89,18 +120,18 @@ class _Call:
     def first(self, function: Function, arguments: list[Any], names: Sequence[str]) -> Tensor:
         """Call it, and keep what its backward pass needs."""
         self._tap(arguments)
-        positional = len(arguments) - len(names)
-        named = dict(zip(names, arguments[positional:], strict=True))
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _Packed.unpack):
-            result: Tensor = function(*arguments[:positional], **named)
-        self._result = _kept(result, self._store)
+            result = _call(function, arguments, names)
+        self.key = self.key, function, result.shape, result.dtype
+        if self._needs.may_need(self.key):
+            self._result = _kept(result, self._store)
         sources: list[Source] = [(result, self._result)]
         for place, value in enumerate(arguments):
             if isinstance(value, Tensor):
                 read = _FromTap(value.grad_fn) if place in self._computed else None
                 sources.append((value, read))
         for packed in self._packed:
-            packed.settle(sources, self._store)
+            self.is_needed |= packed.settle(sources, self._store) is result
         self._packed = []
         return result
 
@@ -108,11 +139,14 @@ class _Call:
         self._packed.append(_Packed(tensor))
         return self._packed[-1]
 
-    def second(self, arguments: list[Any]) -> Tensor:
+    def second(self, function: Function, arguments: list[Any], names: Sequence[str]) -> Tensor:
         """What it returned."""
-        assert self._result is not None
         self._tap(arguments)
-        return self._result().detach().requires_grad_()
+        self.is_needed = True
+        if self._result is not None:
+            return self._result().detach().requires_grad_()
+        with torch.no_grad():
+            return _call(function, arguments, names).requires_grad_()
 
 
 class _Packed:
@@ -123,13 +157,16 @@ class _Packed:
         self._read: Read | None = None
         self._shape, self._stride, self._offset = tensor.shape, tensor.stride(), 0
 
-    def settle(self, sources: Sequence[Source], store: Store | None) -> None:
+    def settle(self, sources: Sequence[Source], store: Store | None) -> Tensor | None:
         """The call is over: is this an argument, the result, or the function's own?
 
         Args:
             sources: arguments and result, and who reads them later; None: they are there, as
                 parameters are.
             store: for what is its own.
+
+        Returns:
+            Of which it is a part; None: of none.
         """
         tensor, self._tensor = self._tensor, None
         assert tensor is not None
@@ -141,6 +178,7 @@ class _Packed:
             self._read = read
         else:
             self._read = _kept(tensor, store if source is None else None)
+        return source
 
     def unpack(self) -> Tensor:
         """In the backward pass."""
@@ -181,6 +219,14 @@ def _is_computed(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
+def _call(function: Function, arguments: Sequence[Any], names: Sequence[str]) -> Tensor:
+    """With the last of the arguments by name."""
+    positional = len(arguments) - len(names)
+    named = dict(zip(names, arguments[positional:], strict=True))
+    result: Tensor = function(*arguments[:positional], **named)
+    return result
+
+
 def _kept(tensor: Tensor, store: Store | None) -> Read:
     return held(tensor) if store is None else store.put(tensor)
 
@@ -188,15 +234,25 @@ def _kept(tensor: Tensor, store: Store | None) -> Read:
 class _Pass(TorchFunctionMode):
     """What is called in a block's first or second pass."""
 
-    def __init__(self, functions: frozenset[Function], meet: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        functions: frozenset[Function],
+        meet: Callable[..., Tensor],
+        end: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self._functions = functions
         self._meet = meet
+        self._end = end
         self._met = 0
 
     def __enter__(self) -> Any:
         self._met = 0
         return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._end()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -113,6 +113,42 @@ def test_what_is_kept_is_computed_once() -> None:
     assert seen.of[torch.ops.aten.addmm] == 2 * 2  # of each linear layer, in each pass
 
 
+class Added(nn.Module):
+    """Nothing needs what its last product returns; with a norm behind it, that does."""
+
+    def __init__(self, *behind: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16), *behind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)  # type: ignore[no-any-return]
+
+
+def test_a_result_that_nothing_needs_is_not_kept_from_the_second_time_on() -> None:
+    contexts = keep_results(PRODUCTS)
+
+    def kept(block: nn.Module) -> tuple[int, int]:
+        """Bytes between forward and backward pass; products that were computed."""
+        x = torch.ones(8, 16, requires_grad=True)
+        expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+        with LiveBytes() as counted, Operators() as seen:
+            y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            n_bytes: int = counted.live
+            found = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
+        assert all(map(torch.equal, found, expected))
+        return n_bytes, seen.of[torch.ops.aten.addmm]
+
+    both, first, last = 8 * (64 + 16) * 4, 8 * 64 * 4, 8 * 16 * 4
+    # What the block returns is there, too.
+    assert kept(Added()) == (both + last, 2)
+    assert [kept(Added()) for _ in range(2)] == [(first + last, 2)] * 2
+    # Where the same call's result is needed, it is computed once more, and kept from then on.
+    normed = Added(nn.LayerNorm(16))
+    assert [kept(normed)[1] for _ in range(3)] == [3, 2, 2]
+    assert kept(Added()) == (both + last, 2)
+
+
 def test_attention_with_dropout_runs_again_with_the_same_random_numbers() -> None:
     torch.manual_seed(0)
     block = Block(attention_dropout=0.5)
