@@ -74,11 +74,11 @@ class Chain:
     Args:
         blocks: in the order in which they run.
         base_bytes: there all the time: what the model keeps before the first block, that one's
-            input, if it is there whatever the blocks do, and what waits until the blocks have run
-            backward.
+            input, if it is there whatever the blocks do.
         offload_seconds: to write a byte of a block's output somewhere else, and to read it again;
             None: there is nowhere else.
         first_input_bytes: of the first block's input, if it is there only for the blocks.
+        late_bytes: there during the blocks' backward passes, too, but not before.
 
     Raises:
         ConfigError: no block, or a block that cannot be run in any way.
@@ -88,6 +88,7 @@ class Chain:
     base_bytes: int = 0
     offload_seconds: float | None = None
     first_input_bytes: int = 0
+    late_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.blocks:

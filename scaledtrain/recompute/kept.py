@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -75,16 +75,19 @@ class _Needs:
     """Which results are needed when blocks have run again, of calls that are alike."""
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, bool] = {}
+        self._seen: set[Hashable] = set()
+        self._needed: set[Hashable] = set()
 
     def learn(self, calls: Iterable[_Call]) -> None:
         """A block has run again."""
         for call in calls:
-            self._found[call.key] = call.is_needed or self._found.get(call.key, False)
+            self._seen.add(call.key)
+            if call.is_needed:
+                self._needed.add(call.key)
 
     def may_need(self, key: Hashable) -> bool:
         """Unless blocks have run again that did not."""
-        return self._found.get(key, True)
+        return key in self._needed or key not in self._seen
 
 
 class _Call:
@@ -122,7 +125,9 @@ class _Call:
         self._tap(arguments)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _Packed.unpack):
             result = _call(function, arguments, names)
-        self.key = self.key, function, result.shape, result.dtype
+        # Whatever the size of the batch: a smaller one must not need more.
+        weights = tuple(value.shape for value in arguments if isinstance(value, nn.Parameter))
+        self.key = self.key, function, result.dtype, result.dim(), weights
         if self._needs.may_need(self.key):
             self._result = _kept(result, self._store)
         sources: list[Source] = [(result, self._result)]
@@ -131,7 +136,7 @@ class _Call:
                 read = _FromTap(value.grad_fn) if place in self._computed else None
                 sources.append((value, read))
         for packed in self._packed:
-            self.is_needed |= packed.settle(sources, self._store) is result
+            self.is_needed |= packed.settle(sources, self._store)
         self._packed = []
         return result
 
@@ -157,16 +162,16 @@ class _Packed:
         self._read: Read | None = None
         self._shape, self._stride, self._offset = tensor.shape, tensor.stride(), 0
 
-    def settle(self, sources: Sequence[Source], store: Store | None) -> Tensor | None:
+    def settle(self, sources: Sequence[Source], store: Store | None) -> bool:
         """The call is over: is this an argument, the result, or the function's own?
 
         Args:
-            sources: arguments and result, and who reads them later; None: they are there, as
+            sources: the result and arguments, and who reads them later; None: they are there, as
                 parameters are.
             store: for what is its own.
 
         Returns:
-            Of which it is a part; None: of none.
+            Whether it is the result.
         """
         tensor, self._tensor = self._tensor, None
         assert tensor is not None
@@ -178,7 +183,7 @@ class _Packed:
             self._read = read
         else:
             self._read = _kept(tensor, store if source is None else None)
-        return source
+        return source is sources[0][0]
 
     def unpack(self) -> Tensor:
         """In the backward pass."""

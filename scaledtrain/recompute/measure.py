@@ -110,8 +110,9 @@ def measure_chain(
         before = None
     if len(chain) < len(blocks):
         raise ConfigError(f"the model called {len(chain)} of its {len(blocks)} blocks")
-    base, first_input, rest = _around(model, blocks, sample, store)
-    return Chain((*chain, rest), base, offload_seconds, first_input)
+    ends = _around(model, blocks, sample, store)
+    blocks_and_rest = (*chain, ends.rest())
+    return Chain(blocks_and_rest, ends.base, offload_seconds, ends.first_input, ends.late)
 
 
 def _follows(
@@ -367,14 +368,8 @@ def now(x: Tensor) -> float:
 
 def _around(
     model: nn.Module, blocks: Sequence[nn.Module], sample: Sample, store: Store | None
-) -> tuple[int, int, Block]:
-    """What is around the blocks, of which nothing is kept but inputs, elsewhere if they can be.
-
-    Returns:
-        Bytes that are there before the first block and stay, or come from what is after the last
-        one and stay until what is before the first one has run; those of the first input, if nobody
-        has it but the blocks; and what comes after the last one.
-    """
+) -> _Ends:
+    """What is around the blocks, of which nothing is kept but inputs, elsewhere if they can be."""
     step = Recompute((Keep(),), offload=store is not None)
     executor = Executor(model, blocks, (step,) * len(blocks), {}, store)
     ends = _Ends(blocks)
@@ -386,7 +381,7 @@ def _around(
     finally:
         executor.remove()
         ends.remove()
-    return ends.base + ends.late, ends.first_input, ends.rest()
+    return ends
 
 
 class _Ends:
@@ -398,8 +393,8 @@ class _Ends:
     Attributes:
         base: bytes that are there before the first block, and stay.
         first_input: bytes, if nobody has it but the blocks.
-        late: bytes that the backward pass of what comes after the last block leaves: the gradient
-            of a parameter that is used before the first one, too (a tied embedding).
+        late: bytes that the backward pass of what comes after the last block leaves until all have
+            had theirs: the gradient of a parameter that is used before the first one, too.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:

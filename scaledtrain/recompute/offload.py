@@ -148,6 +148,8 @@ class _File:
         with self._lock:
             self._n_taken += 1  # first: garbage that is collected meanwhile gives places back
             try:
+                if self._n_taken == 1:
+                    self._begin_anew()
                 free = self._free.get(room)
                 place = free.pop() if free else self._behind_all(room)
             except OSError as error:
@@ -163,10 +165,15 @@ class _File:
         given.atexit = False  # a thread may still work with it
         return memory
 
-    def _behind_all(self, room: int) -> _Place:
-        if self._n_taken == 1 and len(self._parts) > 1:  # a larger piece may fit into one
+    def _begin_anew(self) -> None:
+        """Nothing is in it, and other sizes may follow, as of longer sequences."""
+        self._next = _Place(0, 0)
+        self._free.clear()
+        if len(self._parts) > 1:  # what does not fit into any of them may fit into one
             self._parts.clear()
             self._parts.append(mmap(self.number, self._n_bytes))
+
+    def _behind_all(self, room: int) -> _Place:
         part, start = self._next
         while part < len(self._parts) and start + room > len(self._parts[part]):
             part, start = part + 1, 0
@@ -190,9 +197,6 @@ class _File:
         with self._lock:
             self._n_taken -= 1
             self._free[room].append(place)
-            if not self._n_taken:  # other sizes may follow, as of longer sequences
-                self._next = _Place(0, 0)
-                self._free.clear()
 
 
 def _write_zeros(file: int, end: int, n_bytes: int) -> None:

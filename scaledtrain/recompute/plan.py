@@ -133,7 +133,7 @@ def cost(chain: Chain, plan: Plan) -> Cost:
     """
     assert count_blocks(plan) == len(chain)
     walk = _Walk(chain)
-    walk.live = chain.base_bytes + chain.blocks[-1].output_bytes
+    walk.live = chain.base_bytes + chain.late_bytes + chain.blocks[-1].output_bytes
     walk.step(plan, 0, again=False)
     return Cost(walk.seconds, walk.peak)
 
@@ -158,7 +158,7 @@ def kept_bytes(chain: Chain, plan: Plan) -> int:
 
 
 class _Walk:
-    """Adds up what happens; the gradient of the last output counts from the beginning."""
+    """Adds up what happens; what comes late, as the last gradient, counts from the beginning."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain

@@ -60,7 +60,7 @@ def fastest_plan(chain: Chain, peak_bytes: int) -> Plan | None:
         Herrmann, Beaumont, Eyraud-Dubois, Hermann, Joly, Shilova 2019, Optimal checkpointing for
         heterogeneous chains (INRIA RR-9302; rotor). Here a block may have several ways.
     """
-    limit = min(peak_bytes - chain.base_bytes, _enough(chain))
+    limit = min(peak_bytes - chain.base_bytes - chain.late_bytes, _enough(chain))
     found = None if limit < 0 else _Table(chain, limit).plan()
     least = math.inf if found is None else cost(chain, found).seconds
     for plan in _fixed_plans(chain):
@@ -75,7 +75,7 @@ def smallest_bytes(chain: Chain) -> int:
     table = _Table(chain, _enough(chain))
     whole = _Part(0, len(chain) - 1, False, False)
     units = int(np.argmax(np.isfinite(table.times(whole))))
-    least = units * table.unit + chain.base_bytes
+    least = units * table.unit + chain.base_bytes + chain.late_bytes
     least = min(least, *(cost(chain, plan).peak_bytes for plan in _fixed_plans(chain)))
     while fastest_plan(chain, least) is None:  # which rounds to other units
         least += table.unit

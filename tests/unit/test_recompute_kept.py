@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -147,6 +147,24 @@ def test_a_result_that_nothing_needs_is_not_kept_from_the_second_time_on() -> No
     normed = Added(nn.LayerNorm(16))
     assert [kept(normed)[1] for _ in range(3)] == [3, 2, 2]
     assert kept(Added()) == (both + last, 2)
+
+
+def test_a_smaller_batch_keeps_no_more() -> None:
+    """Nor does another block decide for this one whose weights are others."""
+    contexts = keep_results(PRODUCTS)
+
+    def kept(block: nn.Module, rows: int) -> int:
+        x = torch.ones(rows, 16, requires_grad=True)
+        with LiveBytes() as counted:
+            y = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            n_bytes: int = counted.live
+            y.sum().backward()
+        return n_bytes
+
+    other = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.LayerNorm(16))
+    assert kept(Added(), 8) == 8 * (64 + 16 + 16) * 4
+    kept(other, 8)
+    assert [kept(Added(), rows) for rows in (7, 8)] == [7 * (64 + 16) * 4, 8 * (64 + 16) * 4]
 
 
 def test_attention_with_dropout_runs_again_with_the_same_random_numbers() -> None:
@@ -498,6 +516,20 @@ def test_what_is_given_back_while_a_place_is_taken_does_not_make_it_free() -> No
     assert other().tolist() == [2.0] * 64
 
 
+def test_what_is_given_back_while_a_free_place_is_looked_for_is_no_fault() -> None:
+    store = DiskStore()
+    garbage = [store.put(torch.zeros(n * PAGE)) for n in (1, 2, 3)]  # in parts of their own
+
+    class Free(defaultdict[int, list[Any]]):
+        def get(self, room: int, default: Any = None) -> Any:
+            garbage.clear()
+            return super().get(room, default)
+
+    store._file._free = Free(list)
+    reads = [store.put(torch.full((n * PAGE,), float(n))) for n in (2, 4)]
+    assert [read().unique().tolist() for read in reads] == [[2.0], [4.0]]
+
+
 def test_a_block_with_something_sparse_is_measured() -> None:
     class Sparse(nn.Module):
         def __init__(self) -> None:
@@ -626,10 +658,10 @@ def test_what_is_around_the_blocks_counts_only_while_somebody_has_it() -> None:
     blocks, n_bytes = list(model.blocks), 4 * 32 * 16 * 4
     without = measure_chain(model, blocks, sample, {})
     assert without.blocks[0].way("all").keeps_input
-    # With the sample's; and the loss and its gradient, of 4 bytes each.
-    assert (without.base_bytes, without.first_input_bytes) == (2 * n_bytes + 8, 0)
+    assert (without.base_bytes, without.first_input_bytes) == (2 * n_bytes, 0)  # and the sample's
+    assert without.late_bytes == 8  # the loss and its gradient
     chain = measure_chain(model, blocks, sample, {}, store)
-    assert (chain.base_bytes, chain.first_input_bytes) == (n_bytes + 8, n_bytes)
+    assert (chain.base_bytes, chain.first_input_bytes) == (n_bytes, n_bytes)
     assert not chain.blocks[-1].way("all").keeps_input
     for step in (Keep(ELSEWHERE), Recompute((Keep(),), offload=True)):
         plan: Plan = (step,) * 8

@@ -62,7 +62,8 @@ def test_the_solver_finds_what_trying_all_plans_finds(seed: int) -> None:
     n_blocks = generator.randint(1, 4)
     blocks = tuple(any_block(generator) for _ in range(n_blocks))
     base, first_input = generator.randint(0, 3), generator.randint(0, 4)
-    chain = Chain(blocks, base, generator.choice([None, 0.25]), first_input)
+    late = generator.randint(0, 2)
+    chain = Chain(blocks, base, generator.choice([None, 0.25]), first_input, late)
     costs = [cost(chain, plan) for plan in plans(chain, 0, n_blocks - 1)]
     least = min(c.peak_bytes for c in costs)
     assert smallest_bytes(chain) == least
