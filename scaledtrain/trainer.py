@@ -215,13 +215,14 @@ class Trainer:
         recipe = Recipe(
             self.precision,
             optimizer,
+            # Replicas that are equal after each update have nothing to bring closer between two.
+            strategy.replicas_equal,
             gradient_accumulation_steps,
             max_grad_norm,
             compile,
             loss_fn,
             recomputed=activation_checkpointing is not None,
             loss_weight=loss_weight,
-            replicas_equal=strategy.replicas_equal,
             parts_before=parts_before(link, mesh, checkpointing, resume, run_dir),
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)

@@ -181,7 +181,7 @@ def test_what_has_no_counterpart_is_refused(tmp_path: Path, text: str, message: 
 
 def recipe(**options: Any) -> Recipe:
     precision = Precision(**options.pop("precision", {}))
-    return Recipe(precision, partial(torch.optim.SGD, lr=0.1), **options)
+    return Recipe(precision, partial(torch.optim.SGD, lr=0.1), True, **options)
 
 
 def config_of(source: Path | None = None, **options: Any) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class DeepSpeed:
                 "leave engine.offload out, or take engine=fully_shard, or one replica"
             )
         is_swapped = zero.get("offload_optimizer", {}).get("device") == "nvme"
-        if is_swapped and not recipe.replicas_equal:
+        if is_swapped and not recipe.only_updates_write:
             raise ConfigError(
                 "engine.offload is nvme, but this strategy works on the parameters between "
                 "updates, when they are in files; take strategy=sync, or engine.offload=cpu"
