@@ -194,6 +194,7 @@ class Replica:
         pieces: the ranks that have the copy together; None: this one.
         counted_elsewhere: names of parameters that another of these ranks has as well, and counts
             in norms.
+        in_memory: whether they have their values between updates.
 
     Raises:
         ConfigError: the model has nothing to train, or ``make_optimizer`` is an optimizer.
@@ -215,6 +216,7 @@ class Replica:
         named_parameters: Sequence[tuple[str, nn.Parameter]] | None = None,
         pieces: Group | None = None,
         counted_elsewhere: Collection[str] = (),
+        in_memory: bool = True,
     ) -> None:
         if isinstance(make_optimizer, Optimizer):
             name = type(make_optimizer).__name__
@@ -236,6 +238,7 @@ class Replica:
         # Frozen parameters are not trained but must be equal everywhere like all other state.
         self.frozen = [p for _, p in everything if not p.requires_grad]
         self._pieces: Group = pieces or LocalGroup()
+        self._in_memory = in_memory
         self._model = model
         self._make_optimizer = make_optimizer
         self._make_scheduler = make_scheduler
@@ -267,7 +270,16 @@ class Replica:
         return Updater(list(named), self._make_optimizer, self._make_scheduler, self._make_rounding)
 
     def sha256(self) -> str:
-        """SHA-256 of the bytes of all parameters, in order: equal if, and only if, every bit is."""
+        """SHA-256 of the bytes of all parameters, in order: equal if, and only if, every bit is.
+
+        Raises:
+            ConfigError: an engine has them in files.
+        """
+        if not self._in_memory:
+            raise ConfigError(
+                "SHA-256 is asked for of parameters that are in files between updates (engine."
+                "offload=nvme); take that of full_state_dict(), or engine.offload=cpu"
+            )
         digest = hashlib.sha256()
         for parameter in self.parameters:
             value = parameter.detach().cpu().contiguous().reshape(-1)

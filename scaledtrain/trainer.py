@@ -215,86 +215,92 @@ class Trainer:
         recipe = Recipe(
             self.precision,
             optimizer,
+            # Replicas that are equal after each update have nothing to bring closer between two.
+            strategy.replicas_equal,
             gradient_accumulation_steps,
             max_grad_norm,
             compile,
             loss_fn,
             recomputed=activation_checkpointing is not None,
             loss_weight=loss_weight,
-            replicas_equal=strategy.replicas_equal,
             parts_before=parts_before(link, mesh, checkpointing, resume, run_dir),
         )
         self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
         self.model = self.layout.model
         self.strategy: Strategy = strategy
-        self.layout.check_fits(self.strategy, drop_compute, slowdown)
-        self.replica = Replica(
-            self.model,
-            self.layout.optimizer(optimizer),
-            self.layout.scheduler(lr_scheduler),
-            partial(self.precision.rounding, seed),
-            named_parameters=self.layout.named_parameters(),
-            pieces=self.layout.updated_together,
-            counted_elsewhere=self.layout.counted_elsewhere(),
-        )
-        self.scaler = self.layout.scaler(partial(self.precision.scaler, self.replica))
-        self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
-        self.strategy.attach(self.replica, self.layout.link)
-        seed_everything(seed, self.link.group.rank)
-        self._compile = compile
-        called = self.layout.called
-        if compile is not None and activation_checkpointing is None:
-            called = torch.compile(self.model, backend=compile)
-        loop = MicrobatchLoop(
-            called,
-            loss_fn,
-            self.precision,
-            self.replica.parameters,
-            evaluated=self.model,
-            scaler=self.scaler,
-            drop_compute=drop_compute,
-            paces=self._paces(slowdown, seed),
-            clock=self.link.clock,
-            device=self.link.device,
-        )
-        self.schedule = self.layout.schedule(loop, self.scaler)
-        self.timeline = self.link.timeline
-        self.timeline.keep = trace
-        self.metrics = Metrics(
-            None if run_dir is None else Path(run_dir),
-            rank=self.link.group.rank,
-            timeline=self.timeline,
-            device=self.link.device,
-            bytes_sent=lambda: self.link.bytes_sent,
-            more=self._more_metrics,
-            data_ranks=self.layout.data_ranks,
-            log_every=log_every,
-            console=console,
-        )
-        self.balancer = make_balancer(balance, self.strategy, self.layout, self.metrics.say)
-        self.epoch = 0
-        self.steps_in_epoch = 0
-        self._loss_weight = loss_weight
-        self._accumulation = gradient_accumulation_steps
-        self._batches_per_step = batches_per_step
-        self._max_grad_norm = max_grad_norm
-        self.eval_metrics = dict(eval_metrics or {})
-        self.callbacks = list(callbacks)
-        self._seed = seed
-        self._loop: FitLoop | None = None
-        self._introduced = False
-        self._recomputation = LatePlan(
-            activation_checkpointing,
-            self.layout,
-            self.precision,
-            loss_fn,
-            compile,
-            self.link.device,
-            self.metrics.say,
-        )
-        self._loader: Steps | None = None
-        self._resumed = Resumed()
-        self._saver: Saver | None = None
+        try:
+            self.layout.check_fits(self.strategy, drop_compute, slowdown)
+            self.replica = Replica(
+                self.model,
+                self.layout.optimizer(optimizer),
+                self.layout.scheduler(lr_scheduler),
+                partial(self.precision.rounding, seed),
+                named_parameters=self.layout.named_parameters(),
+                pieces=self.layout.updated_together,
+                counted_elsewhere=self.layout.counted_elsewhere(),
+                in_memory=self.layout.in_memory,
+            )
+            self.scaler = self.layout.scaler(partial(self.precision.scaler, self.replica))
+            self.layout.link.event_log = None if run_dir is None else Path(run_dir) / EVENTS
+            self.strategy.attach(self.replica, self.layout.link)
+            seed_everything(seed, self.link.group.rank)
+            self._compile = compile
+            called = self.layout.called
+            if compile is not None and activation_checkpointing is None:
+                called = torch.compile(self.model, backend=compile)
+            loop = MicrobatchLoop(
+                called,
+                loss_fn,
+                self.precision,
+                self.replica.parameters,
+                evaluated=self.model,
+                scaler=self.scaler,
+                drop_compute=drop_compute,
+                paces=self._paces(slowdown, seed),
+                clock=self.link.clock,
+                device=self.link.device,
+            )
+            self.schedule = self.layout.schedule(loop, self.scaler)
+            self.timeline = self.link.timeline
+            self.timeline.keep = trace
+            self.metrics = Metrics(
+                None if run_dir is None else Path(run_dir),
+                rank=self.link.group.rank,
+                timeline=self.timeline,
+                device=self.link.device,
+                bytes_sent=lambda: self.link.bytes_sent,
+                more=self._more_metrics,
+                data_ranks=self.layout.data_ranks,
+                log_every=log_every,
+                console=console,
+            )
+            self.balancer = make_balancer(balance, self.strategy, self.layout, self.metrics.say)
+            self.epoch = 0
+            self.steps_in_epoch = 0
+            self._loss_weight = loss_weight
+            self._accumulation = gradient_accumulation_steps
+            self._batches_per_step = batches_per_step
+            self._max_grad_norm = max_grad_norm
+            self.eval_metrics = dict(eval_metrics or {})
+            self.callbacks = list(callbacks)
+            self._seed = seed
+            self._loop: FitLoop | None = None
+            self._introduced = False
+            self._recomputation = LatePlan(
+                activation_checkpointing,
+                self.layout,
+                self.precision,
+                loss_fn,
+                compile,
+                self.link.device,
+                self.metrics.say,
+            )
+            self._loader: Steps | None = None
+            self._resumed = Resumed()
+            self._saver: Saver | None = None
+        except BaseException:
+            self.layout.close()
+            raise
         try:
             self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
             self.watcher = Watcher(watch, self, loss_fn, run_dir, self._saver)

@@ -22,6 +22,8 @@ class Recipe(NamedTuple):
 
     precision: Precision
     optimizer: MakeOptimizer
+    only_updates_write: bool
+    """Whether the strategy leaves the parameters alone between the optimizer's updates."""
     gradient_accumulation_steps: int = 1
     max_grad_norm: float | None = None
     compile: str | None = None
@@ -31,8 +33,6 @@ class Recipe(NamedTuple):
     """Whether activations are: `Divided.stand_in` will be asked for, once."""
     loss_weight: Weigh | None = None
     """How much a batch's loss counts in a mean; None: as its samples."""
-    replicas_equal: bool = True
-    """Whether the strategy leaves the parameters alone between updates, see `Strategy`."""
     parts_before: Sequence[int] | None = None
     """Of the model in each stage, in the run that this one goes on from; None: not known."""
 

@@ -428,12 +428,13 @@ def lay_out(
 
 
 def _check_asked(mesh: Mesh, engine: Engine | None, pipeline: Pipeline | None) -> None:
-    for name, asked, axis, length, of in (
-        ("engine", engine, "shard", mesh.shard, "a replica"),
-        ("pipeline", pipeline, "pipe", mesh.pipe, "the stages of one"),
+    for name, asked, axis, length, of, why in (
+        ("engine", engine, "shard", mesh.shard, "a replica", "offload from one rank alone"),
+        ("pipeline", pipeline, "pipe", mesh.pipe, "the stages of one", "run on one rank"),
     ):
         if asked is not None and length == 1:
             raise ConfigError(
-                f"{name} is {asked}, but mesh.{axis} is 1, so that there is nothing to divide; set "
-                f"mesh.{axis} to the number of ranks that have {of} together, or leave {name} out"
+                f"{name} is {asked}, but mesh.{axis} is 1, so that there is nothing to divide, and "
+                f"it cannot {why}; set mesh.{axis} to the number of ranks that have {of} together, "
+                f"or leave {name} out"
             )

@@ -173,7 +173,7 @@ def offloaded() -> tuple[list[str], Tensor, Tensor]:
     expected = torch.cat([p.grad.cpu().reshape(-1) for p in model.parameters()])
     model.zero_grad()
     precision = Precision("bf16-mixed")
-    shards = FullyShard(offload=True).apply([model], dist.group.WORLD, Recipe(precision, SGD))
+    shards = FullyShard(offload=True).apply([model], dist.group.WORLD, Recipe(precision, SGD, True))
     parameters = [p for _, p in shards.named_parameters]
     loop = MicrobatchLoop(
         shards.called, F.cross_entropy, precision, parameters, device=torch.device(DEVICE)

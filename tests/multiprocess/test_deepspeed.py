@@ -141,6 +141,8 @@ def one_replica(folder: str) -> dict[str, Any]:
             "trained": trained,
             "details": details(link, folder),
             "saved": {stage: saved(link, Path(folder), stage) for stage in (2, 3)},
+            "renamed": renamed(link, Path(folder)),
+            "borders": other_borders(link, Path(folder)),
             "watched": [
                 watched(link, 4, reaction, mesh=Mesh(shard=2), engine=engine)
                 for reaction in ("skip", "rollback")
@@ -160,6 +162,73 @@ def steep(link: Any, local: int, **options: Any) -> Tensor:
     with Trainer(net(), steep_loss, sgd, console=False, link=link, **options) as t:
         t.fit(DataLoader(data(16), batch_size=local), max_steps=2)
         return whole(t.model)
+
+
+class Kernel(nn.Linear):
+    """Its weight is saved with its dimensions exchanged, by another name."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "kernel"] = destination.pop(prefix + "weight").T.contiguous()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        kernel = state_dict.pop(prefix + "kernel")
+        assert kernel.shape == self.weight.T.shape
+        state_dict[prefix + "weight"] = kernel.T
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def double(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook: saves a parameter as it is there, and as the module has it, in float64."""
+    assert state[prefix + "weight"].shape == (2, 16)
+    state[prefix + "weight"] = state[prefix + "weight"].double()
+    state[prefix + "twice"] = 2 * module.weight.detach().double()
+
+
+def unusual_net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(Kernel(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    model[2].register_state_dict_post_hook(double)
+    model[2].register_load_state_dict_pre_hook(lambda _, state, *__: state.pop("2.twice", None))
+    return model
+
+
+def renamed(link: Any, folder: Path) -> dict[str, Any]:
+    """State dicts of a model that makes its own, straight and resumed, and what is in memory."""
+    options = {"mesh": Mesh(shard=2), "engine": DeepSpeed(config=folder / "divided.json")}
+    loader = DataLoader(data(32), batch_size=4, shuffle=True)
+
+    def at_the_end(t: Trainer) -> tuple[dict[str, Any], Tensor]:
+        t.fit(loader, max_steps=4)
+        return t.full_state_dict(), whole(t.model)
+
+    with trainer(link, "sync", unusual_net(1), **options) as t:
+        t.fit(loader, max_steps=2)
+        state = t.state_dict()
+        straight = at_the_end(t)
+    with trainer(link, "sync", unusual_net(2), **options) as t:
+        t.load_state_dict(state)
+        return {"straight": straight, "resumed": at_the_end(t)}
+
+
+def other_borders(link: Any, folder: Path) -> list[str]:
+    """What is said to a state of as many sub-groups with other borders, or of other parameters."""
+    told = []
+
+    def with_borders(name: str, model: nn.Module | None = None) -> Trainer:
+        engine = DeepSpeed(config=folder / f"{name}.json")
+        return trainer(link, "sync", model, mesh=Mesh(shard=2), engine=engine)
+
+    with with_borders("early") as t:
+        t.fit(DataLoader(data(32), batch_size=4), max_steps=1)
+        state = t.state_dict()
+    frozen = net()
+    frozen[2].bias.requires_grad_(False)
+    for name, model in (("late", None), ("early", frozen)):
+        with with_borders(name, model) as t, pytest.raises(ConfigError) as caught:
+            t.load_state_dict(state)
+        told.append(str(caught.value))
+    return told
 
 
 def gpt2(link: Any, **options: Any) -> tuple[dict[str, Tensor], int]:
@@ -339,6 +408,10 @@ FILES = {
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.999]}},
         "bf16": {"enabled": "auto"},
     },
+    "divided": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    # Parts of 24, 8, 16 and 1 elements in two sub-groups: 32 and 17, or 48 and 1.
+    "early": {"zero_optimization": {"stage": 3, "sub_group_size": 25}},
+    "late": {"zero_optimization": {"stage": 3, "sub_group_size": 33}},
 }
 
 
@@ -399,3 +472,28 @@ def test_state_files_and_refusals(two_ranks: list[dict[str, Any]]) -> None:
         assert "data.local_batch_size=4" in told["batch"]
         assert "optimizer.lr=0.5" in told["optimizer"]
         assert "0.01" in told["optimizer"]
+
+
+def test_a_model_may_make_its_own_state_dict(two_ranks: list[dict[str, Any]]) -> None:
+    """With hooks and methods of its own, from whole parameters; a run goes on from it."""
+    (state, values), (resumed, its_values) = (
+        two_ranks[0]["renamed"][name] for name in ("straight", "resumed")
+    )
+    assert [of_rank["renamed"]["straight"][0] for of_rank in two_ranks[1:]] == [{}]
+    assert torch.equal(values, its_values)
+    assert list(state) == ["0.bias", "0.kernel", "2.weight", "2.bias", "2.twice"]
+    assert all(torch.equal(state[name], resumed[name]) for name in state)
+    expected = unusual_net(3)
+    assert list(expected.state_dict()) == list(state)
+    expected.load_state_dict(state)
+    assert torch.equal(whole_here(expected), values)
+    assert torch.equal(state["2.twice"], 2 * state["2.weight"])
+
+
+def test_a_state_of_other_sub_groups_is_refused(two_ranks: list[dict[str, Any]]) -> None:
+    for of_rank in two_ranks:
+        borders, parameters = of_rank["borders"]
+        assert "exp_avg of 32 elements for sub-group 0, which has 48 here; set " in borders
+        # 3 x 16 / 2 + 16 / 2 + 16 x 2 / 2 + 2 / 2 = 49
+        assert "of 4 parameters, of which this rank had 49 elements" in parameters
+        assert "here they are 3, with 48" in parameters

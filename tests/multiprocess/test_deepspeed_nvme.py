@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from scaledtrain import (
     Checkpointing,
     DiLoCo,
+    DropCompute,
     LayerWatch,
     Mesh,
     Precision,
@@ -31,6 +33,7 @@ from scaledtrain.checkpoint.export import model_state
 from scaledtrain.checkpoint.part import CheckpointReader
 from scaledtrain.errors import ConfigError
 from scaledtrain.parallel import DeepSpeed
+from scaledtrain.parallel.deepspeed import swapping
 from tests.ranks import run_ranks
 
 pytestmark = [
@@ -195,6 +198,72 @@ def two_jobs(link: Any, disk: Path, engine: DeepSpeed) -> tuple[list[str], bool]
         return found, torch.equal(values(one), expected)
 
 
+def left_by_a_refusal(link: Any, disk: Path, engine: DeepSpeed) -> list[str]:
+    """Of what is refused when the files are there already."""
+    drop = DropCompute(threshold_seconds=1.0)
+    with pytest.raises(ConfigError, match="drop_compute lets each rank") as caught:
+        trainer(link, mesh=Mesh(shard=2), engine=engine, drop_compute=drop)
+    meet(link)
+    found = [path.name for path in disk.iterdir()]
+    meet(link)
+    del caught  # which has kept alive all that was made
+    return found
+
+
+class Weights(nn.Module):
+    """Seven large matrices, of which three are in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for n in range(4):
+            setattr(self, f"weight_{n}", nn.Parameter(torch.randn(740, 740) / 27))
+        self.others = nn.ParameterList(torch.randn(740, 740) / 27 for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n in range(4):
+            x = x @ getattr(self, f"weight_{n}")
+        for weight in self.others:
+            x = x @ weight
+        return x
+
+
+def deep_net() -> nn.Module:
+    """15 matrices of 740 x 740 x 4 / 2 bytes on each of two ranks, which is more than 1 MiB."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(740, 740) for _ in range(8)]
+    return nn.Sequential(nn.Linear(3, 740), *layers, Weights(), nn.Linear(740, 2))
+
+
+def many(link: Any, folder: Path, engine: DeepSpeed) -> list[Tensor]:
+    """Parameters after 4 steps: at once, and of a run that is resumed after 2."""
+
+    def fit(name: str, steps: int) -> Tensor:
+        made = Trainer(
+            deep_net(),
+            F.cross_entropy,
+            ADAMW,
+            console=False,
+            link=link,
+            mesh=Mesh(shard=2),
+            engine=engine,
+            run_dir=folder / name,
+            checkpointing=Checkpointing(every_steps=2),
+            resume="auto",
+        )
+        with patch("os.fsync"), made as t:
+            evaluated = DataLoader(data(8), batch_size=4)
+            t.fit(DataLoader(data(16), batch_size=4), max_steps=steps, eval=evaluated)
+            return values(t)
+
+    straight = fit("straight", 4)
+    fit("resumed", 2)
+    return [straight, fit("resumed", 4)]
+
+
+# Words of what a host may not have.
+LACKING = ("async_io", "O_DIRECT", "page-locked", "needs Linux")
+
+
 def one_replica(folder: Path) -> dict[str, Any] | str:
     disk = folder / "disk"
     engines = {
@@ -208,8 +277,10 @@ def one_replica(folder: Path) -> dict[str, Any] | str:
         try:
             with trainer(link, mesh=mesh, engine=engines["everything"]):
                 pass
-        except ConfigError as error:  # where there is no libaio, say
-            return str(error)
+        except ConfigError as error:
+            if any(word in str(error) for word in LACKING):
+                return str(error)
+            raise
         memory, everything = engines["memory"], engines["everything"]
         told = {
             "trained": {
@@ -224,6 +295,15 @@ def one_replica(folder: Path) -> dict[str, Any] | str:
                 for reaction in ("skip", "rollback")
             },
             "jobs": two_jobs(link, disk, everything),
+            "refused": left_by_a_refusal(link, disk, everything),
+            "many": [
+                many(link, folder / "many-memory", DeepSpeed(zero_stage=3, offload="cpu")),
+                many(
+                    link,
+                    folder / "many-files",
+                    DeepSpeed(3, offload="nvme", offload_parameters="nvme", nvme_path=disk),
+                ),
+            ],
             "diloco": refused(link, engines["optimizer"], strategy=DiLoCo(sync_every=2)),
             "layers": refused(link, engines["optimizer"], callbacks=[LayerWatch()]),
             "sub-groups": refused(
@@ -306,8 +386,9 @@ def test_two_runs_in_a_folder_have_files_of_their_own_and_leave_none(
         # Of each of 2 runs on each of 2 ranks, 2 sub-groups with m and v.
         assert sum(name.startswith("exp_avg") for name in names) == 2 * 2 * 2 * 2
         assert sum("_param" in name for name in names) == 2 * 2 * 3  # one is frozen
+        assert not any("gradient" in name for name in names)  # they stay in memory
         assert equal
-        assert of_rank["left"] == []
+        assert of_rank["refused"] == of_rank["left"] == []
 
 
 def test_what_does_not_fit_files_is_refused(two_ranks: list[dict[str, Any]]) -> None:
@@ -315,3 +396,38 @@ def test_what_does_not_fit_files_is_refused(two_ranks: list[dict[str, Any]]) -> 
         assert "in 3 sub-groups, but here there are 1" in of_rank["sub-groups"]
         assert "this strategy works on the parameters between updates" in of_rank["diloco"]
         assert "leave layers out" in of_rank["layers"]
+
+
+def test_a_model_may_have_more_parameters_than_buffers(two_ranks: list[dict[str, Any]]) -> None:
+    """Bit for bit, with evaluations between the steps."""
+    memory, files = two_ranks[0]["many"]
+    assert torch.equal(files[0], memory[0])
+    assert torch.equal(files[1], memory[0])
+    assert not torch.equal(values_of(deep_net()), memory[0])
+
+
+def values_of(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def one_lacks(folder: Path) -> str:
+    """The second rank has no folder, and the first compiles for longer than a collective waits."""
+    with connect(transport="torch", timeout_seconds=8) as link:
+        rank = link.group.rank
+        engine = DeepSpeed(zero_stage=3, offload="nvme", nvme_path=folder / f"of-{rank}")
+        with (
+            patch.object(swapping, "_load_operator", lambda: time.sleep(10 if rank == 0 else 0)),
+            pytest.raises(ConfigError) as caught,
+        ):
+            trainer(link, mesh=Mesh(shard=2), engine=engine)
+        return str(caught.value)
+
+
+def test_what_one_rank_lacks_is_an_error_on_all(tmp_path: Path) -> None:
+    (tmp_path / "of-0").mkdir()
+    first, second = run_ranks(one_lacks, 2, tmp_path, timeout_seconds=100)
+    if any(word in second for word in LACKING if word != "O_DIRECT"):
+        pytest.skip(second)
+    assert second.startswith(f"engine.nvme_path is {tmp_path / 'of-1'}, which cannot be used")
+    assert first == f"rank 1 cannot take part: {second}"
+    assert list((tmp_path / "of-0").iterdir()) == []

@@ -30,7 +30,7 @@ def held(mesh: Mesh, example: Any) -> list[str]:
     with connect(transport="torch", timeout_seconds=60) as link:
         costs = [PartCost(float(seconds), 0.0) for seconds in TIMED[link.group.rank]]
         model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
-        recipe = Recipe(Precision(), SGD, loss_fn=nn.functional.mse_loss)
+        recipe = Recipe(Precision(), SGD, True, loss_fn=nn.functional.mse_loss)
         pipeline = Pipeline("1F1B", n_microbatches=2, example=example)
         with patch.object(pipelines, "measure_parts", lambda *_: costs):
             layout = lay_out(model, link, mesh, recipe, pipeline=pipeline)

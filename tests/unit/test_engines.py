@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import resource
 import sys
 from contextlib import ExitStack
@@ -21,6 +23,7 @@ from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScale
 from scaledtrain.parallel.accelerate import with_accelerate, words_of_environment
+from scaledtrain.parallel.deepspeed import swapping as swapping_module
 from scaledtrain.parallel.deepspeed.engine import DeepSpeed
 from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
 from scaledtrain.parallel.deepspeed.swapping import prepare_swapping
@@ -181,7 +184,7 @@ def test_what_has_no_counterpart_is_refused(tmp_path: Path, text: str, message: 
 
 def recipe(**options: Any) -> Recipe:
     precision = Precision(**options.pop("precision", {}))
-    return Recipe(precision, partial(torch.optim.SGD, lr=0.1), **options)
+    return Recipe(precision, partial(torch.optim.SGD, lr=0.1), True, **options)
 
 
 def config_of(source: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -211,6 +214,8 @@ def test_our_words_become_deepspeeds() -> None:
             "buffer_size": 40,  # the largest that goes through one
             "max_in_cpu": 0,
         },
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
     }
     large = config_of(n_elements=7 * 10**9)["zero_optimization"]
     assert large["reduce_bucket_size"] == 500_000_000  # DeepSpeed's own
@@ -319,15 +324,21 @@ def test_a_file_that_agrees_is_passed_on(tmp_path: Path) -> None:
     assert zero == {"stage": 2, "reduce_bucket_size": 7}
     optimizer = {"device": "nvme", "nvme_path": "/disk", "pipeline_read": True}
     parameters = {"device": "nvme", "nvme_path": "/other", "buffer_size": 50}
+    ahead = {"stage3_max_reuse_distance": 5, "stage3_prefetch_bucket_size": 6}
     nowhere = {"device": "none"}
-    content["zero_optimization"] = {"stage": 3, "offload_optimizer": optimizer}
-    content["zero_optimization"]["offload_param"] = parameters
+    content["zero_optimization"] = {
+        "stage": 3,
+        "offload_optimizer": {**optimizer, "buffer_count": None},  # as if it were not there
+        "offload_param": parameters,
+        **ahead,
+    }
     content["aio"] = {"queue_depth": 16}
     file.write_text(json.dumps(content))
     of_file = config_of(file, max_grad_norm=1.0)
     assert of_file["aio"] == {"queue_depth": 16}
     assert of_file["zero_optimization"]["offload_optimizer"] == optimizer
     assert of_file["zero_optimization"]["offload_param"] == parameters
+    assert {name: of_file["zero_optimization"][name] for name in ahead} == ahead
     content["zero_optimization"] = {"offload_optimizer": nowhere, "offload_param": nowhere}
     file.write_text(json.dumps(content))
     zero = config_of(file, max_grad_norm=1.0)["zero_optimization"]
@@ -380,10 +391,19 @@ class Operators:
             raise self._error
 
 
+def replace_operators(patch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+    patch.setitem(sys.modules, "deepspeed.ops.op_builder", Operators(error))  # type: ignore[misc]
+
+
 @pytest.fixture
-def operators(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", Operators())  # type: ignore[misc]
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+def operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    tried = tmp_path / "tried"
+    try:
+        os.close(os.open(tried, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"files cannot go past the system's cache here: {error}")
+    tried.unlink()
+    replace_operators(monkeypatch)
     return monkeypatch
 
 
@@ -392,6 +412,23 @@ def swapping(folder: Path, **options: Any) -> dict[str, Any]:
         "offload_optimizer": {"device": "nvme", "nvme_path": str(folder), **options},
         "offload_param": {"device": "nvme", "nvme_path": str(folder), "buffer_size": 8},
     }
+
+
+def matrix(rows: int, columns: int) -> torch.nn.Linear:
+    """Which takes no memory."""
+    return torch.nn.Linear(columns, rows, bias=False, device="meta")
+
+
+def prepare(
+    zero: dict[str, Any],
+    optimizer: Any,
+    files: ExitStack,
+    model: torch.nn.Module | None = None,
+    aio: dict[str, Any] | None = None,
+) -> None:
+    group: Any = SimpleNamespace(size=lambda: 1)
+    config = {"zero_optimization": zero, "aio": aio}
+    prepare_swapping(config, model or matrix(5, 2), optimizer, group, files)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +442,7 @@ def swapping(folder: Path, **options: Any) -> dict[str, Any]:
         (torch.optim.AdamW, {"pipeline_read": True}, 8),
         (torch.optim.AdamW, {"pipeline_read": True, "pipeline_write": True}, 12),
         (torch.optim.AdamW, {"buffer_count": 6}, 6),
+        (torch.optim.AdamW, {"buffer_count": 1e1}, 10),
     ],
 )
 def test_each_process_has_its_own_folder_and_enough_buffers(
@@ -416,12 +454,66 @@ def test_each_process_has_its_own_folder_and_enough_buffers(
 ) -> None:
     zero = swapping(tmp_path, **options)
     with ExitStack() as files:
-        prepare_swapping(zero, optimizer, 10, files)
-        own = {Path(section["nvme_path"]) for section in zero.values()}
-        assert set(tmp_path.iterdir()) == own
-        assert len(own) == 2
-        assert zero["offload_optimizer"]["buffer_count"] == buffers
+        prepare(zero, optimizer, files)
+        (own,) = tmp_path.iterdir()
+        assert {Path(zero[name]["nvme_path"]) for name in swapping(tmp_path)} == {own}
+        count = zero["offload_optimizer"]["buffer_count"]
+        assert (count, type(count)) == (buffers, int)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_paths_are_two_folders(tmp_path: Path, operators: pytest.MonkeyPatch) -> None:
+    zero = swapping(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    zero["offload_param"]["nvme_path"] = str(other)
+    with ExitStack() as files:
+        prepare(zero, torch.optim.AdamW, files)
+        assert Path(zero["offload_optimizer"]["nvme_path"]).parent == tmp_path
+        assert Path(zero["offload_param"]["nvme_path"]).parent == other
+
+
+class Owner(torch.nn.Module):
+    """Has two matrices of its own, three in a list, and one in a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = matrix(512, 512).weight, matrix(512, 512).weight
+        self.others = torch.nn.ParameterList(matrix(512, 512).weight for _ in range(3))
+        self.inside = matrix(512, 512)
+
+
+LSTM = torch.nn.LSTM(512, 512, num_layers=4, device="meta")
+EIGHT = torch.nn.Sequential(*(matrix(512, 512) for _ in range(8)))
+
+
+@pytest.mark.parametrize(
+    ("model", "aio", "buffers"),
+    [
+        (EIGHT, None, 5),  # one after the other
+        (torch.nn.Sequential(Owner(), Owner()), None, 6),  # of one of them
+        (LSTM, None, 8),  # two of 4 x 512 x 512 for each layer
+        (LSTM, {"block_size": 1 << 22}, 8),  # they have 4 MiB
+        (LSTM, {"block_size": 1 << 23}, 5),
+    ],
+)
+def test_what_a_module_computes_with_has_buffers(
+    model: torch.nn.Module,
+    aio: dict[str, Any] | None,
+    buffers: int,
+    tmp_path: Path,
+    operators: pytest.MonkeyPatch,
+) -> None:
+    operators.setattr(swapping_module, "_can_lock", lambda _: True)
+    with ExitStack() as files:
+        zero = swapping(tmp_path)
+        prepare(zero, torch.optim.AdamW, files, model, aio)
+        assert zero["offload_param"]["buffer_count"] == buffers
+        if buffers > 5:
+            zero["offload_param"]["buffer_count"] = buffers - 1
+            message = f"offload_param.buffer_count is {buffers - 1}, .* need {buffers};"
+            with pytest.raises(ConfigError, match=message):
+                prepare(zero, torch.optim.AdamW, files, model, aio)
 
 
 class Forgetful(torch.optim.SGD):
@@ -432,12 +524,32 @@ class Forgetful(torch.optim.SGD):
             self.state[parameter]["before"] = parameter.detach().clone()
 
 
+def by_name(named_parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([dict(named_parameters)["weight"]], lr=0.1)
+
+
+def unknown_name(named_parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([dict(named_parameters)["head"]], lr=0.1)
+
+
+def test_the_optimizer_is_tried_out_on_the_models_names(
+    tmp_path: Path, operators: pytest.MonkeyPatch
+) -> None:
+    zero = swapping(tmp_path)
+    with ExitStack() as files:
+        prepare(zero, by_name, files)
+    assert zero["offload_optimizer"]["buffer_count"] == 2
+
+
 @pytest.mark.parametrize(
     ("optimizer", "options", "message"),
     [
         (torch.optim.Adagrad, {}, "Adagrad makes its state before .*take another"),
         (Forgetful, {}, "Forgetful makes its state .*anew"),
-        (torch.optim.AdamW, {"buffer_count": 3}, "buffer_count is 3, .* needs 4"),
+        (unknown_name, {}, "tried out .* fails .KeyError: 'head'"),
+        (torch.optim.AdamW, {"buffer_count": 3}, "buffer_count is 3, .* need 4"),
+        (torch.optim.AdamW, {"buffer_count": "many"}, "buffer_count is 'many' .*whole number"),
+        (torch.optim.AdamW, {"buffer_count": 4.5}, "buffer_count is 4.5 .*whole number"),
         (torch.optim.AdamW, {"nvme_path": "/no/such/folder"}, "nvme_path is /no/such/folder"),
         (torch.optim.AdamW, {"nvme_path": "/proc"}, "nvme_path is /proc.*may write"),
     ],
@@ -451,21 +563,92 @@ def test_what_cannot_be_kept_in_files_is_refused(
 ) -> None:
     zero = swapping(tmp_path, **options)
     with ExitStack() as files, pytest.raises(ConfigError, match=message):
-        prepare_swapping(zero, optimizer, 10, files)
+        prepare(zero, optimizer, files)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_need_a_compiler_libaio_and_page_locked_memory(
+def test_files_need_linux_and_buffers_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_operators(monkeypatch)
+    with ExitStack() as files:
+        monkeypatch.setattr(sys, "platform", "linux")
+        with pytest.raises(ConfigError, match="aio.use_gds is true .*remove it"):
+            prepare(swapping(tmp_path), torch.optim.AdamW, files, aio={"use_gds": True})
+        monkeypatch.setattr(sys, "platform", "darwin")
+        with pytest.raises(ConfigError, match="needs Linux, but this is darwin"):
+            prepare(swapping(tmp_path), torch.optim.AdamW, files)
+
+
+def test_files_need_a_compiler_and_libaio(tmp_path: Path, operators: pytest.MonkeyPatch) -> None:
+    def refused(error: Exception, message: str) -> None:
+        replace_operators(operators, error)
+        with ExitStack() as files, pytest.raises(ConfigError, match=message):
+            prepare(swapping(tmp_path), torch.optim.AdamW, files)
+
+    refused(
+        RuntimeError("Unable to JIT load the async_io op\nand so on"),
+        r"load the async_io op\).*libaio-dev.*ninja",
+    )
+    refused(AttributeError("no such name"), r"no such name\).*libaio-dev")
+    assert list(tmp_path.iterdir()) == []
+    replace_operators(operators, TypeError("expected str, bytes or os.PathLike, not NoneType"))
+    operators.setattr(torch.cuda, "is_available", lambda: True)
+    operators.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    with pytest.raises(ConfigError, match="CUDA_HOME is not set"):
+        swapping_module._load_operator()
+
+
+def test_files_need_page_locked_memory_for_what_is_trained(
     tmp_path: Path, operators: pytest.MonkeyPatch
 ) -> None:
-    broken = Operators(RuntimeError("Unable to JIT load the async_io op\nand so on"))
-    operators.setitem(sys.modules, "deepspeed.ops.op_builder", broken)  # type: ignore[misc]
-    with ExitStack() as files:
-        with pytest.raises(ConfigError, match=r"load the async_io op\).*libaio-dev.*ninja"):
-            prepare_swapping(swapping(tmp_path), torch.optim.AdamW, 1, files)
-        operators.setattr(resource, "getrlimit", lambda _: (1000, 1000))
-        operators.setattr(Path, "read_text", lambda _: "CapEff:\t00000000000000ff")
-        # 4 for the optimizer, 5 for parameters, 1 for those of a sub-group, of 4 bytes:
-        # (4 x 200 + 5 x 8 + 200) x 4
-        with pytest.raises(ConfigError, match="4160 bytes of page-locked.*may lock 1000;.*ulimit"):
-            prepare_swapping(swapping(tmp_path), torch.optim.AdamW, 200, files)
+    operators.setattr(swapping_module, "_can_lock", lambda n_bytes: False)
+    model = torch.nn.Sequential(matrix(10, 20), matrix(30, 10), matrix(10, 30), matrix(1000, 10))
+    model[3].requires_grad_(False)
+
+    def refused(**options: Any) -> str:
+        zero = {**swapping(tmp_path), **options}
+        with ExitStack() as files, pytest.raises(ConfigError) as caught:
+            prepare(zero, torch.optim.AdamW, files, model)
+        return str(caught.value)
+
+    # 4 buffers for the optimizer, 5 for parameters, and all parameters of a sub-group once, of 4
+    # bytes: 4 x 800 + 5 x 8 + 800 = 4040
+    assert "16160 bytes of page-locked" in refused()
+    # At most 100, and one of 300 with which they are more: 4 x 400 + 5 x 8 + 400 = 2040
+    told = refused(sub_group_size=1e2)
+    assert "8160 bytes of page-locked" in told
+    assert "ulimit" in told
+
+
+NOBODY_ELSE = 77  # exit status, where root cannot become another user
+
+
+def lock_with_limit() -> None:
+    """What a process may lock that has no rights, and a limit of 64 KiB."""
+    try:
+        if os.getuid() == 0:
+            os.setuid(65534)
+    except OSError:
+        os._exit(NOBODY_ELSE)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, 1 << 16))
+    assert swapping_module._can_lock(1 << 13)
+    assert not swapping_module._can_lock(1 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="locks as Linux does")
+def test_the_kernel_says_what_may_be_locked() -> None:
+    child = multiprocessing.get_context("fork").Process(target=lock_with_limit)
+    child.start()
+    child.join()
+    status = child.exitcode
+    child.close()
+    if status == NOBODY_ELSE:
+        pytest.skip("there is no user without rights here")
+    assert status == 0
+
+
+def test_parameters_in_files_have_no_sum() -> None:
+    replica = Replica(torch.nn.Linear(2, 1), torch.optim.AdamW, in_memory=False)
+    with pytest.raises(ConfigError, match="in files.*full_state_dict"):
+        replica.sha256()

@@ -302,7 +302,7 @@ def test_pipemare_corrects_a_schedule_and_resumes() -> None:
 
 def pipe(schedule: str, rank: int, n_ranks: int, n_microbatches: int) -> Pipe:
     asked = Pipeline(schedule, n_microbatches, anneal_steps=2)
-    recipe = Recipe(Precision(), torch.optim.SGD)
+    recipe = Recipe(Precision(), torch.optim.SGD, True)
     return Pipe(cast(OwnStages, None), asked, [World(n_ranks).links[rank]], recipe)
 
 

@@ -53,17 +53,19 @@ class DeepSpeed:
     a server, and those whose replicas go their own way, need ``engine=fully_shard``.
 
     With stage 3 ``deepspeed.zero.GatheredParameters(model.parameters())`` is the context in which a
-    model's parameters are whole, to look at or to save them; all ranks of a replica enter it.
+    model's parameters are whole, to look at or to save them; all ranks of a replica enter it. Of
+    parameters in files enter it with those of one module after the other: all have no buffers.
 
     Offloaded to NVMe (ZeRO-Infinity, stage 3, `Sync`), what is in files is read for the update of
     one sub-group of parameters after the other, and written again. Each rank has a folder of its
     own, which it removes at the end; parameters in it are gone with it. Tensors, and sub-groups, of
-    less than 1 MiB on a rank stay in memory. Checkpoints have all of it, whole, and go on with the
-    same bits, in memory as well.
+    less than 1 MiB on a rank (or ``aio.block_size``, if that is more) stay in memory. Checkpoints
+    have all of it, whole, and go on with the same bits, in memory as well.
 
     A crash of a rank ends the run for all; of one that is killed the folder stays, and is of no
-    use. float16 (``precision=fp16-true``) needs a GPU; its loss scale is DeepSpeed's. Not to be had
-    here: ``torch.compile``, activation checkpointing.
+    use. A gradient whose norm is not finite makes no update, with any precision: DeepSpeed leaves
+    it out. float16 (``precision=fp16-true``) needs a GPU; its loss scale is DeepSpeed's. Not to be
+    had here: ``torch.compile``, activation checkpointing.
 
     Args:
         zero_stage: 1, 2 or 3; None: the file's, else 2.
@@ -114,12 +116,11 @@ class DeepSpeed:
                 "modules, and are not compiled; leave it out, or take engine=fully_shard"
             )
         source = None if self.config is None else Path(self.config)
-        parts = [-(-p.numel() // group.size()) for p in model.parameters()]
         config = ds_config(
             source,
             recipe,
             n_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            largest_part=max(parts),
+            largest_part=max(-(-p.numel() // group.size()) for p in model.parameters()),
             zero_stage=self.zero_stage,
             offload=self.offload,
             offload_parameters=self.offload_parameters,
@@ -134,7 +135,7 @@ class DeepSpeed:
                 "leave engine.offload out, or take engine=fully_shard, or one replica"
             )
         is_swapped = zero.get("offload_optimizer", {}).get("device") == "nvme"
-        if is_swapped and not recipe.replicas_equal:
+        if is_swapped and not recipe.only_updates_write:
             raise ConfigError(
                 "engine.offload is nvme, but this strategy works on the parameters between "
                 "updates, when they are in files; take strategy=sync, or engine.offload=cpu"
@@ -147,8 +148,7 @@ class DeepSpeed:
         names = {p: name for name, p in model.named_parameters()}
         with ExitStack() as files:
             with _quiet():
-                largest = min(sum(parts), zero.get("sub_group_size", 10**9) + max(parts))
-                prepare_swapping(zero, recipe.optimizer, largest, files)
+                prepare_swapping(config, model, recipe.optimizer, group, files)
             try:
                 with _quiet():
                     if zero.get("offload_param", {}).get("device") == "nvme":

@@ -6,10 +6,9 @@ DeepSpeed has no public way to them for all stages, so this is the one file that
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -22,9 +21,7 @@ __all__ = [
     "Partition",
     "SwappedPartition",
     "free_buffers",
-    "loadable",
     "partition_of",
-    "whole_state",
 ]
 
 
@@ -69,6 +66,11 @@ class Partition(ABC):
 
     @abstractmethod
     def _places(self, names: dict[nn.Parameter, str]) -> Iterator[_Place]: ...
+
+    @property
+    def flat_sizes(self) -> list[int]:
+        """How many elements the flat tensors have, wherever they are."""
+        return [flat.numel() for flat in self.flats]
 
     def _part(self, place: _Place) -> Tensor:
         return self.flats[place.flat].detach().narrow(0, place.start, place.numel)
@@ -246,6 +248,14 @@ class SwappedPartition(ParameterPartition):
     def __init__(self, optimizer: Any, names: dict[nn.Parameter, str]) -> None:
         self._gradients_of: dict[int, Tensor] = {}
         super().__init__(optimizer, names)
+        # It would write gradients to files, too, which nobody reads: they come from memory.
+        optimizer._swap_out_offload_fp32_gradients = lambda *_: None
+
+    @property
+    def flat_sizes(self) -> list[int]:
+        """How many elements the flat tensors have in memory, where they are for their update."""
+        sizes: list[int] = self._zero.fp16_partitioned_groups_flat_numel
+        return sizes
 
     def _is_swapped(self, flat: int) -> bool:
         return bool(self._zero._swappable_optimizer_subgroup(flat))
@@ -284,69 +294,19 @@ class SwappedPartition(ParameterPartition):
     def _gradients(self, flat: int) -> Callable[[_Place], Tensor]:
         if not self._is_swapped(flat):
             return super()._gradients(flat)
-        sizes = self._zero.fp16_partitioned_groups_flat_numel
+        sizes = self.flat_sizes
         kept = self._zero.grad_partitions_flat_buffer.narrow(0, sum(sizes[:flat]), sizes[flat])
         whole = self._gradients_of[flat] = kept.float()
         return lambda place: whole.narrow(0, place.start, place.numel)
 
     def give_gradients(self) -> bool:
-        """As everywhere; they are taken from memory, and not from where DeepSpeed wrote them."""
+        """As everywhere; they are in memory, from which DeepSpeed takes them for each update."""
         if not super().give_gradients():
             return False
         for flat, whole in self._gradients_of.items():
-            self._info(flat).swapped_gradients.clear()
             self._info(flat).unswapped_gradients = {0: whole}
         self._gradients_of = {}
         return True
-
-
-def whole_state(model: nn.Module, keeps: Callable[[str], bool]) -> dict[str, Any]:
-    """A copy of a model's state dict on the host, one whole tensor after the other. Collective.
-
-    Args:
-        model: that an engine has.
-        keeps: whether this rank is to have what has that name.
-    """
-    found = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        with _gathered([value]):
-            if keeps(name):
-                found[name] = value.detach().cpu().clone()
-    return found
-
-
-@contextmanager
-def loadable(model: nn.Module, writer: int) -> Iterator[None]:
-    """Inside, ``load_state_dict`` finds parameters whole, those of one module after the other.
-
-    Args:
-        model: that an engine has.
-        writer: what is written on which of the ranks counts.
-    """
-    with ExitStack() as whole:
-
-        def begin(module: nn.Module, *_: Any) -> None:
-            whole.close()
-            whole.enter_context(_gathered(module.parameters(recurse=False), writer))
-
-        hooks = []
-        for module in model.modules():
-            hooks.append(module.register_load_state_dict_pre_hook(begin))  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _gathered(tensors: Iterable[Tensor], writer: int | None = None) -> AbstractContextManager[Any]:
-    """Inside, those that stage 3 divides are whole on all ranks."""
-    divided = [t for t in tensors if hasattr(t, "ds_id")]
-    if not divided:
-        return nullcontext()
-    zero = importlib.import_module("deepspeed").zero
-    found: AbstractContextManager[Any] = zero.GatheredParameters(divided, writer)
-    return found
 
 
 def free_buffers(model: nn.Module) -> None:

@@ -125,6 +125,10 @@ def ds_config(
         )
     if devices[1] == "nvme":
         zero["offload_param"].setdefault("buffer_size", largest_part)
+        # There are buffers for what one module computes with, none for what is read before, or kept
+        # for another.
+        zero.setdefault("stage3_max_reuse_distance", 0)
+        zero.setdefault("stage3_prefetch_bucket_size", 0)
     if to == "nvme":  # in a file alone as many stay in memory as DeepSpeed's own default says
         zero["offload_param"].setdefault("max_in_cpu", 0)
     formats = _formats(recipe.precision)
@@ -185,7 +189,7 @@ def _offload(
     nvme_path: Path | str | None,
 ) -> str | None:
     """Where to a section and our word (its name, its value) say; both are in the section then."""
-    own = dict(zero.pop(section, None) or {})
+    own = {k: v for k, v in (zero.pop(section, None) or {}).items() if v is not None}
     of_file = own.pop("device", None)
     device: str | None = where.same(None if of_file == "none" else of_file, *word)
     if device is None:

@@ -16,16 +16,16 @@ from torch.optim import Optimizer
 from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
-from scaledtrain.parallel.deepspeed.partition import (
-    Partition,
-    free_buffers,
-    loadable,
-    partition_of,
-    whole_state,
-)
+from scaledtrain.parallel.deepspeed.partition import Partition, free_buffers, partition_of
+from scaledtrain.parallel.deepspeed.state_dicts import loadable, whole_state
 from scaledtrain.replica import MakeOptimizer, Replica
 
 __all__ = ["ZeroModel"]
+
+_AS_IT_WAS = (
+    "set zero_optimization.sub_group_size to what it was, and train the same parameters in the "
+    "same parameter groups"
+)
 
 
 class ZeroModel:
@@ -142,8 +142,10 @@ class ZeroModel:
     def close(self) -> None:
         """Let go of the engine."""
         with self._files:
-            self._engine.destroy()
-            free_buffers(self.model)
+            try:
+                self._engine.destroy()
+            finally:
+                free_buffers(self.model)
 
 
 class ZeroOptimizer(Optimizer):
@@ -185,11 +187,7 @@ class ZeroOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned on this rank. Collective in the replica."""
         flats, flat_state = self._partition.flats, state_dict["flat_state"]
-        if len(flat_state) != len(flats):
-            raise ConfigError(
-                f"the state is of parameters in {len(flat_state)} sub-groups, but here there are "
-                f"{len(flats)}; set zero_optimization.sub_group_size to what it was"
-            )
+        self._check_sizes(state_dict["parts"], flat_state)
         values = iter(state_dict["parts"])
         for index, (flat, saved) in enumerate(zip(flats, flat_state, strict=True)):
             with torch.no_grad(), self._partition.present(index, written=True) as parts:
@@ -205,6 +203,30 @@ class ZeroOptimizer(Optimizer):
             group.update(saved)
         vars(self._engine.optimizer.loss_scaler).update(state_dict["scale"])
         self._partition.refresh()
+
+    def _check_sizes(self, parts: Sequence[Tensor], flat_state: Sequence[dict[str, Any]]) -> None:
+        """Of all that is to be copied, before anything is."""
+        sizes = self._partition.flat_sizes
+        if len(flat_state) != len(sizes):
+            raise ConfigError(
+                f"the state is of parameters in {len(flat_state)} sub-groups, but here there are "
+                f"{len(sizes)}; {_AS_IT_WAS}"
+            )
+        found = [part.numel() for part in parts]
+        own = [part.numel() for _, part in self._partition.named_parameters]
+        if found != own:
+            raise ConfigError(
+                f"the state is of {len(found)} parameters, of which this rank had {sum(found)} "
+                f"elements, but here they are {len(own)}, with {sum(own)} or others among them; "
+                f"{_AS_IT_WAS}"
+            )
+        for index, (size, saved) in enumerate(zip(sizes, flat_state, strict=True)):
+            for name, value in saved.items():
+                if isinstance(value, Tensor) and value.numel() not in (1, size):
+                    raise ConfigError(
+                        f"the state has {name} of {value.numel()} elements for sub-group {index}, "
+                        f"which has {size} here; {_AS_IT_WAS}"
+                    )
 
 
 class ZeroScaler(LossScaler):
