@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -46,9 +46,9 @@ def keep_results(functions: frozenset[Function], store: Store | None = None) -> 
     """Contexts of a checkpoint in which what these functions return is not computed again.
 
     Gradients have the bits that they have without it. A call with dropout inside is computed again,
-    since random numbers have to be drawn again for what comes after it. So is one whose result no
-    backward pass has needed so far, as that of a block's last product, which is only added to
-    something: from the second time on it is not kept, until it is needed.
+    since random numbers have to be drawn again for what comes after it. What is kept is what some
+    backward pass has needed before: not the result of a block's last product, which is only added
+    to something, and nothing the first time.
 
     Args:
         functions: that return one tensor, and draw no random numbers without ``dropout_p``.
@@ -72,22 +72,17 @@ def keep_results(functions: frozenset[Function], store: Store | None = None) -> 
 
 
 class _Needs:
-    """Which results are needed when blocks have run again, of calls that are alike."""
+    """Which results have been needed when a block had run again; calls are alike by their keys."""
 
     def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
         self._needed: set[Hashable] = set()
 
     def learn(self, calls: Iterable[_Call]) -> None:
         """A block has run again."""
-        for call in calls:
-            self._seen.add(call.key)
-            if call.is_needed:
-                self._needed.add(call.key)
+        self._needed.update(call.key for call in calls if call.is_needed)
 
-    def may_need(self, key: Hashable) -> bool:
-        """Unless blocks have run again that did not."""
-        return key in self._needed or key not in self._seen
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._needed
 
 
 class _Call:
@@ -125,10 +120,10 @@ class _Call:
         self._tap(arguments)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _Packed.unpack):
             result = _call(function, arguments, names)
-        # Whatever the size of the batch: a smaller one must not need more.
-        weights = tuple(value.shape for value in arguments if isinstance(value, nn.Parameter))
-        self.key = self.key, function, result.dtype, result.dim(), weights
-        if self._needs.may_need(self.key):
+        # Whatever the size of a batch is, the same is kept of it.
+        weights = tuple(value.shape for value in arguments[1:] if _is_weight(value))
+        self.key = self.key, function, result.dtype, weights
+        if self.key in self._needs:
             self._result = _kept(result, self._store)
         sources: list[Source] = [(result, self._result)]
         for place, value in enumerate(arguments):
@@ -218,6 +213,10 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and value.is_leaf
 
 
 def _is_computed(value: Any) -> bool:

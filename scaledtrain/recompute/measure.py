@@ -177,7 +177,7 @@ def _measure(
     for name, way in runs.items():
         try:
             if name in ways:
-                _bytes(way, x)  # a way may learn from it
+                _bytes(way, x)  # from which it knows what is needed
             counted[name] = _bytes(way, x)
         except RuntimeError as error:
             if name == "all" or not any(told in str(error) for told in _CHANGED):
