@@ -33,7 +33,7 @@ __all__ = [
 Read = Callable[[], Tensor]
 
 _ALIGNMENT = 64  # bytes, as of torch's own memory
-_DOUBLES_TO = 128 * 2**20  # bytes of a file that grows; from then on, by an eighth
+_DOUBLES_TO = 128 * 2**20  # bytes of a file that grows; then by half of it, or an eighth of all
 _CRUMB = 16  # what has so many times fewer bytes than a block's input
 _MOST_AROUND = 4  # times the bytes of a saved tensor: larger memory does not go for its sake
 
