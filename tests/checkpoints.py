@@ -26,9 +26,14 @@ def loader() -> DataLoader[Any]:
     return DataLoader(data(), batch_size=8, shuffle=True)
 
 
-def trainer(run_dir: Path, saved: Checkpointing | None = None, **options: Any) -> Trainer:
+def trainer(
+    run_dir: Path,
+    saved: Checkpointing | None = None,
+    first: type[nn.Linear] = nn.Linear,
+    **options: Any,
+) -> Trainer:
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    model = nn.Sequential(first(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
     return Trainer(
         model,
         F.mse_loss,

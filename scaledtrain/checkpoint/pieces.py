@@ -36,8 +36,9 @@ def gathered(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
 def has_all(state: Mapping[str, Any], names: Collection[str]) -> bool:
     """Whether a rank had these parameters, and no others."""
     groups = state["strategy"].get("updater", {}).get("optimizer", {}).get("param_groups", [])
-    trained = {name for group in groups for name in group.get("param_names", names)}
-    return set(names) <= state["model"].keys() and trained <= set(names)
+    trained = {name for group in groups for name in group.get("param_names", ())}
+    had = state["model"].keys() | trained  # which a model may save by other names
+    return set(names) <= had and trained <= set(names)
 
 
 def _optimizer(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

@@ -145,11 +145,13 @@ def load(saved: SavedStep, owner: Owner) -> dict[str, Any]:
     now = f"{owner.ranks // owner.pieces} of {owner.pieces}"
     first = min(owner.replica, ranks // pieces - 1) * pieces
     state: dict[str, Any] = {}
+    is_alike = False
     if (pieces, manifest.stages) == (owner.pieces, owner.stages):
         state = load_rank(reader, first + piece, owner)
-        if (ranks, pieces) == (owner.ranks, owner.pieces) and has_all(state, owner.parameters):
+        is_alike = pieces == 1 or has_all(state, owner.parameters)
+        if is_alike and ranks == owner.ranks:
             return state
-    if not state or not has_all(state, owner.parameters):  # replicas are divided in another way now
+    if not is_alike:  # replicas are divided in another way now
         if not owner.is_equal:
             split = manifest.facts.get(SPLIT)
             cut = "" if manifest.stages == 1 else f" and {SPLIT} (it was {split})"

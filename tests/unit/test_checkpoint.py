@@ -8,7 +8,8 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from scaledtrain import Callback, Checkpointing, ParameterServer, Trainer
+from scaledtrain import Callback, Checkpointing, LocalSGD, ParameterServer, Sync, Trainer
 from scaledtrain.checkpoint import Preempted
 from scaledtrain.checkpoint.folder import saved_steps
 from scaledtrain.checkpoint.part import CheckpointReader, Owner, Part, load_rank
@@ -33,6 +34,7 @@ from scaledtrain.comm.compress import FP16, Codec, Sign, TopK
 from scaledtrain.errors import ConfigError
 from scaledtrain.launching import Interrupted
 from scaledtrain.server import Dana
+from scaledtrain.strategies import Strategy
 from tests.checkpoints import ADAMW, data, fit, loader, steps, trainer
 
 
@@ -183,6 +185,27 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not(stopped: int, tmp_path:
     whole = fit(tmp_path / "whole")
     fit(tmp_path / "parts", stopped)
     assert fit(tmp_path / "parts", resume="auto") == whole
+
+
+class Renamed(nn.Linear):
+    """Its weight has another name in state dicts."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "kernel"] = destination.pop(prefix + "weight")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        state_dict[prefix + "weight"] = state_dict.pop(prefix + "kernel")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+@pytest.mark.parametrize("strategy", [Sync, partial(LocalSGD, 2), ParameterServer])
+def test_a_model_may_save_its_parameters_by_other_names(
+    strategy: Callable[[], Strategy], tmp_path: Path
+) -> None:
+    whole = fit(tmp_path / "whole", first=Renamed, strategy=strategy())
+    fit(tmp_path / "parts", 7, first=Renamed, strategy=strategy())
+    assert fit(tmp_path / "parts", resume="auto", first=Renamed, strategy=strategy()) == whole
 
 
 def test_the_momentum_of_workers_goes_on_where_they_settle(tmp_path: Path) -> None:
