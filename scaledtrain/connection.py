@@ -133,19 +133,7 @@ class Connection:
             if self.attempt > 0:
                 self.group, self.transport = AbsentGroup(info.rank, info.size), "server"
                 return
-            # Importing this module stores the process group that is there then as a default
-            # argument, which keeps it and its threads to the end; making an optimizer imports it.
-            importlib.import_module("torch.distributed.nn.functional")
-            # Without device_id: a group bound to a device makes others by ncclCommSplit, which also
-            # ranks that are in none would have to call.
-            dist.init_process_group(
-                backend_of(self.device, self.store, info.rank, info.size, self.timeout_seconds),
-                store=dist.PrefixStore("process_group", self.store),
-                rank=info.rank,
-                world_size=info.size,
-                timeout=timedelta(seconds=self.timeout_seconds),
-            )
-            self._owns_process_group = True
+            self._init_process_group(self.store)
         self._open_group()
 
     def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Connection:
@@ -176,9 +164,29 @@ class Connection:
         """The ranks that have this rank's replica together."""
         return LocalGroup() if self._pieces is None else self._pieces.group
 
+    def _init_process_group(self, store: dist.Store) -> None:
+        # Importing this module stores the process group that is there then as a default argument,
+        # which keeps it and its threads to the end; making an optimizer imports it.
+        importlib.import_module("torch.distributed.nn.functional")
+        rank, size = self.info.rank, self.info.size
+        # Without device_id: a group bound to a device makes others by ncclCommSplit, which also
+        # ranks that are in none would have to call.
+        dist.init_process_group(
+            backend_of(self.device, store, rank, size, self.timeout_seconds),
+            store=dist.PrefixStore("process_group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=self.timeout_seconds),
+        )
+        self._owns_process_group = True
+
     def process_group(self) -> dist.ProcessGroup:
         """torch.distributed's own group of these ranks, who call this together the first time."""
         if self._process_group is None:
+            job = self if self._whole is None else self._whole[0]
+            if job.store is None and not dist.is_initialized():  # a job of one process
+                atexit.register(job.abandon)
+                job._init_process_group(dist.HashStore())
             if self._whole is None:
                 self._process_group = dist.group.WORLD
             else:

@@ -69,7 +69,8 @@ class Trainer:
         lr_scheduler: a factory from optimizer to ``LRScheduler``; one step per update.
         strategy: default `Sync`.
         mesh: the layout; checked against the job's size.
-        engine: what divides parameters among the ranks of ``mesh.shard``; default `FullyShard`.
+        engine: what divides parameters among the ranks of ``mesh.shard``; default `FullyShard`. One
+            that offloads is for one rank alone as well.
         pipeline: how the ranks of ``mesh.pipe`` run their stages; default `Pipeline`, 1F1B.
         precision: the number formats, or their name (``"bf16-mixed"``); default fp32.
         activation_checkpointing: which activations are computed again instead of kept; None keeps
@@ -225,7 +226,11 @@ class Trainer:
             loss_weight=loss_weight,
             parts_before=parts_before(link, mesh, checkpointing, resume, run_dir),
         )
-        self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
+        try:
+            self.layout = lay_out(converted, self.link, mesh or Mesh(), recipe, engine, pipeline)
+        except BaseException:
+            self._abandon()
+            raise
         self.model = self.layout.model
         self.strategy: Strategy = strategy
         try:
@@ -300,12 +305,14 @@ class Trainer:
             self._saver: Saver | None = None
         except BaseException:
             self.layout.close()
+            self._abandon()
             raise
         try:
             self._saver = resume_and_save(self, model, checkpointing, resume, run_dir)
             self.watcher = Watcher(watch, self, loss_fn, run_dir, self._saver)
         except BaseException:
             self._release()
+            self._abandon()
             raise
         self._evaluator = Evaluator(
             self.layout, self.schedule, self.strategy, self.link, loss_weight, self.watcher.enter
@@ -618,10 +625,14 @@ class Trainer:
     ) -> None:
         if error is None:
             self.close()
-        else:  # the others may be anywhere: do not wait for them
+        else:
             self._release()
-            if self._owned is not None:
-                self._owned.abandon()
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Leave the job without waiting for the others, who may be anywhere."""
+        if self._owned is not None:
+            self._owned.abandon()
 
     def _release(self) -> None:
         """Close files; the model is the user's again."""

@@ -65,8 +65,9 @@ class Undivided:
 
     def _error(self) -> ConfigError:
         return ConfigError(
-            "mesh.pipe and mesh.shard are for real ranks: here, in a simulation, a replay or an "
-            "estimate of memory, each rank is a whole replica; set both to 1"
+            "mesh.pipe, mesh.shard and engine are for real ranks: here, in a simulation, a replay "
+            "or an estimate of memory, each rank is a whole replica; set both to 1, and leave "
+            "engine out"
         )
 
 

@@ -81,8 +81,8 @@ def estimate_memory(
         strategy: makes what replicas tell each other; None: each keeps model and optimizer.
         workers: ranks.
         mesh: their layout; None: each has a replica.
-        engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`, the
-            only one of which it is known.
+        engine: what divides parameters where ``mesh.shard`` is above 1, or offloads them; default
+            `FullyShard`, the only one of which it is known.
         pipeline: how the stages are run where ``mesh.pipe`` is above 1; default `Pipeline`. They
             are cut by numbers of parameters, unless it has a ``split``; activations are those of
             all microbatches that its schedule keeps alive, messages included.

@@ -87,8 +87,8 @@ class MemoryEstimator:
         self._microbatches = microbatches
         if engine is not None and not isinstance(engine, FullyShard):
             raise ConfigError(
-                f"engine is {engine}, but only what shards of FullyShard take is estimated; leave "
-                "engine out, which counts as with engine=fully_shard, or measure a run "
+                f"engine is {engine}, but only what shards of FullyShard take is estimated; say "
+                "engine=fully_shard (engine.offload=true with what is offloaded), or measure a run "
                 "(memory_bytes in its metrics)"
             )
         self._engine = engine or FullyShard()
@@ -286,7 +286,7 @@ class MemoryEstimator:
             update,
             ranks,
             steps=max(1, versions),  # each with weights, and a batch, of its own
-            offloads=shards > 1 and self._engine.offload,
+            offloads=self._engine.offload and pipe == 1,
         )
 
 

@@ -45,6 +45,7 @@ class Gathering:
     for each other and are copied to where they are reduced, of which a shard is left. What is in no
     block is gathered around all of them. In a backward pass the next
     block's parameters come while one computes, and what is reduced of the last one is still there.
+    One rank alone copies one parameter after the other, none ahead, and a block's gradients twice.
 
     Args:
         model: whole, in the format in which it is gathered; inside of `Fakes`.
@@ -93,6 +94,13 @@ class Gathering:
         def gather(*_: Any) -> None:
             if not self.on or module in self._held:
                 return
+            if self._n == 1:
+                held = self._held[module] = []
+                for p in own:
+                    moved = torch.empty_like(p)
+                    held.append(torch.empty_like(p))
+                    del moved
+                return
             buffers = self._ahead.pop(module, None) or [torch.empty_like(p) for p in own]
             self._held[module] = [torch.empty_like(p) for p in own]
             del buffers  # but meanwhile they are there
@@ -100,7 +108,7 @@ class Gathering:
         def gather_again(gradient: Tensor) -> None:
             gather()
             before = self._ran.index(module) - 1 if module in self._ran else -1
-            if before >= 0 and self._ran[before] not in self._held:
+            if self._n > 1 and before >= 0 and self._ran[before] not in self._held:
                 parameters = self._own[self._ran[before]]
                 self._ahead[self._ran[before]] = [torch.empty_like(p) for p in parameters]
 
@@ -120,7 +128,8 @@ class Gathering:
                 return
             self._held.pop(module, None)
             self._reducing = []
-            self._reducing = [torch.empty_like(p, dtype=self._reduced or p.dtype) for p in waiting]
+            sent = waiting * 2 if self._n == 1 else waiting
+            self._reducing = [torch.empty_like(p, dtype=self._reduced or p.dtype) for p in sent]
             for p in waiting:
                 if p not in self._shards and not self._offloads:
                     self._shards[p] = _shard_of(p, self._n).to(self._reduced or p.dtype)
@@ -148,7 +157,7 @@ def gathering_of(
         n: ranks among which it is divided.
         precision: in which it computes.
     """
-    if n == 1:
+    if n == 1 and not engine.offload:
         return None
     blocks, gathered = engine.blocks_of(model), engine.gathered_dtype(model, precision)
     for parameter in model.parameters():

@@ -187,7 +187,8 @@ def _dominates(found: MemoryEstimate, shards: int) -> str:
             "what the strategy keeps": rank.strategy,
         }
     if while_computing:
-        gathered = ", gradients and what is gathered" if shards > 1 else " and gradients"
+        divided = shards > 1 or rank.host
+        gathered = ", gradients and what is gathered" if divided else " and gradients"
         parts[f"activations{gathered}"] = found.computing
     else:
         parts["gradients"] = found.gradients

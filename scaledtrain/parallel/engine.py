@@ -171,6 +171,10 @@ class Engine(Protocol):
     makes_own_groups: ClassVar[bool]
     """Whether it makes the optimizer of parameter groups of its own, before a strategy is there."""
 
+    @property
+    def offloads(self) -> bool:
+        """Whether something is kept in other memory than where it computes: for one rank, too."""
+
     def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> Divided:
         """Divide a model, in place, among the ranks of a group. Collective.
 

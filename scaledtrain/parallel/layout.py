@@ -78,6 +78,11 @@ class Layout:
         return LocalGroup() if self._shards is None else self._shards[1]
 
     @property
+    def is_whole(self) -> bool:
+        """Whether this rank has all of the model, as plain tensors on the device."""
+        return self.pieces.size == 1 and self._shards is None
+
+    @property
     def shards(self) -> Group:
         """The ranks that have shards of the tensors of which this rank has one."""
         return self._shard_group
@@ -301,12 +306,12 @@ class Layout:
         Raises:
             ConfigError: something lets one of them go its own way.
         """
-        if self.pieces.size == 1:
+        if self.is_whole:
             return
         if drop_compute is not None and math.isfinite(drop_compute.threshold_seconds):
             raise ConfigError(
-                "drop_compute lets each rank end a step by itself, but with mesh.shard or "
-                "mesh.pipe ranks compute each microbatch together; leave one of them out"
+                "drop_compute lets each rank end a step by itself, but with mesh.shard, mesh.pipe "
+                "or an engine each microbatch is computed to its end; leave one of them out"
             )
         if self._pipe is not None and slowdown is not None and slowdown.slows:
             raise ConfigError(
@@ -317,9 +322,9 @@ class Layout:
             self._pipe.check_pushes(str(strategy))
         if strategy.may_abandon:
             raise ConfigError(
-                f"{strategy} lets each rank abandon a step by itself, but with mesh.shard or "
-                "mesh.pipe ranks compute it together; choose a policy that does not stop work "
-                "under way, or replicas of one rank"
+                f"{strategy} lets each rank abandon a step by itself, but with mesh.shard, "
+                "mesh.pipe or an engine it is computed to its end; choose a policy that does not "
+                "stop work under way, or plain replicas of one rank"
             )
 
     def refresh(self) -> None:
@@ -373,7 +378,8 @@ def lay_out(
         link: to all ranks.
         mesh: the layout.
         recipe: of the training.
-        engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`.
+        engine: what divides parameters where ``mesh.shard`` is above 1; default `FullyShard`. If it
+            offloads, one rank alone may have it.
         pipeline: what runs the stages where ``mesh.pipe`` is above 1; default 1F1B.
 
     Returns:
@@ -384,24 +390,26 @@ def lay_out(
     """
     mesh.check(link.group.size)
     _check_asked(mesh, engine, pipeline)
-    if mesh.ranks_per_replica == 1:
+    if mesh.ranks_per_replica == 1 and engine is None:
         return Layout(model, link)
     place, replicas = mesh.place(link.group.rank), mesh.replicas(link.group.size)
     if link.returned:
         raise ClusterError(
-            f"rank {link.group.rank} came back, but it has only a piece of replica "
-            f"{place.replicate}, whose other ranks have ended with it; restart the whole job, from "
-            "its last checkpoint if it keeps any"
+            f"rank {link.group.rank} came back, but replica {place.replicate} is laid out (mesh, "
+            "engine) by all ranks of the job together; restart the whole job, from its last "
+            "checkpoint if it keeps any"
         )
     # All start with the same values, whose parts are taken below.
     link.group.broadcast([*model.parameters(), *model.buffers()])
     of_replica = f"replica/{place.replicate}"
     pieces = link.part(of_replica, mesh.ranks(place, "pipe", "shard")).group
-    of_strategy = link.part(
-        f"replicas/{place.pipe}/{place.shard}",
-        mesh.ranks(place, "replicate", replicas=replicas),
-        of_replica,
-    )
+    of_strategy = link
+    if mesh.ranks_per_replica > 1:
+        of_strategy = link.part(
+            f"replicas/{place.pipe}/{place.shard}",
+            mesh.ranks(place, "replicate", replicas=replicas),
+            of_replica,
+        )
     pipe: Pipe | None = None
     roots = [model]
     if mesh.pipe > 1:
@@ -411,7 +419,7 @@ def lay_out(
         ]
         pipe = Pipe.of(model, pipeline or Pipeline(), among, recipe, link.group)
         model, roots = pipe.stages, list(pipe.stages.stages.values())
-    if mesh.shard == 1:
+    if mesh.shard == 1 and engine is None:  # stages
         return Layout(model, of_strategy, pieces, pipe=pipe)
     if pipe is not None:
         pipe.check_shardable()
@@ -428,13 +436,16 @@ def lay_out(
 
 
 def _check_asked(mesh: Mesh, engine: Engine | None, pipeline: Pipeline | None) -> None:
-    for name, asked, axis, length, of, why in (
-        ("engine", engine, "shard", mesh.shard, "a replica", "offload from one rank alone"),
-        ("pipeline", pipeline, "pipe", mesh.pipe, "the stages of one", "run on one rank"),
-    ):
-        if asked is not None and length == 1:
-            raise ConfigError(
-                f"{name} is {asked}, but mesh.{axis} is 1, so that there is nothing to divide, and "
-                f"it cannot {why}; set mesh.{axis} to the number of ranks that have {of} together, "
-                f"or leave {name} out"
-            )
+    if engine is not None and mesh.shard == 1 and not (engine.offloads and mesh.pipe == 1):
+        why = "it offloads nothing" if mesh.pipe == 1 else "mesh.pipe is above 1"
+        raise ConfigError(
+            f"engine is {engine}, but mesh.shard is 1, so that there is nothing to divide, and "
+            f"{why}; set mesh.shard to the number of ranks that have a replica, or a stage of one, "
+            "together, or leave engine out"
+        )
+    if pipeline is not None and mesh.pipe == 1:
+        raise ConfigError(
+            f"pipeline is {pipeline}, but mesh.pipe is 1, so that there is nothing to divide, and "
+            "it cannot run on one rank; set mesh.pipe to the number of ranks that have the stages "
+            "of one together, or leave pipeline out"
+        )

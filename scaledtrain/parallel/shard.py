@@ -44,7 +44,8 @@ class FullyShard:
     Args:
         reshard_after_forward: give up the parameters of a block after its forward pass; they are
             gathered once more for the backward pass. False: less is sent, more is kept.
-        offload: keep the shards in the host's memory and step the optimizer there; for GPUs.
+        offload: keep the shards in the host's memory and step the optimizer there; for GPUs, also
+            for one alone (``mesh.shard=1``), whose only shard is the whole.
         block_classes: names of classes whose modules are gathered one by one
             (``["GPT2Block"]``). None: the modules of the model's longest chain, as
             `scaledtrain.recompute.blocks.find_blocks` has it. What is in no block is one more.
@@ -60,6 +61,11 @@ class FullyShard:
 
     takes_stages: ClassVar[bool] = True
     makes_own_groups: ClassVar[bool] = False
+
+    @property
+    def offloads(self) -> bool:
+        """Whether shards are in the host's memory."""
+        return self.offload
 
     def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> Shards:
         """Shard a model, or stages of one, in place, over the ranks of a group. Collective.

@@ -130,6 +130,11 @@ def _refuse(config: TrainConfig, environment: dict[str, Any]) -> None:
             f"each replica of the run had {config.mesh.ranks_per_replica} ranks, but a replay has "
             "whole ones; only runs with mesh.pipe=1 and mesh.shard=1 can be replayed"
         )
+    if config.engine is not None:
+        raise ConfigError(
+            "the run had an engine, but a replay has whole replicas, in memory; only runs without "
+            "one can be replayed"
+        )
     device = environment.get("device", config.device or "cpu")
     if device != "cpu":
         raise ConfigError(

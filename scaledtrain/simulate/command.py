@@ -134,6 +134,10 @@ def run_training(
             f"mesh makes {training.mesh.ranks_per_replica} ranks for each replica, but a simulated "
             "rank is a whole one; set mesh.pipe and mesh.shard to 1"
         )
+    if training.engine is not None:
+        raise ConfigError(
+            "engine is given, but a simulated rank has a whole replica, in memory; leave it out"
+        )
     config, task = settle(training)
 
     def program(link: Link) -> FitResult:

@@ -188,7 +188,7 @@ class Judge:
     def _compute_again(self, batch: StepBatch) -> Found | None:
         """What is not finite in this rank's own batch; None where that cannot be found out."""
         trainer = self._trainer
-        if trainer.layout.pieces.size > 1:  # others have parts of the model
+        if not trainer.layout.is_whole:
             return None
         try:
             return find_nonfinite(

@@ -192,6 +192,19 @@ def test_shards_in_the_hosts_memory_compute_under_the_gpus_autocast() -> None:
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_one_rank_offloads(precision: str) -> None:
+    found = []
+    for engine in (None, FullyShard(offload=True)):
+        options = {"engine": engine, "precision": precision}
+        found.append(run_ranks(train, 1, DEVICE, Sync, options, timeout_seconds=100, fresh=True))
+    ((expected, loss, _),), ((offloaded, its_loss, _),) = found
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    for name, value in expected.items():
+        torch.testing.assert_close(offloaded[name], value, rtol=0.0, atol=tolerance, msg=name)
+    assert its_loss == pytest.approx(loss, abs=tolerance)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-true"])
 def test_offloading_changes_no_weight(precision: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from scaledtrain import (
     Checkpointing,
     DiLoCo,
+    DropCompute,
     LocalSGD,
     Mesh,
     ParameterServer,
@@ -121,6 +123,7 @@ ENGINES = [
     DeepSpeed(zero_stage=3),
     DeepSpeed(zero_stage=3, offload="cpu", offload_parameters=True),
 ]
+OFFLOADING = [engine for engine in ENGINES if engine.offloads]
 
 
 TOLERANCES = {"fp32": 1e-6, "bf16-mixed": 5e-3}
@@ -140,7 +143,12 @@ def one_replica(folder: str) -> dict[str, Any]:
         return {
             "trained": trained,
             "details": details(link, folder),
-            "saved": {stage: saved(link, Path(folder), stage) for stage in (2, 3)},
+            "saved": {
+                stage: saved(
+                    link, Path(folder), str(stage), Mesh(shard=2), DeepSpeed(zero_stage=stage)
+                )
+                for stage in (2, 3)
+            },
             "renamed": renamed(link, Path(folder)),
             "borders": other_borders(link, Path(folder)),
             "watched": [
@@ -149,6 +157,9 @@ def one_replica(folder: str) -> dict[str, Any]:
                 for engine in ENGINES
             ],
             "steep": [steep(link, 4, mesh=Mesh(shard=2), engine=engine) for engine in ENGINES],
+            "sometimes": [
+                sometimes(link, 1, mesh=Mesh(shard=2), engine=engine) for engine in ENGINES
+            ],
             "gpt2": [gpt2(link, mesh=Mesh(shard=2), engine=engine) for engine in ENGINES],
         }
 
@@ -253,7 +264,7 @@ def watched(link: Any, local: int, reaction: Any, **options: Any) -> tuple[Tenso
         return whole(t.model), result.step
 
 
-def saved(link: Any, folder: Path, stage: int) -> dict[str, Tensor]:
+def saved(link: Any, folder: Path, case: str, mesh: Mesh, engine: DeepSpeed) -> dict[str, Tensor]:
     """Parameters after 8 steps: at once, and of a run that is resumed after 3."""
 
     def fit(name: str, steps: int, seed: int = 1) -> Tensor:
@@ -263,8 +274,8 @@ def saved(link: Any, folder: Path, stage: int) -> dict[str, Tensor]:
                 link,
                 "sync",
                 large_net(seed),
-                mesh=Mesh(shard=2),
-                engine=DeepSpeed(zero_stage=stage),
+                mesh=mesh,
+                engine=engine,
                 lr_scheduler=step_lr,
                 run_dir=folder / name,
                 checkpointing=Checkpointing(every_steps=3),
@@ -274,9 +285,9 @@ def saved(link: Any, folder: Path, stage: int) -> dict[str, Tensor]:
             t.fit(DataLoader(data(32), batch_size=4, shuffle=True), max_steps=steps)
             return whole(t.model)
 
-    straight = fit(f"straight-{stage}", 8)
-    fit(f"resumed-{stage}", 3)
-    return {"straight": straight, "resumed": fit(f"resumed-{stage}", 8, seed=2)}
+    straight = fit(f"straight-{case}", 8)
+    fit(f"resumed-{case}", 3)
+    return {"straight": straight, "resumed": fit(f"resumed-{case}", 8, seed=2)}
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +326,15 @@ def test_a_gradient_is_clipped_only_if_that_is_said(two_ranks: list[dict[str, An
     assert (expected - whole(net())).norm() > 0.02
     for of_rank in two_ranks:
         for found in of_rank["steep"]:
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0.0)
+
+
+def test_what_a_batch_does_not_use_has_no_gradient(two_ranks: list[dict[str, Any]]) -> None:
+    """Neither the last step's, nor, with accumulation, none where an earlier microbatch has one."""
+    with connect() as link:
+        expected = sometimes(link, 2)
+    for of_rank in two_ranks:
+        for found in of_rank["sometimes"]:
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0.0)
 
 
@@ -368,12 +388,118 @@ def test_every_stage_trains_as_one_process_does(
             assert found[3] == step == 6
 
 
-def replicas_rank(mesh: Mesh, local: int, engines: list[DeepSpeed | None]) -> list[Any]:
-    with connect(transport="torch", timeout_seconds=60) as link:
-        return [
-            [run(link, strategy, local, 34, mesh=mesh, engine=engine) for engine in engines]
-            for strategy in ("sync", "local_sgd", "diloco")
+class Sometimes(nn.Module):
+    """Uses a part of itself for some batches alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.always, self.sometimes = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.always(x) + (self.sometimes(x) if x[0, 0] > 0 else 0.0)
+
+
+def sometimes(link: Any, local: int, **options: Any) -> Tensor:
+    """Of steps of two microbatches that use it: none, both, the first, the second, none."""
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(2))
+    uses = torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0, -1.0])
+    x[:, 0] = uses.repeat_interleave(2)  # alike for all samples of a microbatch
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    with Trainer(
+        *(Sometimes(), F.cross_entropy, sgd),
+        gradient_accumulation_steps=2,
+        console=False,
+        link=link,
+        **options,
+    ) as t:
+        t.fit(DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=local), max_epochs=2)
+        return whole(t.model)
+
+
+def alone(folder: str) -> dict[str, Any]:
+    """One rank, with what it offloads, started without a launcher."""
+    with patch.dict(os.environ):
+        for name in [name for name in os.environ if name.endswith(("RANK", "WORLD_SIZE"))]:
+            del os.environ[name]
+        return what_is_offloaded(folder)
+
+
+def what_is_offloaded(folder: str) -> dict[str, Any]:
+    with connect() as link, pytest.raises(ConfigError) as caught:
+        trainer(link, "sync", engine=DeepSpeed(zero_stage=2))
+    # Their own links, and one for all.
+    told: dict[str, Any] = {
+        "refused": str(caught.value),
+        "own": run(None, "sync", 8, engine=OFFLOADING[0]),
+    }
+    with connect() as link:
+        told["trained"] = {
+            precision: [
+                run(link, "sync", 8, precision=precision, engine=engine) for engine in OFFLOADING
+            ]
+            for precision in TOLERANCES
+        }
+        told["watched"] = [watched(link, 8, "skip", engine=engine) for engine in OFFLOADING]
+        told["sometimes"] = [sometimes(link, 2, engine=engine) for engine in OFFLOADING]
+        dropping = DropCompute(threshold_seconds=1.0)
+        with pytest.raises(ConfigError, match="drop_compute lets .* or an engine"):
+            trainer(link, "sync", engine=OFFLOADING[0], drop_compute=dropping)
+        told["file"] = run(link, "sync", 8, engine=DeepSpeed(config=f"{folder}/offloads.json"))
+        told["saved"] = [
+            saved(link, Path(folder), f"alone-{i}", Mesh(), engine)
+            for i, engine in enumerate(OFFLOADING)
         ]
+    return told
+
+
+def test_one_rank_alone_offloads(folder: Path) -> None:
+    """As above; the first run of each makes its process group, and ends it."""
+    (folder / "offloads.json").write_text(json.dumps(FILES["offloads"]))
+    (told,) = run_ranks(alone, 1, str(folder), timeout_seconds=120)
+    assert "mesh.shard is 1, so that there is nothing to divide, and it offloads" in told["refused"]
+    told["trained"]["fp32"] += [told["own"], told["file"]]
+    with connect() as link:
+        skipped, partly = watched(link, 8, "skip"), sometimes(link, 2)
+        for precision, tolerance in TOLERANCES.items():
+            expected, *others = run(link, "sync", 8, precision=precision)
+            for found in told["trained"][precision]:
+                torch.testing.assert_close(found[0], expected, atol=tolerance, rtol=0.0)
+                assert list(found[1:]) == pytest.approx(others, abs=10 * tolerance)
+    for parameters, step in told["watched"]:
+        torch.testing.assert_close(parameters, skipped[0], atol=1e-6, rtol=0.0)
+        assert step == skipped[1]
+    for parameters in told["sometimes"]:
+        torch.testing.assert_close(parameters, partly, atol=1e-6, rtol=0.0)
+    for of_engine in told["saved"]:
+        assert torch.equal(of_engine["resumed"], of_engine["straight"])
+
+
+def edge_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Finite; of a target that is 2 or more the gradient is NaN: infinity, of sqrt(0), times 0."""
+    nothing = 0 * outputs[targets >= 2]
+    return F.cross_entropy(outputs, targets % 2) + nothing.abs().sqrt().sum()
+
+
+def edge(link: Any, local: int, **options: Any) -> Tensor:
+    """Of two epochs of four steps, in the second of which a replica's own gradient is NaN."""
+    samples = data(32)
+    samples.tensors[1][9] += 2
+    watch = None if options["engine"] else Watch(on_nonfinite="skip")
+    with Trainer(net(), edge_loss, ADAMW, console=False, link=link, watch=watch, **options) as t:
+        t.fit(DataLoader(samples, batch_size=local), max_epochs=2)
+        return whole(t.model)
+
+
+def replicas_rank(mesh: Mesh, local: int, engines: list[DeepSpeed | None]) -> dict[str, Any]:
+    with connect(transport="torch", timeout_seconds=60) as link:
+        return {
+            "trained": [
+                [run(link, strategy, local, 34, mesh=mesh, engine=engine) for engine in engines]
+                for strategy in ("sync", "local_sgd", "diloco")
+            ],
+            "edge": [edge(link, local, mesh=mesh, engine=engine) for engine in engines],
+        }
 
 
 @pytest.mark.timeout(300)
@@ -381,21 +507,26 @@ def test_strategies_keep_replicas_of_two_ranks_together() -> None:
     """Four ranks as two replicas, against two plain replicas with the same samples.
 
     34 samples are steps of 16, 16 and 2: in the last the second replica has none on either rank.
+    Of a gradient that is not finite on one replica none makes an update, as if that was skipped.
     """
-    expected = run_ranks(replicas_rank, 2, Mesh(), 4, [None], timeout_seconds=100)
-    engines = [DeepSpeed(zero_stage=stage) for stage in (1, 2, 3)]
-    found = run_ranks(replicas_rank, 4, Mesh(shard=2), 2, engines, timeout_seconds=180)
+    single = run_ranks(replicas_rank, 2, Mesh(), 4, [None, *OFFLOADING], timeout_seconds=100)
+    found = run_ranks(replicas_rank, 4, Mesh(shard=2), 2, ENGINES, timeout_seconds=180)
     for rank, of_rank in enumerate(found):
-        for of_strategy, ((wanted, loss, norm, step),) in zip(
-            of_rank, expected[rank // 2], strict=True
+        of_plain = single[rank // 2]
+        for of_strategy, ((wanted, loss, norm, step), *of_one) in zip(
+            of_rank["trained"], of_plain["trained"], strict=True
         ):
-            for parameters, *others in of_strategy:
+            for parameters, *others in (*of_strategy, *of_one):
                 torch.testing.assert_close(parameters, wanted, atol=2e-6, rtol=0.0)
                 assert others == [
                     pytest.approx(loss, abs=1e-5),
                     pytest.approx(norm, abs=1e-5),
                     step,
                 ]
+        wanted, *of_one = of_plain["edge"]
+        assert wanted.isfinite().all()
+        for parameters in (*of_rank["edge"], *of_one):
+            torch.testing.assert_close(parameters, wanted, atol=2e-6, rtol=0.0)
 
 
 FILES = {
@@ -408,6 +539,7 @@ FILES = {
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.999]}},
         "bf16": {"enabled": "auto"},
     },
+    "offloads": {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
     "divided": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     # Parts of 24, 8, 16 and 1 elements in two sub-groups: 32 and 17, or 48 and 1.
     "early": {"zero_optimization": {"stage": 3, "sub_group_size": 25}},

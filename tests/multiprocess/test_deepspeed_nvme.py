@@ -317,6 +317,18 @@ def one_replica(folder: Path) -> dict[str, Any] | str:
         return {**told, "left": [path.name for path in disk.iterdir()]}
 
 
+def alone(folder: Path) -> tuple[list[Any], list[str]]:
+    """What one rank trains, and what is left on its disk."""
+    disk = folder / "disk"
+    engines = [
+        DeepSpeed(config=folder / "memory.json"),
+        DeepSpeed(config=folder / "everything.json", nvme_path=disk),
+    ]
+    with connect() as link:
+        trained = [run(link, "adamw", 8, engine=engine) for engine in engines]
+    return trained, [path.name for path in disk.iterdir()]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("files")
@@ -357,6 +369,18 @@ def test_a_step_from_files_is_that_of_one_process(
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0.0)
     assert its_loss == pytest.approx(loss, abs=1e-5)
     assert its_norm == pytest.approx(norm, abs=1e-5)
+
+
+def test_one_rank_alone_has_all_of_it_in_files(
+    folder: Path, two_ranks: list[dict[str, Any]]
+) -> None:
+    ((expected, found), left), *_ = run_ranks(alone, 1, folder, timeout_seconds=100)
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == pytest.approx(expected[1:], rel=1e-6)
+    torch.testing.assert_close(
+        found[0], two_ranks[0]["trained"]["adamw", "everything"][0], atol=2e-6, rtol=0.0
+    )
+    assert left == []
 
 
 def test_a_run_goes_on_from_the_disk(folder: Path, two_ranks: list[dict[str, Any]]) -> None:

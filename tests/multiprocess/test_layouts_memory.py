@@ -127,3 +127,15 @@ def test_shards_that_are_offloaded_are_not_on_the_device() -> None:
     assert rank.peak == offloaded.peak == offloaded.batch + offloaded.computing
     assert rank.host == 2 * offloaded.parameters + rank.optimizer + update
     assert [r.host for r in here.ranks] == [0, 0]
+
+
+def test_one_rank_may_offload_all_of_a_model() -> None:
+    """What it gathers is gone between blocks; two blocks are there at once, and one's gradients."""
+    options = {"workers": 1, "mesh": Mesh()}
+    here = estimate(CASES[0], engine=None, **options)
+    offloaded = estimate(CASES[0], engine=FullyShard(offload=True), **options)
+    assert offloaded.parameters == here.parameters
+    ((rank,), update) = offloaded.ranks, offloaded.updating
+    assert rank.peak == offloaded.peak == offloaded.batch + offloaded.computing
+    assert rank.host == 2 * here.parameters + rank.optimizer + update
+    assert offloaded.peak < here.peak

@@ -17,18 +17,20 @@ from typing import Any
 import pytest
 import torch
 
+from scaledtrain import Trainer
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
 from scaledtrain.data.steps import StepBatch
 from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScale
+from scaledtrain.parallel import FullyShard
 from scaledtrain.parallel.accelerate import with_accelerate, words_of_environment
 from scaledtrain.parallel.deepspeed import swapping as swapping_module
 from scaledtrain.parallel.deepspeed.engine import DeepSpeed
 from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
 from scaledtrain.parallel.deepspeed.swapping import prepare_swapping
 from scaledtrain.parallel.deepspeed.zero import ZeroScaler
-from scaledtrain.parallel.engine import Recipe
+from scaledtrain.parallel.engine import Engine, Recipe
 from scaledtrain.precision import Precision
 from scaledtrain.replica import Replica
 
@@ -195,6 +197,41 @@ def config_of(source: Path | None = None, **options: Any) -> dict[str, Any]:
     return ds_config(source, recipe(**options), **{**ours, **own})
 
 
+@pytest.mark.parametrize(
+    ("section", "offloads"),
+    [
+        ({}, False),
+        ({"offload_optimizer": {"device": "none"}, "offload_param": None}, False),
+        ({"offload_param": {"device": "auto"}}, False),
+        ({"offload_optimizer": {"device": "cpu"}}, True),
+    ],
+)
+def test_one_rank_may_have_what_offloads(
+    section: dict[str, Any], offloads: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps({"zero_optimization": section}))
+    assert DeepSpeed(config=path).offloads is offloads
+    if not offloads:
+        refuse(DeepSpeed(config=path), r"mesh.shard is 1, .* and it offloads nothing")
+
+
+def refuse(engine: Engine, message: str, **options: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(
+            torch.nn.Linear(1, 1), None, torch.optim.SGD, engine=engine, console=False, **options
+        )
+    assert not torch.distributed.is_initialized()
+
+
+def test_one_rank_has_no_engine_that_does_nothing() -> None:
+    assert DeepSpeed(offload_parameters=True).offloads
+    refuse(FullyShard(), r"mesh.shard is 1, .* and it offloads nothing")
+    # What is refused later, with a process group, leaves none.
+    refuse(FullyShard(offload=True), "the model is in the host's memory already")
+    refuse(DeepSpeed(offload="cpu"), "compile is 'eager'", compile="eager")
+
+
 def test_our_words_become_deepspeeds() -> None:
     assert config_of()["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 100}
     assert config_of(zero_stage=3, offload="cpu", offload_parameters=True)["zero_optimization"] == {
@@ -269,6 +306,11 @@ def test_what_deepspeed_cannot_do_is_refused(options: dict[str, Any], message: s
         ({"scheduler": {"type": "WarmupLR"}}, {}, "lr_scheduler"),
         ({"zero_optimisation": {}}, {}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"mics_shard_size": 2}}, {}, "say mesh.shard"),
+        (
+            {"zero_optimization": {"cpu_offload_param": True}},
+            {},
+            "cpu_offload_param, which DeepSpeed has given up; say .offload_param.: ",
+        ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             {"offload": "cpu"},

@@ -335,6 +335,11 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="proportional_steps was true"):
             replay(copied)
 
+    def test_a_run_whose_replicas_were_not_plain(self, copied: Path) -> None:
+        reconfigure(copied, engine={"_target_": "scaledtrain.parallel.FullyShard", "offload": True})
+        with pytest.raises(ConfigError, match="the run had an engine, but a replay has whole"):
+            replay(copied)
+
     def test_a_run_on_a_gpu(self, copied: Path) -> None:
         tell(copied, environment=told(copied)["environment"] | {"device": "NVIDIA H100"})
         with pytest.raises(ConfigError, match="was made on NVIDIA H100"):

@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from scaledtrain.errors import ConfigError
-from scaledtrain.parallel.deepspeed.settings import BatchCheck, check_optimizer, ds_config
+from scaledtrain.parallel.deepspeed.settings import (
+    BatchCheck,
+    check_optimizer,
+    ds_config,
+    file_offloads,
+)
 from scaledtrain.parallel.deepspeed.swapping import prepare_swapping
 from scaledtrain.parallel.deepspeed.zero import ZeroModel
 from scaledtrain.parallel.whole_tensors import check_elementwise
@@ -56,11 +62,11 @@ class DeepSpeed:
     model's parameters are whole, to look at or to save them; all ranks of a replica enter it. Of
     parameters in files enter it with those of one module after the other: all have no buffers.
 
-    Offloaded to NVMe (ZeRO-Infinity, stage 3, `Sync`), what is in files is read for the update of
-    one sub-group of parameters after the other, and written again. Each rank has a folder of its
-    own, which it removes at the end; parameters in it are gone with it. Tensors, and sub-groups, of
-    less than 1 MiB on a rank (or ``aio.block_size``, if that is more) stay in memory. Checkpoints
-    have all of it, whole, and go on with the same bits, in memory as well.
+    Offloaded to NVMe (ZeRO-Infinity, stage 3, one replica, `Sync`), what is in files is read for
+    the update of one sub-group of parameters after the other, and written again. Each rank has a
+    folder of its own, which it removes at the end; parameters in it are gone with it. Tensors, and
+    sub-groups, of less than 1 MiB on a rank (or ``aio.block_size``, if that is more) stay in
+    memory. Checkpoints have all of it, whole, and go on with the same bits, in memory as well.
 
     A crash of a rank ends the run for all; of one that is killed the folder stays, and is of no
     use. A gradient whose norm is not finite makes no update, with any precision: DeepSpeed leaves
@@ -70,7 +76,8 @@ class DeepSpeed:
     Args:
         zero_stage: 1, 2 or 3; None: the file's, else 2.
         offload: ``"cpu"``: optimizer and float32 parameters are in the host's memory, and updates
-            are made there. ``"nvme"``: they are in files, and updates are made on the host.
+            are made there. ``"nvme"``: they are in files, and updates are made on the host. Either
+            also for one rank alone (``mesh.shard=1``), which has all there is.
         offload_parameters: with stage 3: the parameters are in the host's memory, too; ``"nvme"``:
             in files.
         nvme_path: a folder on a fast disk of each host, in which ranks make theirs; None: the
@@ -101,6 +108,13 @@ class DeepSpeed:
     takes_stages: ClassVar[bool] = False
     makes_own_groups: ClassVar[bool] = True
 
+    @property
+    def offloads(self) -> bool:
+        """Whether optimizer or parameters are in the host's memory or in files."""
+        if self.offload is not None or self.offload_parameters:
+            return True
+        return self.config is not None and file_offloads(Path(self.config))
+
     def apply(self, roots: Sequence[nn.Module], group: ProcessGroup, recipe: Recipe) -> ZeroModel:
         """Give a model to DeepSpeed, over the ranks of a group. Collective.
 
@@ -127,26 +141,28 @@ class DeepSpeed:
             nvme_path=self.nvme_path,
         )
         zero = config["zero_optimization"]
-        offloads = "offload_optimizer" in zero or "offload_param" in zero
-        if offloads and dist.get_world_size() > group.size():
+        devices = [zero.get(n, {}).get("device") for n in ("offload_optimizer", "offload_param")]
+        if "nvme" in devices and dist.get_world_size() > group.size():
             raise ConfigError(
-                "engine.offload is given, and mesh.replicate is above 1: what a strategy makes of "
-                "gradients and parameters does not reach DeepSpeed's offloaded copies of them; "
-                "leave engine.offload out, or take engine=fully_shard, or one replica"
+                "engine.offload or engine.offload_parameters is nvme, and mesh.replicate is above "
+                "1, but what is in files is one replica's alone; take engine.offload=cpu and "
+                "engine.offload_parameters=true, or one replica (mesh.shard: all ranks)"
             )
-        is_swapped = zero.get("offload_optimizer", {}).get("device") == "nvme"
+        is_swapped = devices[0] == "nvme"
         if is_swapped and not recipe.only_updates_write:
             raise ConfigError(
                 "engine.offload is nvme, but this strategy works on the parameters between "
                 "updates, when they are in files; take strategy=sync, or engine.offload=cpu"
             )
-        deepspeed = _import(next(model.parameters()).device.type)
+        device = next(model.parameters()).device
+        deepspeed = _import(device.type)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         optimizer = Updater(named, recipe.optimizer).optimizer
         check_optimizer(source, optimizer)
         check_elementwise(optimizer)
         names = {p: name for name, p in model.named_parameters()}
         with ExitStack() as files:
+            files.enter_context(_local_rank(device))
             with _quiet():
                 prepare_swapping(config, model, recipe.optimizer, group, files)
             try:
@@ -180,6 +196,19 @@ def _quiet() -> Iterator[None]:
         finally:
             for name in os.environ.keys() - before.keys():
                 del os.environ[name]
+
+
+@contextmanager
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """From which it takes the device, in steps, too; torchrun says it, srun and python do not."""
+    is_said = "LOCAL_RANK" in os.environ
+    if not is_said:
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        if not is_said:
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def _import(device: str) -> Any:

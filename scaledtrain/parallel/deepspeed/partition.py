@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = [
@@ -29,6 +30,8 @@ class _Place(NamedTuple):
     """Where a parameter's part is in the flat tensors of this rank."""
 
     name: str
+    key: int
+    """By which ZeRO knows the parameter."""
     flat: int
     start: int
     numel: int
@@ -52,6 +55,8 @@ class Partition(ABC):
 
     def __init__(self, optimizer: Any, names: dict[nn.Parameter, str]) -> None:
         self._zero = optimizer
+        own = dist.get_world_size(optimizer.dp_process_group)
+        self._has_others = dist.get_world_size() > own  # replicas
         self._all_places = list(self._places(names))
         self.named_parameters = [
             (place.name, nn.Parameter(self._between_steps(place))) for place in self._all_places
@@ -106,11 +111,25 @@ class Partition(ABC):
         In units of the loss, in float32; without a loss scale they are ZeRO's own memory.
         """
         scale = self._zero.loss_scale
+        unused = self._unused() if self._is_offloaded else ()
         self._own = self._found()
+        for own, place in zip(self._own, self._all_places, strict=True):
+            if place in unused:  # the last step's gradient is there
+                own.zero_()
         parts = [part for _, part in self.named_parameters]
         if scale == 1.0:
             return parts, [g.to(p.dtype) for g, p in zip(self._own, parts, strict=True)]
         return parts, [g.to(p.dtype) / scale for g, p in zip(self._own, parts, strict=True)]
+
+    def _unused(self) -> set[_Place]:
+        """Of parameters that no backward pass of this step used; of others it is in its place."""
+        if self._without_norm():  # those that only earlier microbatches used are still elsewhere
+            self._zero.finalize_gradient_accumulation_boundary()
+        return self._without_norm()
+
+    def _without_norm(self) -> set[_Place]:
+        norms = self._zero.norm_for_param_grads
+        return {place for place in self._all_places if place.key not in norms}
 
     def _found(self) -> list[Tensor]:
         found = [self._gradients(flat) for flat in range(len(self.flats))]
@@ -129,6 +148,8 @@ class Partition(ABC):
     def begin(self) -> None:
         """A step begins, whose gradients take the place of those that made no update."""
         self._forget()
+        if self._is_offloaded:
+            self._zero.reset_cpu_buffers()
         self._own = []
 
     @abstractmethod
@@ -145,11 +166,26 @@ class Partition(ABC):
         for own, (_, part) in zip(self._own, self.named_parameters, strict=True):
             if part.grad is not None and part.grad is not own:
                 own.copy_(part.grad if scale == 1.0 else part.grad * scale)
+        if self._is_offloaded and self._has_others:
+            self._tell_norms()
         self._own = []
         return True
 
+    def _tell_norms(self) -> None:
+        """Of what the gradients are now: ZeRO knows those that backward passes have left.
+
+        It makes no update if one of them is not finite, and all replicas have to make the same.
+        """
+        self._zero.reset_cpu_buffers()
+        for place, own in zip(self._all_places, self._own, strict=True):
+            self._zero.norm_for_param_grads[place.key] = own.norm()
+
     def _zeros(self) -> list[Tensor]:
         """In place of what no backward pass has left."""
+        if self._is_offloaded:
+            found = self._found()
+            torch._foreach_zero_(found)
+            return found
         for index, flat in enumerate(self.flats):
             sizes = [place.numel for place in self._all_places if place.flat == index]
             sizes.append(flat.numel() - sum(sizes))
@@ -189,14 +225,23 @@ class FlatPartition(Partition):
                 mapping = parameter._hp_mapping
                 if mapping is not None:
                     at = mapping.hp_fragment_address
-                    yield _Place(names[parameter], flat, at.start, at.numel)
+                    key = self._zero.get_param_id(parameter)
+                    yield _Place(names[parameter], key, flat, at.start, at.numel)
 
     @property
     def _is_offloaded(self) -> bool:
         return bool(self._zero.cpu_offload)
 
+    def _found(self) -> list[Tensor]:
+        if self._is_offloaded:  # the device may still be copying them to the host
+            self._zero._wait_for_offload_copies()
+        return super()._found()
+
     def _forget(self) -> None:
         self._zero.micro_step_id = -1  # as after an update; it counts where gradients are offloaded
+        if self._is_offloaded:  # a parameter that the first microbatch does not use would add to it
+            for added_up in self._zero.accumulated_grads_in_cpu.values():
+                added_up.zero_()
 
     def _spread(self) -> None:
         self._zero.update_lp_params()
@@ -215,8 +260,8 @@ class ParameterPartition(Partition):
         for flat, group in enumerate(self._zero.fp16_groups):
             start = 0
             for parameter in group:
-                numel = parameter.ds_tensor.ds_numel
-                yield _Place(names[parameter], flat, start, numel)
+                key, numel = self._zero.get_param_id(parameter), parameter.ds_tensor.ds_numel
+                yield _Place(names[parameter], key, flat, start, numel)
                 start += numel
 
     @property
@@ -225,6 +270,20 @@ class ParameterPartition(Partition):
 
     def _forget(self) -> None:
         self._zero.zero_grad()
+        self._zero.grad_partitions_flat_buffer.zero_()  # else of parameters that are not used now
+
+    def _tell_norms(self) -> None:
+        super()._tell_norms()
+        self._forget_raw()
+
+    def _zeros(self) -> list[Tensor]:
+        self._forget_raw()
+        return super()._zeros()
+
+    def _forget_raw(self) -> None:
+        """What backward passes have left, in which float16 looks for an overflow once more."""
+        if self._zero.dtype == torch.float16:
+            self._zero.grad_partitions_flat_buffer.zero_()
 
     def _spread(self) -> None:
         zero = self._zero

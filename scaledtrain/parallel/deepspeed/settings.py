@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scaledtrain.parallel.engine import Recipe
     from scaledtrain.precision import Precision
 
-__all__ = ["BatchCheck", "check_optimizer", "ds_config", "read_file"]
+__all__ = ["BatchCheck", "check_optimizer", "ds_config", "file_offloads", "read_file"]
 
 _PASSED_ON = {
     *("activation_checkpointing", "aio", "comms_logger", "communication_data_type"),
@@ -64,6 +64,17 @@ def read_file(path: Path) -> dict[str, Any]:
             "lr_scheduler=...)), which advances once per update; say it there, and remove it"
         )
     return read
+
+
+def file_offloads(path: Path) -> bool:
+    """Whether a user's own config does.
+
+    Raises:
+        ConfigError: as `read_file`.
+    """
+    zero = read_file(path).get("zero_optimization") or {}
+    sections = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    return any(own.get("device") not in (None, "none", _AUTO) for own in sections)
 
 
 def ds_config(
@@ -176,6 +187,12 @@ def _check_zero(zero: dict[str, Any], source: Path | None) -> None:
             raise ConfigError(
                 f"{source} sets zero_optimization.{key}, by which DeepSpeed itself divides its "
                 "ranks into groups; say mesh.shard instead, and remove it"
+            )
+    for key, word in (("cpu_offload", "optimizer"), ("cpu_offload_param", "param")):
+        if zero.get(key):
+            raise ConfigError(
+                f"{source} sets zero_optimization.{key}, which DeepSpeed has given up; say "
+                f'"offload_{word}": {{"device": "cpu"}} there instead'
             )
     for key in [key for key, value in zero.items() if value == _AUTO]:
         del zero[key]

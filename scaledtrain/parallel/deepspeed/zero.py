@@ -64,7 +64,7 @@ class ZeroModel:
         self._check_batch = check_batch
         self._files = files
         self._partition = partition_of(engine, names)
-        self._optimizer = ZeroOptimizer(engine, optimizer, self._partition)
+        self._optimizer = DeepSpeedOptimizer(engine, optimizer, self._partition)
         self._scaler = ZeroScaler(engine, self._optimizer)
         self._is_idle = False
         self.named_parameters = self._partition.named_parameters
@@ -148,7 +148,7 @@ class ZeroModel:
                 free_buffers(self.model)
 
 
-class ZeroOptimizer(Optimizer):
+class DeepSpeedOptimizer(Optimizer):
     """The engine's update as an optimizer's.
 
     Its parameter groups are those of the optimizer inside, so that a learning-rate schedule works.
@@ -232,7 +232,7 @@ class ZeroOptimizer(Optimizer):
 class ZeroScaler(LossScaler):
     """Runs the engine's backward passes; the loss scale, with float16, is the engine's own."""
 
-    def __init__(self, engine: Any, optimizer: ZeroOptimizer) -> None:
+    def __init__(self, engine: Any, optimizer: DeepSpeedOptimizer) -> None:
         self._engine = engine
         self._optimizer = optimizer
         self._left = 0
