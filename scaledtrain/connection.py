@@ -57,6 +57,9 @@ __all__ = ["Connection", "Transport", "connect"]
 
 _ABANDON_SECONDS = 6.0  # for workers to hear from the server; longer than they compare notes
 
+_alone: set[Connection] = set()
+"""Jobs of this process alone that have needed a process group, which they share."""
+
 Transport = Literal["auto", "shared_memory", "torch", "torch_ordered"]
 _OVER_TORCH = ("torch", "torch_ordered")
 
@@ -123,7 +126,7 @@ class Connection:
     def join(self) -> None:
         """Meet the other ranks of the job; once."""
         info = self.info
-        if info.size == 1 and not dist.is_initialized():
+        if info.size == 1 and (_alone or not dist.is_initialized()):
             return
         atexit.register(self.abandon)
         if dist.is_initialized():
@@ -134,6 +137,7 @@ class Connection:
                 self.group, self.transport = AbsentGroup(info.rank, info.size), "server"
                 return
             self._init_process_group(self.store)
+            self._owns_process_group = True
         self._open_group()
 
     def part(self, name: str, ranks: Sequence[int], pieces: str | None = None) -> Connection:
@@ -178,15 +182,16 @@ class Connection:
             world_size=size,
             timeout=timedelta(seconds=self.timeout_seconds),
         )
-        self._owns_process_group = True
 
     def process_group(self) -> dist.ProcessGroup:
         """torch.distributed's own group of these ranks, who call this together the first time."""
         if self._process_group is None:
             job = self if self._whole is None else self._whole[0]
-            if job.store is None and not dist.is_initialized():  # a job of one process
+            if job.store is None and (_alone or not dist.is_initialized()):  # of one process
+                if not _alone:
+                    job._init_process_group(dist.HashStore())
                 atexit.register(job.abandon)
-                job._init_process_group(dist.HashStore())
+                _alone.add(job)
             if self._whole is None:
                 self._process_group = dist.group.WORLD
             else:
@@ -381,9 +386,12 @@ class Connection:
         if self._shared is not None:
             self._shared.close()
             self._shared = None
+        if self in _alone:
+            _alone.remove(self)
+            self._owns_process_group = not _alone
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
-        self._process_group = None
+        self._process_group, self._owns_process_group = None, False
         self.group, self.store, self._store_of_threads = LocalGroup(), None, None
 
     def __enter__(self) -> Connection:

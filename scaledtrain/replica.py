@@ -162,8 +162,8 @@ class Updater:
         if optimizer is not None and optimizer != own:
             raise ConfigError(
                 f"the state is of {optimizer}, but the optimizer is {own}, which would read it in "
-                f"its own way; go on with {optimizer}, or begin anew from the weights alone "
-                "(scaledtrain.checkpoint.export)"
+                f"its own way; go on with {optimizer} (and that run's engine), or begin anew from "
+                "the weights alone (scaledtrain.checkpoint.export)"
             )
         if schedule is not None and schedule != own_schedule:
             raise ConfigError(

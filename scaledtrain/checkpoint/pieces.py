@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 __all__ = ["can_gather", "gathered", "has_all"]
 
@@ -33,12 +35,16 @@ def gathered(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
     return state
 
 
-def has_all(state: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Whether a rank had these parameters, and no others."""
-    groups = state["strategy"].get("updater", {}).get("optimizer", {}).get("param_groups", [])
+def has_all(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a rank had these parameters, and no others, as far as that can be seen."""
+    optimizer = state["strategy"].get("updater", {}).get("optimizer", {"param_groups": []})
+    if "param_groups" not in optimizer:  # an engine's, which looks by itself
+        return True
+    groups = optimizer["param_groups"]
     trained = {name for group in groups for name in group.get("param_names", ())}
+    wanted = {name for name, p in parameters.items() if p.requires_grad}
     had = state["model"].keys() | trained  # which a model may save by other names
-    return set(names) <= had and trained <= set(names)
+    return wanted <= had and trained <= parameters.keys()
 
 
 def _optimizer(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from scaledtrain.memory.ranks import RankKept, bytes_kept_by_ranks
 from scaledtrain.memory.search import largest
 from scaledtrain.memory.stages import activations_of_stages
 from scaledtrain.mesh import Mesh
-from scaledtrain.parallel.engine import Engine
+from scaledtrain.parallel.engine import Engine, check_engine
 from scaledtrain.parallel.pipeline.pipeline import OwnStages, Pipeline
 from scaledtrain.parallel.shard import FullyShard
 from scaledtrain.precision import Precision, PrecisionName
@@ -91,6 +91,7 @@ class MemoryEstimator:
                 "engine=fully_shard (engine.offload=true with what is offloaded), or measure a run "
                 "(memory_bytes in its metrics)"
             )
+        check_engine(engine, self._mesh)
         self._engine = engine or FullyShard()
         self._model = copied(model, "meta").train()
         self._loss_fn = loss_fn
@@ -286,7 +287,7 @@ class MemoryEstimator:
             update,
             ranks,
             steps=max(1, versions),  # each with weights, and a batch, of its own
-            offloads=self._engine.offload and pipe == 1,
+            offloads=self._engine.offload,
         )
 
 

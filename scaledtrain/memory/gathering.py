@@ -54,6 +54,7 @@ class Gathering:
         reduced: the format in which gradients are reduced; None: their own.
         reshards: whether a block's parameters are given up after its forward pass.
         offloads: shards and their gradients are in another memory.
+        stored: the format of the shards; None: that in which they are gathered.
 
     Attributes:
         on: whether anything is done.
@@ -67,12 +68,14 @@ class Gathering:
         reduced: torch.dtype | None,
         reshards: bool,
         offloads: bool = False,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.on = False
         self._n = n
         self._reduced = reduced
         self._reshards = reshards
         self._offloads = offloads
+        self._stored = stored
         self._held: dict[nn.Module, list[Tensor]] = {}
         self._ahead: dict[nn.Module, list[Tensor]] = {}
         self._reducing: list[Tensor] = []
@@ -97,9 +100,11 @@ class Gathering:
             if self._n == 1:
                 held = self._held[module] = []
                 for p in own:
-                    moved = torch.empty_like(p)
-                    held.append(torch.empty_like(p))
+                    moved = torch.empty_like(p, dtype=self._stored or p.dtype)
+                    narrowed = moved if moved.dtype == p.dtype else torch.empty_like(p)
                     del moved
+                    held.append(torch.empty_like(p))
+                    del narrowed
                 return
             buffers = self._ahead.pop(module, None) or [torch.empty_like(p) for p in own]
             self._held[module] = [torch.empty_like(p) for p in own]
@@ -128,12 +133,14 @@ class Gathering:
                 return
             self._held.pop(module, None)
             self._reducing = []
-            sent = waiting * 2 if self._n == 1 else waiting
-            self._reducing = [torch.empty_like(p, dtype=self._reduced or p.dtype) for p in sent]
+            self._reducing = [torch.empty_like(p, dtype=self._reduced or p.dtype) for p in waiting]
             for p in waiting:
                 if p not in self._shards and not self._offloads:
                     self._shards[p] = _shard_of(p, self._n).to(self._reduced or p.dtype)
                 p.grad = None
+            if self._n == 1:
+                copies = [torch.empty_like(r) for r in self._reducing]
+                del copies
             waiting.clear()
             if not self._held:  # the backward pass is over
                 self._ran.clear()
@@ -160,8 +167,11 @@ def gathering_of(
     if n == 1 and not engine.offload:
         return None
     blocks, gathered = engine.blocks_of(model), engine.gathered_dtype(model, precision)
+    stored = None if gathered is None else torch.float32
     for parameter in model.parameters():
         if gathered is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(gathered)
     reduced = engine.reduced_dtype(model, precision)
-    return Gathering(model, blocks, n, reduced, engine.reshard_after_forward, engine.offload)
+    return Gathering(
+        model, blocks, n, reduced, engine.reshard_after_forward, engine.offload, stored
+    )

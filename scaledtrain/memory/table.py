@@ -156,6 +156,8 @@ def _words(report: Report) -> Iterable[str]:
             f"Parameters, gradients and optimizer are the largest of {report.mesh_shard} shards'; "
             "what is gathered meanwhile counts in all, not in activations."
         )
+    elif cell.estimate is not None and any(rank.host for rank in cell.estimate.ranks):
+        yield "What is copied to the device meanwhile counts in all, not in activations."
     if cell.estimate is not None and (host := max(rank.host for rank in cell.estimate.ranks)):
         yield (
             "Parameters, gradients, optimizer and strategy are in the host's memory, "

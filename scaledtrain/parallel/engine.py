@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from scaledtrain.data.steps import StepBatch, Weigh
+from scaledtrain.errors import ConfigError
 from scaledtrain.loss_scale import LossScaler
+from scaledtrain.mesh import Mesh
 from scaledtrain.precision import Precision
 from scaledtrain.replica import MakeOptimizer
 from scaledtrain.schedule import Abandon, Computed, LossFn, Schedule, Told
 
-__all__ = ["Divided", "DividedSchedule", "Engine", "Recipe"]
+__all__ = ["Divided", "DividedSchedule", "Engine", "Recipe", "check_engine"]
 
 
 class Recipe(NamedTuple):
@@ -161,6 +163,18 @@ class DividedSchedule:
             told(samples)
 
         self._loop.tell(hand_over)
+
+
+def check_engine(engine: Engine | None, mesh: Mesh) -> None:
+    """Raise ConfigError where an engine has nothing to do."""
+    if engine is None or mesh.shard > 1 or (engine.offloads and mesh.pipe == 1):
+        return
+    why = "which stages on one rank each cannot have" if mesh.pipe > 1 else "and offloads nothing"
+    raise ConfigError(
+        f"engine is {engine}, but mesh.shard is 1: it has nothing to divide, {why}; set mesh.shard "
+        "to the number of ranks that have a replica, or a stage, together, leave engine out, or "
+        "let it offload (engine.offload) what one rank has"
+    )
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ from scaledtrain.data.steps import Steps, Weigh
 from scaledtrain.errors import ClusterError, ConfigError
 from scaledtrain.mesh import Mesh
 from scaledtrain.parallel.batches import AgreedBatches
-from scaledtrain.parallel.engine import Divided, DividedSchedule, Engine, Recipe
+from scaledtrain.parallel.engine import Divided, DividedSchedule, Engine, Recipe, check_engine
 from scaledtrain.parallel.pipe import Pipe, StagesSchedule
 from scaledtrain.parallel.pipeline.pipeline import Pipeline
 from scaledtrain.parallel.shard import FullyShard
@@ -389,7 +389,13 @@ def lay_out(
         ConfigError: the mesh does not fit the job, or the model cannot be divided so.
     """
     mesh.check(link.group.size)
-    _check_asked(mesh, engine, pipeline)
+    check_engine(engine, mesh)
+    if pipeline is not None and mesh.pipe == 1:
+        raise ConfigError(
+            f"pipeline is {pipeline}, but mesh.pipe is 1, so that there is nothing to divide; set "
+            "mesh.pipe to the number of ranks that have the stages of a replica, or leave pipeline "
+            "out"
+        )
     if mesh.ranks_per_replica == 1 and engine is None:
         return Layout(model, link)
     place, replicas = mesh.place(link.group.rank), mesh.replicas(link.group.size)
@@ -433,19 +439,3 @@ def lay_out(
     recipe = recipe._replace(recomputed=recipe.recomputed and pipe is None)
     shards = engine.apply(roots, among_shards.process_group(), recipe)
     return Layout(model, of_strategy, pieces, (shards, among_shards.group), pipe)
-
-
-def _check_asked(mesh: Mesh, engine: Engine | None, pipeline: Pipeline | None) -> None:
-    if engine is not None and mesh.shard == 1 and not (engine.offloads and mesh.pipe == 1):
-        why = "it offloads nothing" if mesh.pipe == 1 else "mesh.pipe is above 1"
-        raise ConfigError(
-            f"engine is {engine}, but mesh.shard is 1, so that there is nothing to divide, and "
-            f"{why}; set mesh.shard to the number of ranks that have a replica, or a stage of one, "
-            "together, or leave engine out"
-        )
-    if pipeline is not None and mesh.pipe == 1:
-        raise ConfigError(
-            f"pipeline is {pipeline}, but mesh.pipe is 1, so that there is nothing to divide, and "
-            "it cannot run on one rank; set mesh.pipe to the number of ranks that have the stages "
-            "of one together, or leave pipeline out"
-        )

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from scaledtrain import Trainer
+from scaledtrain import Trainer, connect
 from scaledtrain.command_line import compose
 from scaledtrain.config import check
 from scaledtrain.data.steps import StepBatch
@@ -213,7 +213,7 @@ def test_one_rank_may_have_what_offloads(
     path.write_text(json.dumps({"zero_optimization": section}))
     assert DeepSpeed(config=path).offloads is offloads
     if not offloads:
-        refuse(DeepSpeed(config=path), r"mesh.shard is 1, .* and it offloads nothing")
+        refuse(DeepSpeed(config=path), r"mesh.shard is 1: .* and offloads nothing")
 
 
 def refuse(engine: Engine, message: str, **options: Any) -> None:
@@ -226,10 +226,21 @@ def refuse(engine: Engine, message: str, **options: Any) -> None:
 
 def test_one_rank_has_no_engine_that_does_nothing() -> None:
     assert DeepSpeed(offload_parameters=True).offloads
-    refuse(FullyShard(), r"mesh.shard is 1, .* and it offloads nothing")
+    refuse(FullyShard(), r"mesh.shard is 1: .* and offloads nothing; .*engine.offload")
     # What is refused later, with a process group, leaves none.
     refuse(FullyShard(offload=True), "the model is in the host's memory already")
     refuse(DeepSpeed(offload="cpu"), "compile is 'eager'", compile="eager")
+
+
+def test_jobs_of_one_process_share_a_process_group_up_to_the_last() -> None:
+    with connect(device="cpu") as first:
+        first.process_group()
+        second = connect(device="cpu")
+        assert second.transport == "local"
+        second.process_group()
+    assert torch.distributed.is_initialized()
+    second.close()
+    assert not torch.distributed.is_initialized()
 
 
 def test_our_words_become_deepspeeds() -> None:
@@ -306,6 +317,7 @@ def test_what_deepspeed_cannot_do_is_refused(options: dict[str, Any], message: s
         ({"scheduler": {"type": "WarmupLR"}}, {}, "lr_scheduler"),
         ({"zero_optimisation": {}}, {}, "did you mean 'zero_optimization'"),
         ({"zero_optimization": {"mics_shard_size": 2}}, {}, "say mesh.shard"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, {}, "not where DeepSpeed says"),
         (
             {"zero_optimization": {"cpu_offload_param": True}},
             {},

@@ -58,9 +58,11 @@ class DeepSpeed:
     `DiLoCo` and all others whose replicas step together and keep their optimizer. Strategies with
     a server, and those whose replicas go their own way, need ``engine=fully_shard``.
 
-    With stage 3 ``deepspeed.zero.GatheredParameters(model.parameters())`` is the context in which a
-    model's parameters are whole, to look at or to save them; all ranks of a replica enter it. Of
-    parameters in files enter it with those of one module after the other: all have no buffers.
+    With stage 3 all ranks of a job run the same modules in every step, also those of other
+    replicas: DeepSpeed compares them. There
+    ``deepspeed.zero.GatheredParameters(model.parameters())`` is the context in which a model's
+    parameters are whole, to look at or to save them; all ranks of a replica enter it. Of parameters
+    in files enter it with those of one module after the other: all have no buffers.
 
     Offloaded to NVMe (ZeRO-Infinity, stage 3, one replica, `Sync`), what is in files is read for
     the update of one sub-group of parameters after the other, and written again. Each rank has a
@@ -203,7 +205,8 @@ def _local_rank(device: torch.device) -> Iterator[None]:
     """From which it takes the device, in steps, too; torchrun says it, srun and python do not."""
     is_said = "LOCAL_RANK" in os.environ
     if not is_said:
-        os.environ["LOCAL_RANK"] = str(device.index or 0)
+        of_mpi = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
+        os.environ["LOCAL_RANK"] = of_mpi or str(device.index or 0)
     try:
         yield
     finally:

@@ -111,25 +111,20 @@ class Partition(ABC):
         In units of the loss, in float32; without a loss scale they are ZeRO's own memory.
         """
         scale = self._zero.loss_scale
-        unused = self._unused() if self._is_offloaded else ()
         self._own = self._found()
-        for own, place in zip(self._own, self._all_places, strict=True):
-            if place in unused:  # the last step's gradient is there
-                own.zero_()
+        if self._is_offloaded:  # where the last microbatch has left none an older one may be
+            norms = self._zero.norm_for_param_grads
+            pieces = zip(self._all_places, self._own, strict=True)
+            if missing := [(place, own) for place, own in pieces if place.key not in norms]:
+                self._fill(missing)
         parts = [part for _, part in self.named_parameters]
         if scale == 1.0:
             return parts, [g.to(p.dtype) for g, p in zip(self._own, parts, strict=True)]
         return parts, [g.to(p.dtype) / scale for g, p in zip(self._own, parts, strict=True)]
 
-    def _unused(self) -> set[_Place]:
-        """Of parameters that no backward pass of this step used; of others it is in its place."""
-        if self._without_norm():  # those that only earlier microbatches used are still elsewhere
-            self._zero.finalize_gradient_accumulation_boundary()
-        return self._without_norm()
-
-    def _without_norm(self) -> set[_Place]:
-        norms = self._zero.norm_for_param_grads
-        return {place for place in self._all_places if place.key not in norms}
+    @abstractmethod
+    def _fill(self, missing: Sequence[tuple[_Place, Tensor]]) -> None:
+        """Put the sum of earlier microbatches, or 0, where the last one has left no gradient."""
 
     def _found(self) -> list[Tensor]:
         found = [self._gradients(flat) for flat in range(len(self.flats))]
@@ -232,6 +227,15 @@ class FlatPartition(Partition):
     def _is_offloaded(self) -> bool:
         return bool(self._zero.cpu_offload)
 
+    def _fill(self, missing: Sequence[tuple[_Place, Tensor]]) -> None:
+        norms = self._zero.norm_for_param_grads
+        self._zero._offload_accumulated_param_ids.difference_update(norms)
+        self._zero.finalize_gradient_accumulation_boundary()
+        self._zero._wait_for_offload_copies()
+        for place, own in missing:
+            if place.key not in norms:
+                own.zero_()
+
     def _found(self) -> list[Tensor]:
         if self._is_offloaded:  # the device may still be copying them to the host
             self._zero._wait_for_offload_copies()
@@ -242,6 +246,7 @@ class FlatPartition(Partition):
         if self._is_offloaded:  # a parameter that the first microbatch does not use would add to it
             for added_up in self._zero.accumulated_grads_in_cpu.values():
                 added_up.zero_()
+            self._zero._offload_accumulated_param_ids.clear()
 
     def _spread(self) -> None:
         self._zero.update_lp_params()
@@ -271,6 +276,13 @@ class ParameterPartition(Partition):
     def _forget(self) -> None:
         self._zero.zero_grad()
         self._zero.grad_partitions_flat_buffer.zero_()  # else of parameters that are not used now
+
+    def _fill(self, missing: Sequence[tuple[_Place, Tensor]]) -> None:
+        sums = self._zero.grad_partitions_flat_buffer
+        starts = list(accumulate(self.flat_sizes, initial=0))
+        for place, own in missing:
+            own.copy_(sums.narrow(0, starts[place.flat] + place.start, place.numel))
+            self._zero.norm_for_param_grads[place.key] = own.norm()
 
     def _tell_norms(self) -> None:
         super()._tell_norms()

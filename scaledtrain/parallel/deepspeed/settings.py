@@ -188,6 +188,11 @@ def _check_zero(zero: dict[str, Any], source: Path | None) -> None:
                 f"{source} sets zero_optimization.{key}, by which DeepSpeed itself divides its "
                 "ranks into groups; say mesh.shard instead, and remove it"
             )
+    if zero.get("round_robin_gradients") and zero["stage"] < 3:
+        raise ConfigError(
+            f"{source} sets zero_optimization.round_robin_gradients, with which parameters are not "
+            "where DeepSpeed says that they are; remove it"
+        )
     for key, word in (("cpu_offload", "optimizer"), ("cpu_offload_param", "param")):
         if zero.get(key):
             raise ConfigError(
