@@ -38,11 +38,11 @@ def gathered(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
 def has_all(state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> bool:
     """Whether a rank had these parameters, and no others, as far as that can be seen."""
     optimizer = state["strategy"].get("updater", {}).get("optimizer", {"param_groups": []})
-    if "param_groups" not in optimizer:  # an engine's, which looks by itself
-        return True
+    wanted = {name for name, p in parameters.items() if p.requires_grad}
+    if "param_groups" not in optimizer:  # an engine's, of ranks that have all of them or none
+        return not wanted or not wanted.isdisjoint(state["model"])
     groups = optimizer["param_groups"]
     trained = {name for group in groups for name in group.get("param_names", ())}
-    wanted = {name for name, p in parameters.items() if p.requires_grad}
     had = state["model"].keys() | trained  # which a model may save by other names
     return wanted <= had and trained <= parameters.keys()
 
