@@ -163,7 +163,7 @@ class Updater:
             raise ConfigError(
                 f"the state is of {optimizer}, but the optimizer is {own}, which would read it in "
                 f"its own way; go on with {optimizer} (and that run's engine), or begin anew from "
-                "the weights alone (scaledtrain.checkpoint.export)"
+                "its weights alone: init_from=, with its folder"
             )
         if schedule is not None and schedule != own_schedule:
             raise ConfigError(

@@ -245,12 +245,14 @@ def test_jobs_of_one_process_share_a_process_group_up_to_the_last() -> None:
 
 def test_our_words_become_deepspeeds() -> None:
     assert config_of()["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 100}
-    assert config_of(zero_stage=3, offload="cpu", offload_parameters=True)["zero_optimization"] == {
-        "stage": 3,
-        "reduce_bucket_size": 100,
-        "offload_optimizer": {"device": "cpu"},
-        "offload_param": {"device": "cpu"},
-    }
+    for way in (True, "cpu"):
+        found = config_of(zero_stage=3, offload="cpu", offload_parameters=way)["zero_optimization"]
+        assert found == {
+            "stage": 3,
+            "reduce_bucket_size": 100,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+        }
     nvme = config_of(zero_stage=3, offload="nvme", offload_parameters="nvme", nvme_path="/disk")
     assert nvme["zero_optimization"] == {
         "stage": 3,
@@ -327,6 +329,11 @@ def test_what_deepspeed_cannot_do_is_refused(options: dict[str, Any], message: s
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             {"offload": "cpu"},
             "says 'nvme' .* engine.offload='cpu'",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
+            {"offload": "cpu"},
+            "says 'none' .* engine.offload='cpu'",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},

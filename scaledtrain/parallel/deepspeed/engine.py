@@ -70,6 +70,9 @@ class DeepSpeed:
     sub-groups, of less than 1 MiB on a rank (or ``aio.block_size``, if that is more) stay in
     memory. Checkpoints have all of it, whole, and go on with the same bits, in memory as well.
 
+    A parameter that a step does not use has a gradient of 0, not none: momentum and weight decay go
+    on for it.
+
     A crash of a rank ends the run for all; of one that is killed the folder stays, and is of no
     use. A gradient whose norm is not finite makes no update, with any precision: DeepSpeed leaves
     it out. float16 (``precision=fp16-true``) needs a GPU; its loss scale is DeepSpeed's. Not to be
@@ -80,8 +83,8 @@ class DeepSpeed:
         offload: ``"cpu"``: optimizer and float32 parameters are in the host's memory, and updates
             are made there. ``"nvme"``: they are in files, and updates are made on the host. Either
             also for one rank alone (``mesh.shard=1``), which has all there is.
-        offload_parameters: with stage 3: the parameters are in the host's memory, too; ``"nvme"``:
-            in files.
+        offload_parameters: with stage 3, True or ``"cpu"``: the parameters are in the host's
+            memory, too; ``"nvme"``: in files.
         nvme_path: a folder on a fast disk of each host, in which ranks make theirs; None: the
             file's.
         config: a DeepSpeed config of your own, a JSON file. What it says and our words say as well
@@ -103,7 +106,7 @@ class DeepSpeed:
 
     zero_stage: int | None = None
     offload: Literal["cpu", "nvme"] | None = None
-    offload_parameters: bool | Literal["nvme"] = False
+    offload_parameters: bool | Literal["cpu", "nvme"] = False
     nvme_path: Path | str | None = None
     config: Path | str | None = None
 

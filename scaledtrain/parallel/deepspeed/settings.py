@@ -99,7 +99,8 @@ def ds_config(
             buffers through which it goes to a file.
         zero_stage: None: the file's, else 2.
         offload: ``"cpu"`` or ``"nvme"``; None: the file's, else none.
-        offload_parameters: True: to the host, ``"nvme"``: to files; False: as the file says.
+        offload_parameters: True or ``"cpu"``: to the host, ``"nvme"``: to files; False: as the
+            file says.
         nvme_path: None: the file's.
 
     Raises:
@@ -119,8 +120,8 @@ def ds_config(
         zero["stage"] = 2
     if zero["stage"] not in (1, 2, 3):
         raise ConfigError(
-            f"engine.zero_stage is {zero['stage']}; it can be 1 (the optimizer's state is divided "
-            "among the ranks), 2 (gradients, too) or 3 (parameters, too)"
+            f"engine.zero_stage is {zero['stage']!r}; it can be 1 (the optimizer's state is "
+            "divided among the ranks), 2 (gradients, too) or 3 (parameters, too)"
         )
     _check_zero(zero, source)
     zero.setdefault("reduce_bucket_size", max(1, min(n_elements, _LARGEST_BUCKET)))
@@ -213,6 +214,8 @@ def _offload(
     """Where to a section and our word (its name, its value) say; both are in the section then."""
     own = {k: v for k, v in (zero.pop(section, None) or {}).items() if v is not None}
     of_file = own.pop("device", None)
+    if of_file == "none" and word[1] is not None:
+        where.refuse(repr(of_file), word[0], repr(word[1]))
     device: str | None = where.same(None if of_file == "none" else of_file, *word)
     if device is None:
         return None
