@@ -39,6 +39,7 @@ from scaledtrain.memory.figures import MemoryEstimate
 from scaledtrain.mesh import Mesh
 from scaledtrain.optim.scaling import zero_gamma
 from scaledtrain.parallel import Pipeline
+from scaledtrain.parallel.engine import check_engine
 from scaledtrain.precision import Precision
 from scaledtrain.schedule import Slowdown
 from scaledtrain.schema import Node, make, parse
@@ -121,6 +122,7 @@ def subject_of(training: TrainConfig, asked: CheckConfig) -> Subject:
     """
     workers = training.workers or 1
     training.mesh.check(workers)
+    check_engine(None if training.engine is None else make(training.engine), training.mesh)
     replicas = training.mesh.replicas(workers)
     size = batch_sizes(training).local(
         replicas * training.mesh.shard, training.gradient_accumulation_steps, training.elastic

@@ -55,6 +55,15 @@ def test_strategies_and_stages_are_asked_on_one_rank(
     assert "3 rungs: 3 passed" in capsys.readouterr().out
 
 
+def test_what_no_run_may_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "engine=fully_shard", "check.only=[seed]")
+    assert ended.value.code == 2
+    assert "nothing to divide, and offloads nothing" in capsys.readouterr().err
+
+
 def test_a_failure_is_the_exit_status_and_numbers_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
